@@ -1,0 +1,19 @@
+"""Train on the embedded persona: one invented person's life in 120 facts and 34 notes.
+
+    python -m spa_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware, time and result: experiments/results/quickstart.json, made by `python -m experiments.quickstart`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.side.width = 128
+    config.side.taps = "15,18,21,24,27,30"
+    config.train.epochs = 8
+    config.optimizer.learning_rate = 3e-3
+    return config

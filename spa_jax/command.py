@@ -1,0 +1,61 @@
+"""How every command runs: flags by absl, and a `UserError` as one line on the terminal with exit status 2."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import rich
+from absl import app, flags
+from absl import logging as absl_logging
+
+from spa_jax.errors import UserError
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines on rich's console, which keeps them apart from a progress bar drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        rich.get_console().print(self.format(record), style=style, soft_wrap=True, highlight=False, markup=False)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, runs `main` and exits; progress and the log of spa_jax go to standard error.
+
+    What the user can mend ends as `error: ...` and status 2; an interruption as status 130. A traceback means a bug.
+    """
+
+    def guarded(arguments: list[str]) -> None:
+        if len(arguments) > 1:
+            _fail(f"unexpected argument '{arguments[1]}': options are written --name=value")
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        rich.reconfigure(stderr=True)
+        log = logging.getLogger("spa_jax")
+        log.setLevel(logging.INFO)
+        log.addHandler(ConsoleHandler())
+        log.propagate = False
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        _fail(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError, SyntaxError) as error:
+        # ml_collections raises these for a config file or override it cannot use.
+        _fail(f"cannot use the config: {error.args[0] if error.args else error}")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

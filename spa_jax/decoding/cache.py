@@ -1,0 +1,11 @@
+"""The key/value cache: a plain pytree, the batch first in every leaf."""
+
+import jax.numpy as jnp
+
+from spa_jax.models.llama import Cache, LlamaConfig
+
+
+def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache `{"k", "v"}` of `[B,L,S,K,H]`; slot s of a row will hold the token at position s of that row."""
+    shape = (batch, config.num_layers, slots, config.num_kv_heads, config.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

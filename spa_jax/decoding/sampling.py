@@ -1,0 +1,63 @@
+"""Choosing the next token: greedy, or by temperature within the top k and the top p."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from spa_jax.errors import UserError
+
+
+class Sampling(NamedTuple):
+    """How to choose.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: choose among the k likeliest tokens; 0 is all.
+        top_p: choose among the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020); 1 is all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def check(self) -> "Sampling":
+        """Raises:
+        UserError: a value out of range, by name."""
+        if not self.temperature >= 0:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}, but must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
+        return self
+
+
+GREEDY = Sampling()
+
+
+def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """The logits with those outside the top k and the top p at -inf; the likeliest token always stays."""
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    rank = jnp.arange(logits.shape[-1])[None, :]
+    kept = (before < top_p) & ((rank < top_k) | (top_k == 0))
+    kept = kept.at[:, 0].set(True)
+    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def sample(key: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
+    """One token id a row, int32; the fields of `sampling` may be traced, so that changing them compiles nothing."""
+
+    def greedy() -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+        filtered = filter_logits(scaled, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
+        return jax.random.categorical(key, filtered).astype(jnp.int32)
+
+    return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, greedy, draw)

@@ -1,0 +1,28 @@
+"""What enters the frozen LM head, by setting (equation 1 and section 5.4 of the paper)."""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Setting = Literal["spa", "s1", "s2", "s3", "base"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
+ROUTED: tuple[Setting, ...] = ("spa", "s2")
+"""Settings with a router."""
+ADDED: tuple[Setting, ...] = ("spa", "s1")
+"""Settings where g is added to f; in the others it replaces f."""
+
+
+def always(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """What enters the LM head where the device is asked."""
+    return f + g.astype(f.dtype) if setting in ADDED else g.astype(f.dtype)
+
+
+def combine(
+    setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"], sigma: Bool[Array, "..."]
+) -> Float[Array, "... D"]:
+    """f and g by sigma, which `base`, `s1` and `s3` ignore."""
+    if setting == "base":
+        return f
+    consulted = always(setting, f, g)
+    return jnp.where(sigma[..., None], consulted, f) if setting in ROUTED else consulted

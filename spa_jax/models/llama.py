@@ -1,0 +1,284 @@
+"""LLaMA, the frozen backbone f: tokens -> hidden state in front of the LM head, and the taps the side network reads.
+
+Shape letters: B batch, T query length, S cache slots, D width, L blocks, N query heads, K key/value heads, H head
+width, F feed-forward width, V vocabulary, P number of taps.
+
+Every token carries its absolute *position*, and a token at position p lives in cache slot p. A query sees the keys at
+positions up to its own, so one comparison masks both the future and cache slots not written yet. Padding has position
+`PADDING`: no real token sees it and the cache has no slot for it, wherever in the row it stands.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+PADDING = 2**30
+"""Position of a padding token: after every real token, beyond every cache."""
+
+Cache = dict[str, jax.Array]
+"""Keys and values, `{"k": [B,L,S,K,H], "v": [B,L,S,K,H]}`, rotary embedding applied; see `spa_jax.decoding.cache`."""
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rescaling of rotary frequencies for contexts longer than those of pre-training.
+
+    `linear` (Chen et al. 2023) divides every frequency by `factor`; `llama3` (Llama Team 2024) divides the low ones,
+    keeps the high ones and interpolates between, measured against `original_max_position_embeddings` tokens.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a `LlamaForCausalLM`; the letters are the module's."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of the whole model, the LM head counted once when tied."""
+        return sum(leaf.size for leaf in jax.tree.leaves(init_params(self, abstract=True)))
+
+
+class LlamaOutput(NamedTuple):
+    """What the backbone computes for `[B,T]` tokens."""
+
+    hidden: Float[Array, "B T D"]
+    """f: the state after the final norm, the LM head's input."""
+    taps: Float[Array, "P B T D"]
+    """h_0 (embedding) ... h_L (output of the last block, before the final norm), in the order asked for."""
+    cache: Cache | None
+    """The cache with these tokens' keys and values added; None when none was given."""
+
+
+def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions 0, 1, ... of the true entries of each row, `PADDING` for the others, on whichever side they stand."""
+    return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, PADDING)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
+    """x / rms(x) * scale, computed in float32 and returned in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * jnp.broadcast_to(scale, x.shape).astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
+    """Angular frequency of each rotary pair in radians per position, float32."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rotate(x: Float[Array, "B T heads H"], angles: Float[Array, "B T H/2"]) -> Float[Array, "B T heads H"]:
+    """Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: pair i is (x[i], x[i + H/2])."""
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the given tokens, or over the cache after adding them to it."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        angles: Float[Array, "B T H/2"],
+        mask: Bool[Array, "B 1 T S"],
+        cache: Cache | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+
+        def heads(name: str, count: int) -> jax.Array:
+            return nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)(x)
+
+        q = rotate(heads("q", c.num_heads), angles)
+        k = rotate(heads("k", c.num_kv_heads), angles)
+        v = heads("v", c.num_kv_heads)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+            cache = {
+                name: cache[name].at[rows, layer, positions].set(new.astype(cache[name].dtype), mode="drop")
+                for name, new in (("k", k), ("v", v))
+            }
+            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False) for name in ("k", "v"))
+        mixed = jax.nn.dot_product_attention(q, k.astype(self.dtype), v.astype(self.dtype), mask=mask)
+        out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
+        return out(mixed), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+
+        def dense(name: str, width: int) -> nn.Dense:
+            return nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)
+
+        gated = nn.silu(dense("gate", c.intermediate_size)(x)) * dense("up", c.intermediate_size)(x)
+        return dense("down", c.hidden_size)(gated)
+
+
+class Block(nn.Module):
+    """One pre-norm block; the scan carries (h, taps, cache) through all of them."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, jax.Array, Cache | None],
+        layer: Int[Array, ""],
+        tap_slot: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        angles: Float[Array, "B T H/2"],
+        mask: Bool[Array, "B 1 T S"],
+    ) -> tuple[tuple[jax.Array, jax.Array, Cache | None], None]:
+        h, taps, cache = carry
+        eps = self.config.rms_norm_eps
+        x = RMSNorm(eps, name="attention_norm")(h)
+        x, cache = Attention(self.config, self.dtype, name="attention")(x, positions, angles, mask, cache, layer)
+        h = h + x
+        h = h + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h))
+        if taps.shape[0]:
+            taps = taps.at[tap_slot].set(h, mode="drop")
+        return (h, taps, cache), None
+
+
+class Llama(nn.Module):
+    """The backbone without sampling: `__call__` gives hidden state and taps, `logits` applies the LM head.
+
+    Attributes:
+        config: the architecture.
+        taps: which of h_0 ... h_L to return, ascending.
+        dtype: of activations; parameters are cast to it where they are used.
+    """
+
+    config: LlamaConfig
+    taps: tuple[int, ...] = ()
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
+        scanned = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )
+        self.blocks = scanned(c, self.dtype)
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache | None = None
+    ) -> LlamaOutput:
+        """Runs tokens at their positions: all of a sequence, a prompt into an empty cache, or the next tokens.
+
+        Args:
+            tokens: token ids, int32.
+            positions: absolute position of each token, int32, `PADDING` for padding.
+            cache: keys and values of the tokens before; a position at or past its S slots is not stored.
+        """
+        c = self.config
+        h = self.embed(tokens)
+        slot_of = {tap: slot for slot, tap in enumerate(self.taps)}
+        unused = len(self.taps)
+        taps = jnp.zeros((len(self.taps), *h.shape), h.dtype)
+        if 0 in slot_of:
+            taps = taps.at[slot_of[0]].set(h)
+        tap_slots = jnp.array([slot_of.get(layer + 1, unused) for layer in range(c.num_layers)], jnp.int32)
+        angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
+        keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
+        mask = keys <= positions[:, None, :, None]
+        layers = jnp.arange(c.num_layers, dtype=jnp.int32)
+        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, positions, angles, mask)
+        return LlamaOutput(self.norm(h), taps, cache)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """The frozen LM head, float32 out."""
+        hidden = hidden.astype(self.dtype)
+        logits = self.embed.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def touch_every_parameter(self, tokens: Int[Array, "B T"]) -> jax.Array:
+        """What `init` runs, since Linen creates the parameters that a call uses."""
+        return self.logits(self(tokens, tokens).hidden)
+
+
+def normalize_taps(
+    params: Params, config: LlamaConfig, tap_list: tuple[int, ...], taps: Float[Array, "P B T D"]
+) -> Float[Array, "P B T D"]:
+    """Each tap by its RMS and the frozen norm weight of the block that reads it (the final norm for h_L).
+
+    Raw taps grow 300-fold over the depth of SmolLM2; normalised they are what the next block itself works on.
+    """
+    scales = jnp.concatenate([params["blocks"]["attention_norm"]["scale"], params["norm"]["scale"][None]])
+    return rms_norm(taps, scales[jnp.array(tap_list), None, None, :], config.rms_norm_eps)
+
+
+def init_params(config: LlamaConfig, seed: int = 0, abstract: bool = False) -> Params:
+    """Random float32 parameters for tests and benchmarks; with `abstract`, their shapes and dtypes only."""
+    model = Llama(config)
+
+    def init() -> Params:
+        variables = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32), method="touch_every_parameter")
+        return variables["params"]
+
+    return jax.eval_shape(init) if abstract else jax.jit(init)()

@@ -1,0 +1,96 @@
+"""The trainable half: side network and router of one setting, over a backbone of width D."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from spa_jax.errors import UserError
+from spa_jax.models.combine import ADDED, ROUTED, Setting
+from spa_jax.models.llama import LlamaConfig, Params
+from spa_jax.models.router import Router
+from spa_jax.models.side import SideConfig, TokenwiseSide
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginConfig:
+    """What a plugin is, beside its numbers.
+
+    Attributes:
+        setting: `spa`, `s1`, `s2` or `s3`.
+        side: the side network's shape.
+        hidden_size: D of the backbone.
+        threshold: the device is asked where p(consult) is above it.
+    """
+
+    setting: Setting
+    side: SideConfig
+    hidden_size: int
+    threshold: float = 0.5
+
+    @property
+    def routed(self) -> bool:
+        """Whether the setting has a router."""
+        return self.setting in ROUTED
+
+
+def side_network(config: PluginConfig, dtype: jnp.dtype = jnp.float32) -> TokenwiseSide:
+    """The side network's module; g starts at zero where it is added to f, so that a fresh plugin equals the base."""
+    return TokenwiseSide(config.side, config.hidden_size, zero_output=config.setting in ADDED, dtype=dtype)
+
+
+def correction(
+    config: PluginConfig, params: Params, taps: Float[Array, "P B T D"], dtype: jnp.dtype = jnp.float32
+) -> Float[Array, "B T D"]:
+    """g of normalised taps."""
+    return side_network(config, dtype).apply({"params": params["side"]}, taps)
+
+
+def router_logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... 2"]:
+    """The router on f."""
+    return Router().apply({"params": params["router"]}, hidden)
+
+
+def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False) -> Params:
+    """Fresh float32 parameters `{"side": ..., "router": ...}`; with `abstract`, their shapes and dtypes only."""
+
+    def init() -> Params:
+        taps = jnp.zeros((len(config.side.taps), 1, 1, config.hidden_size))
+        params = {"side": side_network(config).init(jax.random.key(seed), taps)["params"]}
+        if config.routed:
+            params["router"] = Router().init(jax.random.key(seed), taps[0])["params"]
+        return params
+
+    return jax.eval_shape(init) if abstract else jax.jit(init)()
+
+
+def count_params(params: Params) -> int:
+    """Number of scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def select_taps(spec: str, backbone: LlamaConfig) -> tuple[int, ...]:
+    """The tap list a config asks for.
+
+    Args:
+        spec: `all`; `every:K`, that is L, L - K, ... down to at least 0; `last:K`; or indices such as `0,6,12`.
+        backbone: gives L.
+
+    Raises:
+        UserError: the text is no tap list of this backbone.
+    """
+    last = backbone.num_layers
+    word, _, count = spec.partition(":")
+    if word == "all" and not count:
+        return tuple(range(last + 1))
+    if word in ("every", "last") and count.isdecimal() and int(count) > 0:
+        return tuple(range(last, -1, -int(count)))[::-1] if word == "every" else tuple(range(last + 1))[-int(count) :]
+    indices = spec.split(",")
+    if all(index.isdecimal() for index in indices):
+        taps = tuple(int(index) for index in indices)
+        if list(taps) == sorted(set(taps)) and taps[-1] <= last:
+            return taps
+    raise UserError(
+        f"side.taps is '{spec}': write 'all', 'every:K', 'last:K', or ascending indices up to {last} such as '0,{last}'"
+    )

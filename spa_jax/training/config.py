@@ -1,0 +1,159 @@
+"""The run's config as typed, frozen dataclasses: every key of a config file is read here, or refused by name."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from spa_jax.data.encoding import Template
+from spa_jax.errors import UserError
+from spa_jax.training.objective import RouterConfig
+from spa_jax.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SideOptions:
+    """`side.*`: kind, width E and the tap list in the words of `spa_jax.models.plugin.select_taps`."""
+
+    kind: Literal["tokenwise"]
+    width: int
+    taps: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """`data.*`.
+
+    Attributes:
+        train: a JSON-lines file of `{"source", "target"}`; empty for the embedded persona.
+        eval: the same for evaluation; empty to hold out `eval_fraction` of the training rows.
+        eval_fraction: share of the training file held out when `eval` is empty.
+        template: `chat`, `plain`, or `auto`: chat where the backbone has a template.
+        max_length: most tokens of prompt and target together; longer sources are cut, longer targets refused.
+        phrasings: training phrasings of each fact of the embedded persona; 0 for all.
+        persona_seed: whose life the embedded persona is.
+    """
+
+    train: str
+    eval: str
+    eval_fraction: float
+    template: Literal["auto"] | Template
+    max_length: int
+    phrasings: int
+    persona_seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`train.*`: epochs, examples per optimizer step, the parts a step is worked through in, and steps between reports,
+    and between evaluations with a checkpoint (0: once an epoch)."""
+
+    epochs: int
+    batch_size: int
+    accumulate: int
+    log_every: int
+    eval_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TapCacheConfig:
+    """`tap_cache.*`: whether to run the backbone once per example only, where to keep the result (empty: the user's
+    cache directory) and its largest size."""
+
+    enabled: bool
+    directory: str
+    limit_gib: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterOptions(RouterConfig):
+    """`router.*`: how the router learns, and the threshold it starts life with."""
+
+    threshold: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A training run. `dtype` is that of backbone and activations; trainable parameters are float32."""
+
+    backbone: str
+    dtype: Literal["float32", "bfloat16"]
+    setting: Literal["spa", "s1", "s2", "s3"]
+    seed: int
+    side: SideOptions
+    router: RouterOptions
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    tap_cache: TapCacheConfig
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "seed": 0 <= self.seed < 2**31,
+            "side.width": self.side.width > 0,
+            "router.threshold": 0 <= self.router.threshold <= 1,
+            "data.eval_fraction": 0 < self.data.eval_fraction < 1,
+            "data.max_length": self.data.max_length > 1,
+            "data.phrasings": self.data.phrasings >= 0,
+            "train.epochs": self.train.epochs > 0,
+            "train.batch_size": self.train.batch_size > 0,
+            "train.accumulate": self.train.accumulate > 0 and self.train.batch_size % self.train.accumulate == 0,
+            "train.log_every": self.train.log_every > 0,
+            "train.eval_every": self.train.eval_every >= 0,
+            "optimizer.learning_rate": self.optimizer.learning_rate > 0,
+            "optimizer.warmup_fraction": 0 <= self.optimizer.warmup_fraction <= 1,
+            "optimizer.clip_norm": self.optimizer.clip_norm >= 0,
+            "tap_cache.limit_gib": self.tap_cache.limit_gib > 0,
+        }
+        wrong = [name for name, holds in bounds.items() if not holds]
+        if wrong:
+            raise UserError(
+                f"config values out of range: {', '.join(wrong)} (sizes and rates are positive, fractions and "
+                "thresholds lie between 0 and 1, and train.accumulate divides train.batch_size)"
+            )
+
+
+def parse(config: Mapping[str, Any]) -> RunConfig:
+    """The typed config of a config file's ConfigDict.
+
+    Raises:
+        UserError: an unknown or missing key, a value of the wrong type, an unknown choice or a value out of range, by
+        name.
+    """
+    return _parse(RunConfig, config, "")
+
+
+def _parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(prefix + name for name in values if name not in known)
+    if unknown:
+        raise UserError(
+            f"unknown config key {', '.join(unknown)}; keys here are {', '.join(prefix + name for name in known)}"
+        )
+    missing = [prefix + name for name in known if name not in values]
+    if missing:
+        raise UserError(f"config key {', '.join(missing)} is missing: start from configs/default.py")
+    return cls(**{name: _value(hints[name], values[name], prefix + name) for name in known})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"config key {name} must hold keys of its own, not {value!r}")
+        return _parse(typing.cast(type, hint), value, name + ".")
+    choices = _choices(hint)
+    if choices:
+        if value not in choices:
+            raise UserError(f"config key {name} is {value!r}; choices are {', '.join(map(repr, choices))}")
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"config key {name} is {value!r}, but must be of type {hint.__name__}")
+    return value
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    arguments = typing.get_args(hint)
+    return tuple(c for a in arguments for c in (typing.get_args(a) or (a,))) if arguments else ()

@@ -1,0 +1,197 @@
+"""The training loop: steps, evaluation, checkpoints and reports of one run."""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spa_jax.data.encoding import Example
+from spa_jax.data.pipeline import collate, plan
+from spa_jax.errors import UserError
+from spa_jax.models.llama import Llama, Params
+from spa_jax.training.checkpoint import Checkpoints
+from spa_jax.training.config import RunConfig
+from spa_jax.training.features import Features, extract
+from spa_jax.training.objective import means
+from spa_jax.training.step import TrainState
+from spa_jax.training.tap_cache import TapCache
+
+log = logging.getLogger(__name__)
+
+Rows = np.ndarray
+Collate = Callable[[Sequence[Example], Rows], Any]
+EvalStep = Callable[[Params, Params, Any], dict[str, jax.Array]]
+TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def prefetched(batches: grain.MapDataset) -> Iterator[Any]:
+    """The batches in order, read ahead by a few threads."""
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def progress_bar(**columns: str) -> Progress:
+    """A bar with count, time left and the given fields, drawn on a terminal only."""
+    fields = [TextColumn(f"{label} {{task.fields[{name}]}}") for name, label in columns.items()]
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *fields,
+        TimeRemainingColumn(),
+        transient=True,
+    )
+
+
+def run_backbone(
+    model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example]
+) -> Iterator[tuple[int, Features]]:
+    """Features of each example alone, as `(index, features of that row as NumPy arrays)`, one batch after another."""
+    program = jax.jit(extract, static_argnums=0)
+    steps = plan(examples, batch_size)
+    batches = prefetched(steps.map(lambda rows: (rows, collate(examples, rows))))
+    pending = None
+    with progress_bar() as bar:
+        for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
+            dispatched = None if batch is None else (rows, program(model, frozen, batch))
+            if pending is not None:
+                chosen, features = pending[0], jax.device_get(pending[1])
+                for i, row in enumerate(chosen):
+                    if row >= 0:
+                        yield int(row), jax.tree.map(lambda leaf, i=i: leaf[i], features)
+            pending = dispatched
+
+
+def _and_none(batches: Iterator[tuple[Rows, Any]]) -> Iterator[tuple[Rows, Any]]:
+    yield from batches
+    yield np.array([], np.int32), None
+
+
+def fill_cache(cache: TapCache, model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example]) -> None:
+    """Runs the backbone over the examples the cache does not hold."""
+    todo = cache.missing(examples)
+    log.info("tap cache %s: %d examples to compute", cache.directory, len(todo))
+    cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing))
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Mean token outcomes over a fixed set of examples."""
+
+    step: EvalStep
+    frozen: Params
+    examples: Sequence[Example]
+    collate: Collate
+    config: RunConfig
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Metrics `loss/...` in nats and `router/usage`, per target token."""
+        batches = plan(self.examples, self.config.train.batch_size).map(lambda rows: self.collate(self.examples, rows))
+        parts = [self.step(params, self.frozen, batch) for batch in prefetched(batches)]
+        total = jax.tree.map(lambda *leaves: float(np.sum(np.stack(leaves))), *jax.device_get(parts))
+        return means(total, self.config.setting)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line; a resumed run drops what it is about to replay."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resumed_at:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    continue
+        path.write_text("".join(kept), encoding="utf-8")
+        self._path = path
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def train(
+    config: RunConfig,
+    state: TrainState,
+    frozen: Params,
+    examples: Sequence[Example],
+    collate_rows: Collate,
+    train_step: TrainStep,
+    evaluate: Evaluator,
+    checkpoints: Checkpoints,
+    metrics_path: Path,
+) -> tuple[TrainState, dict[str, float]]:
+    """Runs from the state's step to the end of the last epoch.
+
+    Returns:
+        The last state, and `time/train_seconds`, `tokens/per_second` and `train/steps` of what ran now.
+
+    Raises:
+        UserError: the loss is no longer a number.
+    """
+    start = int(state.step)
+    epoch = plan(examples, config.train.batch_size, config.seed)
+    steps = len(epoch) * config.train.epochs
+    eval_every = config.train.eval_every or len(epoch)
+    file = MetricsFile(metrics_path, start)
+    selector = f"loss/{config.setting}"
+
+    def report(step: int, sums: Any, seconds: float) -> None:
+        values = jax.device_get(sums)
+        metrics = {f"train/{name}": value for name, value in means(values, config.setting).items()}
+        if not math.isfinite(metrics["train/loss/always"]):
+            raise UserError(
+                f"the loss is {metrics['train/loss/always']} at step {step}: lower optimizer.learning_rate or set "
+                "optimizer.clip_norm; the last checkpoint is kept"
+            )
+        metrics |= {
+            "train/gradient_norm": float(values["gradient_norm"]),
+            "tokens/per_second": values["tokens"] / seconds,
+        }
+        metrics = {name: float(value) for name, value in metrics.items()}
+        file.write(step, metrics)
+        loss, usage = metrics[f"train/{selector}"], metrics["train/router/usage"]
+        rate = metrics["tokens/per_second"]
+        bar.update(task, loss=f"{loss:.3f}", usage=f"{usage:.2f}", rate=f"{rate:,.0f}")
+
+    began, tokens = time.perf_counter(), 0.0
+    pending = None
+    batches = prefetched(epoch.repeat(config.train.epochs)[start:steps].map(lambda rows: collate_rows(examples, rows)))
+    columns = progress_bar(loss="loss", usage="consulted", rate="tokens/s")
+    with columns as bar:
+        task = bar.add_task("training", total=steps, completed=start, loss="-", usage="-", rate="-")
+        for step in range(start + 1, steps + 1):
+            batch = next(batches)
+            dispatched = time.perf_counter()
+            state, sums = train_step(state, frozen, batch)
+            tokens += float(np.sum(batch.weights))
+            if pending is not None and pending[0] % config.train.log_every == 0:
+                report(pending[0], pending[1], dispatched - pending[2])
+            pending = (step, sums, dispatched)
+            bar.update(task, completed=step)
+            if step % eval_every == 0 or step == steps:
+                metrics = {f"eval/{name}": value for name, value in evaluate(state.params).items()}
+                file.write(step, metrics)
+                checkpoints.save(state, config.seed, {selector: metrics[f"eval/{selector}"]})
+                log.info(
+                    "step %d of %d: held-out loss %.3f (base %.3f), consulted %.2f",
+                    step, steps, metrics[f"eval/{selector}"], metrics["eval/loss/base"], metrics["eval/router/usage"],
+                )  # fmt: skip
+    if pending is not None:
+        report(pending[0], pending[1], max(time.perf_counter() - pending[2], 1e-9))
+    seconds = time.perf_counter() - began
+    return state, {
+        "train/steps": float(steps - start),
+        "time/train_seconds": seconds,
+        "tokens/per_second": tokens / seconds,
+    }

@@ -1,0 +1,77 @@
+"""One optimizer step as one jitted program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spa_jax.models.llama import Llama, Params
+from spa_jax.models.plugin import PluginConfig
+from spa_jax.training.features import Features, extract
+from spa_jax.training.objective import RouterConfig, Sums, summed_loss, token_outcomes
+
+
+class TrainState(NamedTuple):
+    """All that changes during training; the frozen backbone is no part of it."""
+
+    step: jax.Array
+    """Optimizer steps taken, int32; the data position and the random state follow from it."""
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+
+def features_of(model: Llama, frozen: Params, batch: Any) -> Features:
+    """The features of a batch: itself when they come from the tap cache, else one backbone pass over its tokens."""
+    return batch if isinstance(batch, Features) else extract(model, frozen, batch)
+
+
+def make_train_step(
+    plugin: PluginConfig, router: RouterConfig, model: Llama, optimizer: optax.GradientTransformation, accumulate: int
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Sums]]:
+    """A jitted `(state, frozen, batch) -> (state, sums)`, compiled once per bucket; the state is donated.
+
+    The batch, a `Batch` or `Features` of B rows, is worked through in `accumulate` parts of B / accumulate rows; the
+    summed loss of all of them is divided by their summed target tokens, so the parts weigh by their tokens.
+    """
+    loss = functools.partial(summed_loss, plugin=plugin, router=router, model=model)
+    gradients = jax.grad(loss, has_aux=True)
+
+    def part(params: Params, frozen: Params, rows: Any) -> tuple[Params, Sums]:
+        return gradients(params, frozen, features_of(model, frozen, rows))
+
+    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Sums]:
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+        def add(total: Any, rows: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, part(state.params, frozen, rows)), None
+
+        first = jax.eval_shape(part, state.params, frozen, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+        grads = jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), {**sums, "gradient_norm": optax.global_norm(grads)}
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(plugin: PluginConfig, model: Llama) -> Callable[[Params, Params, Any], Sums]:
+    """A jitted `(params, frozen, batch) -> sums` of the token outcomes."""
+
+    @jax.jit
+    def eval_step(params: Params, frozen: Params, batch: Any) -> Sums:
+        features = features_of(model, frozen, batch)
+        outcomes = token_outcomes(plugin, model, params, frozen, features)
+        sums = {name: jnp.sum(features.weights * value) for name, value in outcomes.items()}
+        return {**sums, "tokens": jnp.sum(features.weights)}
+
+    return eval_step

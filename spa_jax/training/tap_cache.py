@@ -1,0 +1,192 @@
+"""The backbone is frozen, so it runs once per example: features kept on disk and shared by every later epoch and run.
+
+A cache directory holds shards in ArrayRecord format, each moved into place whole. A shard's first record lists the
+digests of its examples and every further record is one example's features. Examples are found by the digest of their
+tokens, which covers tokenizer, template and truncation; the directory's name covers backbone, taps and dtype. So a
+killed build goes on where it stopped, two writers at once cost only duplicated work, and nested data sizes share their
+examples. Shape letters: P taps, R target tokens, D width.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Int
+
+from spa_jax.data.encoding import Example
+from spa_jax.data.pipeline import bucket_of
+from spa_jax.errors import UserError
+from spa_jax.training.features import Features
+
+FORMAT_VERSION = 1
+SHARD_EXAMPLES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a cached feature is: of which backbone, which taps, how wide and in which dtype (numpy's name)."""
+
+    fingerprint: str
+    taps: tuple[int, ...]
+    hidden_size: int
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """Directory name of caches with this layout."""
+        text = json.dumps([FORMAT_VERSION, dataclasses.asdict(self)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shapes(self, targets: int) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of hidden, taps and base loss of one example, in the order of its record."""
+        dtype = np.dtype(self.dtype)
+        return [
+            ((targets, self.hidden_size), dtype),
+            ((len(self.taps), targets, self.hidden_size), dtype),
+            ((targets,), np.dtype(np.float32)),
+        ]
+
+    def bytes(self, targets: int) -> int:
+        """Size of the record of an example with this many target tokens."""
+        return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.shapes(targets))
+
+
+class TapCache:
+    """Features of examples by content, on disk."""
+
+    def __init__(self, root: Path, layout: Layout) -> None:
+        """Opens or creates the cache of this layout under `root`; shards that cannot be read are removed, to be
+        rebuilt.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        self.layout = layout
+        self.directory = root / layout.key
+        self._places: dict[str, tuple[Path, int]] = {}
+        self._readers: dict[Path, ArrayRecordReader] = {}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the tap cache '{self.directory}': {error.strerror}") from error
+        for shard in sorted(self.directory.glob("*.arrayrecord")):
+            self._open(shard)
+
+    def missing(self, examples: Sequence[Example]) -> list[Example]:
+        """Examples whose features are not cached yet, each once, in the order given."""
+        return list({e.digest: e for e in examples if e.digest not in self._places}.values())
+
+    def check_room(self, examples: Sequence[Example], limit_gib: float) -> None:
+        """Refuses a build that is larger than the limit or the disk.
+
+        Raises:
+            UserError: with the size, and what to change.
+        """
+        need = sum(self.layout.bytes(len(example.predict)) for example in self.missing(examples))
+        free = shutil.disk_usage(self.directory).free
+        if need > limit_gib * 2**30 or need > 0.95 * free:
+            raise UserError(
+                f"the tap cache would need {need / 2**30:.1f} GiB in '{self.directory}' (limit tap_cache.limit_gib="
+                f"{limit_gib:g}, free on disk {free / 2**30:.1f} GiB): read fewer taps (side.taps), set "
+                "tap_cache.directory to a larger disk, raise the limit, or set tap_cache.enabled=false "
+                "to run the backbone every step"
+            )
+
+    def build(
+        self, examples: Sequence[Example], run: Callable[[Sequence[Example]], Iterator[tuple[int, Features]]]
+    ) -> None:
+        """Computes and stores the features of examples not cached yet.
+
+        Args:
+            examples: any; those cached already cost nothing.
+            run: runs the backbone over examples and yields (index, features of that one row) as they come.
+        """
+        todo = self.missing(examples)
+        pending: list[tuple[str, bytes]] = []
+        for index, features in run(todo):
+            pending.append((todo[index].digest, self._pack(features, len(todo[index].predict))))
+            if len(pending) == SHARD_EXAMPLES:
+                self._write(pending)
+                pending = []
+        if pending:
+            self._write(pending)
+
+    def read(self, example: Example) -> list[np.ndarray]:
+        """Hidden `[R,D]`, taps `[P,R,D]` and base loss `[R]` of one example.
+
+        Raises:
+            UserError: the shard is damaged.
+        """
+        shard, row = self._places[example.digest]
+        try:
+            (record,) = self._readers[shard].read([row])
+        except RuntimeError as error:
+            raise self._damaged(shard) from error
+        arrays, offset = [], 0
+        if len(record) != self.layout.bytes(len(example.predict)):
+            raise self._damaged(shard)
+        for shape, dtype in self.layout.shapes(len(example.predict)):
+            count = int(np.prod(shape))
+            arrays.append(np.frombuffer(record, dtype, count, offset).reshape(shape))
+            offset += count * dtype.itemsize
+        return arrays
+
+    def collate(self, examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Features:
+        """The batch of these rows, padded to their bucket; a row of -1 has no weight anywhere."""
+        width = bucket_of(examples[rows[0]])[1]
+        shapes = self.layout.shapes(width)
+        hidden, taps, base_loss = (np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes)
+        targets = np.zeros((len(rows), width), np.int32)
+        weights = np.zeros((len(rows), width), np.float32)
+        for i, row in enumerate(rows):
+            if row >= 0:
+                example = examples[row]
+                count = len(example.predict)
+                hidden[i, :count], taps[i, :, :count], base_loss[i, :count] = self.read(example)
+                targets[i, :count] = example.targets
+                weights[i, :count] = 1
+        arrays: list[Any] = [hidden, taps, base_loss, targets, weights]
+        return Features(*arrays)
+
+    def _pack(self, features: Features, count: int) -> bytes:
+        arrays = (features.hidden[:count], features.taps[:, :count], features.base_loss[:count])
+        shapes = self.layout.shapes(count)
+        return b"".join(np.asarray(a).astype(dtype).tobytes() for a, (_, dtype) in zip(arrays, shapes, strict=True))
+
+    def _write(self, records: Sequence[tuple[str, bytes]]) -> None:
+        digests = [digest for digest, _ in records]
+        try:
+            with tempfile.TemporaryDirectory(dir=self.directory, prefix=".shard.") as temporary:
+                new = Path(temporary) / "shard"
+                writer = ArrayRecordWriter(str(new), "group_size:1,uncompressed")
+                writer.write(json.dumps(digests).encode())
+                for _, record in records:
+                    writer.write(record)
+                writer.close()
+                shard = self.directory / f"{hashlib.sha256(''.join(digests).encode()).hexdigest()[:32]}.arrayrecord"
+                new.replace(shard)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot write the tap cache '{self.directory}': {error}") from error
+        self._open(shard)
+
+    def _open(self, shard: Path) -> None:
+        reader = ArrayRecordReader(str(shard), "readahead_buffer_size:0")
+        try:
+            digests = json.loads(reader.read([0])[0]) if reader.num_records() else []
+        except (RuntimeError, ValueError):
+            digests = []
+        if not digests or reader.num_records() != len(digests) + 1:
+            shard.unlink(missing_ok=True)
+            return
+        self._readers[shard] = reader
+        self._places.update({digest: (shard, row) for row, digest in enumerate(digests, start=1)})
+
+    def _damaged(self, shard: Path) -> UserError:
+        return UserError(f"the tap cache shard '{shard}' is damaged: delete it and run again, it will be rebuilt")

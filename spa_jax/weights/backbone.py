@@ -1,0 +1,30 @@
+"""What loading a checkpoint gives, whatever its file format."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from spa_jax.models.llama import LlamaConfig, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A frozen LLaMA with its tokenizer.
+
+    Attributes:
+        name: what the user asked for: a registered or hub name, a directory or a file.
+        config: the architecture.
+        params: parameters in the layout of `spa_jax.models.llama.init_params`, all of one dtype.
+        tokenizer: maps text to ids and back, without torch; its `chat_template` is None for a base model.
+        eos_ids: ids that end a generation, ascending; empty when the checkpoint names none.
+        fingerprint: 32 hex digits that identify architecture and weights, whatever dtype they were loaded as.
+    """
+
+    name: str
+    config: LlamaConfig
+    params: Params
+    tokenizer: "PreTrainedTokenizerFast"
+    eos_ids: tuple[int, ...]
+    fingerprint: str

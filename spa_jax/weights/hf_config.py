@@ -1,0 +1,202 @@
+"""`config.json` of a LLaMA checkpoint, every key of which is read, known to be harmless, or refused."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from spa_jax.errors import UserError
+from spa_jax.models.llama import LlamaConfig, RopeScaling
+
+HARMLESS = frozenset({
+    # where it comes from and what software does with it
+    "_name_or_path", "name_or_path", "transformers_version", "transformers.js_config", "is_llama_config", "torch_dtype",
+    "dtype", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled",
+    "use_cache", "cache_implementation", "return_dict", "return_dict_in_generate", "output_attentions",
+    "output_hidden_states", "output_scores", "gradient_checkpointing", "torchscript", "chunk_size_feed_forward",
+    "max_sequence_length", "unsloth_fixed", "unsloth_version", "base_model_tp_plan", "base_model_pp_plan",
+    # training
+    "initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "dropout",
+    # token ids: the embedding is the same, and the tokenizer knows them
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    # classification heads, which a LlamaForCausalLM has not
+    "id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task",
+    # sampling, which the user decides
+    "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences", "remove_invalid_values",
+    "exponential_decay_length_penalty", "prefix", "tokenizer_class",
+    # sums the same products in slices
+    "pretraining_tp",
+})  # fmt: skip
+
+_MUST_BE = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "tie_encoder_decoder": False,
+    "use_bfloat16": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_ABSENT = object()
+
+
+def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
+    """Reads the content of `config.json`, in the form of transformers 4 or 5.
+
+    Args:
+        described: the parsed file.
+
+    Raises:
+        UserError: naming the key that is missing, unknown, contradicts another one, or has a value not supported.
+    """
+    keys = _Keys(described)
+    if described.get("model_type") is None:
+        raise UserError("config.json lacks model_type; only LLaMA checkpoints (model_type llama) are supported.")
+    for key, value in _MUST_BE.items():
+        keys.require(key, value)
+    architectures = keys.get("architectures", None)
+    if architectures is not None and "LlamaForCausalLM" not in architectures:
+        raise _unsupported("architectures", architectures, "LlamaForCausalLM")
+    width, num_heads = keys.number("hidden_size"), keys.number("num_attention_heads")
+    num_kv_heads = keys.number("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}."
+        )
+    head_dim = keys.number("head_dim", width // num_heads)
+    if head_dim % 2:
+        raise UserError(f"config.json: head_dim {head_dim} is odd, so rotary pairs do not come out even.")
+    theta, scaling = _rope(keys)
+    config = LlamaConfig(
+        vocab_size=keys.number("vocab_size"),
+        hidden_size=width,
+        intermediate_size=keys.number("intermediate_size"),
+        num_layers=keys.number("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        rms_norm_eps=keys.decimal("rms_norm_eps", 1e-6),
+        tie_word_embeddings=keys.flag("tie_word_embeddings"),
+        attention_bias=keys.flag("attention_bias"),
+        mlp_bias=keys.flag("mlp_bias"),
+        max_position_embeddings=keys.number("max_position_embeddings", 2048),
+    )
+    keys.finish()
+    return config
+
+
+def _rope(keys: "_Keys") -> tuple[float, RopeScaling | None]:
+    """Base and rescaling, from `rope_parameters` (transformers 5), from `rope_theta` and `rope_scaling`, or both."""
+    theta = keys.decimal("rope_theta", None)
+    old, new = keys.get("rope_scaling", None), keys.get("rope_parameters", None)
+    scaling = _rope_scaling("rope_scaling", old)
+    if new is None:
+        inside = None if old is None else old.get("rope_theta")
+        if None not in (theta, inside) and theta != inside:
+            raise _disagree("rope_theta", theta, "rope_scaling.rope_theta", inside)
+        return float(theta or inside or 10000.0), scaling
+    new_scaling = _rope_scaling("rope_parameters", new)
+    new_theta = new.get("rope_theta")
+    if None not in (theta, new_theta) and theta != new_theta:
+        raise _disagree("rope_theta", theta, "rope_parameters.rope_theta", new_theta)
+    if old is not None and scaling != new_scaling:
+        raise _disagree("rope_scaling", old, "rope_parameters", new)
+    return float(new_theta or theta or 10000.0), new_scaling
+
+
+def _rope_scaling(key: str, described: Any) -> RopeScaling | None:
+    if described is None:
+        return None
+    if not isinstance(described, Mapping):
+        raise _unsupported(key, described, "an object")
+    given = {name: value for name, value in described.items() if value is not None}
+    kinds = {given.pop(name) for name in ("rope_type", "type") if name in given}
+    if len(kinds) > 1:
+        raise _disagree(f"{key}.rope_type", described["rope_type"], f"{key}.type", described["type"])
+    kind = kinds.pop() if kinds else "default"
+    if kind not in _ROPE_KEYS:
+        raise _unsupported(f"{key}.rope_type", kind, ", ".join(_ROPE_KEYS))
+    if (share := given.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise _unsupported(f"{key}.partial_rotary_factor", share, "1.0")
+    given.pop("rope_theta", None)
+    if kind != "llama3":
+        given.pop("original_max_position_embeddings", None)  # they do not read it
+    if missing := [name for name in _ROPE_KEYS[kind] if name not in given]:
+        raise UserError(
+            f"config.json: {key} of type {kind} lacks {', '.join(missing)}; add what the model's card says."
+        )
+    if unknown := sorted(set(given) - set(_ROPE_KEYS[kind])):
+        raise UserError(
+            f"config.json: spa_jax does not know {', '.join(f'{key}.{name}' for name in unknown)} of type {kind}."
+        )
+    return None if kind == "default" else RopeScaling(cast(Literal["linear", "llama3"], kind), **given)
+
+
+def _disagree(first: str, first_value: Any, second: str, second_value: Any) -> UserError:
+    return UserError(f"config.json: {first} {first_value} disagrees with {second} {second_value}; keep the right one.")
+
+
+def _unsupported(key: str, value: Any, supported: str) -> UserError:
+    return UserError(f"config.json: {key} = {value!r} is not supported, only {supported}; choose another model.")
+
+
+class _Keys:
+    """The keys of the file, each of which must be asked for: one that is not would be silently ignored otherwise."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self._asked: set[str] = set()
+
+    def get(self, key: str, default: Any = _ABSENT) -> Any:
+        self._asked.add(key)
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        if default is _ABSENT:
+            raise UserError(f"config.json lacks {key}; add it, or fetch the checkpoint again.")
+        return default
+
+    def number(self, key: str, default: Any = _ABSENT) -> int:
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise _unsupported(key, value, "a positive whole number")
+        return value
+
+    def decimal(self, key: str, default: Any = _ABSENT) -> Any:
+        value = self.get(key, default)
+        if value is not default and not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise _unsupported(key, value, "a positive number")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise _unsupported(key, value, "true or false")
+        return value
+
+    def require(self, key: str, expected: Any) -> None:
+        if (value := self.get(key, expected)) != expected:
+            raise _unsupported(key, value, repr(expected))
+
+    def finish(self) -> None:
+        unknown = {key for key, value in self._values.items() if value is not None} - self._asked - HARMLESS
+        if unknown:
+            raise UserError(
+                f"config.json: spa_jax does not know {', '.join(sorted(unknown))}; remove what does not change the "
+                f"computation, or choose another model."
+            )

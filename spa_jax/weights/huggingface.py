@@ -1,0 +1,187 @@
+"""LLaMA checkpoints in Hugging Face's format: a local directory of safetensors, or a name on the hub."""
+
+import json
+import logging
+import pathlib
+import re
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jaxtyping import Float
+from transformers import PreTrainedTokenizerFast
+
+from spa_jax.errors import UserError
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hf_config import llama_config_from_hf
+from spa_jax.weights.mapping import Place, convert
+
+log = logging.getLogger(__name__)
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+_HUB_SECONDS = 3.0
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+class HubUnavailable(UserError):
+    """The hub cannot be reached, or does not give this model."""
+
+
+def load_directory(
+    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, place: Place | None = None
+) -> Backbone:
+    """Loads a checkpoint as `save_pretrained` writes it.
+
+    Args:
+        path: a directory with `config.json`, `model.safetensors` or its shards and index, and `tokenizer.json`.
+        dtype: of the parameters, float32 or bfloat16.
+        place: see `mapping.convert`.
+
+    Raises:
+        UserError: when a file is missing or corrupt, or the config asks for something not supported.
+    """
+    path = pathlib.Path(path)
+    described = _read_json(path / "config.json")
+    config = llama_config_from_hf(described)
+    tokenizer = load_tokenizer(path)
+    log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
+    params, fingerprint = convert(config, SafetensorsSource(path), dtype, place)
+    generation_file = path / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    eos = _ids(described.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | _ids(tokenizer.eos_token_id)
+    return Backbone(str(path), config, params, tokenizer, tuple(sorted(eos)), fingerprint)
+
+
+def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory, exactly as its `tokenizer.json` says.
+
+    Raises:
+        UserError: when there is none, or it cannot be read.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(
+            f"{directory} has no tokenizer.json; write one with transformers: "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained({str(directory)!r})."
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, clean_up_tokenization_spaces=False)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{directory}/tokenizer.json cannot be read ({error}); fetch the checkpoint again.") from error
+
+
+class SafetensorsSource:
+    """The tensors of a directory, each read from its memory-mapped file when asked for."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        index = directory / INDEX_FILE
+        if (directory / SINGLE_FILE).is_file():
+            promised: dict[str, str] | None = None
+            files = [SINGLE_FILE]
+        elif index.is_file():
+            promised = _read_json(index).get("weight_map")
+            if not isinstance(promised, dict):
+                raise UserError(f"{index} has no weight_map; fetch it again.")
+            files = sorted(set(promised.values()))
+        else:
+            raise UserError(
+                f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with one of them."
+            )
+        if missing := [name for name in files if not (directory / name).is_file()]:
+            raise UserError(
+                f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names; fetch the checkpoint again."
+            )
+        self._file_of: dict[str, pathlib.Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name in files:
+            self._scan(directory / name)
+        if promised is not None:
+            stray = {name for name in promised.keys() | self._file_of.keys() if promised.get(name) != self._shard(name)}
+            if stray:
+                raise UserError(f"{index} and its shards disagree about {', '.join(sorted(stray))}; fetch them again.")
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Float[np.ndarray, "..."]:
+        path = self._file_of[name]
+        with _open(path) as file:
+            return file.get_tensor(name)
+
+    def _shard(self, name: str) -> str | None:
+        return self._file_of[name].name if name in self._file_of else None
+
+    def _scan(self, path: pathlib.Path) -> None:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{path}: {name} is {tensor.get_dtype()}, supported are {', '.join(_DTYPES)}; choose a "
+                        f"checkpoint that is not quantised."
+                    )
+                self._file_of[name] = path
+                self._shapes[name] = tuple(tensor.get_shape())
+
+
+def _open(path: pathlib.Path) -> Any:
+    try:
+        # numpy knows bfloat16 by name only because jax has imported ml_dtypes
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is corrupt or truncated ({error}); fetch it again.") from error
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this looks like `org/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+
+
+def download_snapshot(name: str) -> pathlib.Path:
+    """Directory of a hub model, downloaded on first use; `HF_HUB_OFFLINE` and `HF_HOME` are honoured.
+
+    Raises:
+        HubUnavailable: when the hub does not answer or refuses, and there is no copy in its cache.
+    """
+    # Which exceptions come out depends on the HTTP library below, which differs between releases of huggingface_hub.
+    unreachable: Exception | None = None
+    try:
+        # A short question first: the download itself waits 10 s for an answer, and asks several times.
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except Exception as error:
+        unreachable = error
+    try:
+        local_only = unreachable is not None
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=_WANTED, local_files_only=local_only)
+        )
+    except Exception as error:
+        reason = (str(unreachable or error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise HubUnavailable(
+            f"Cannot get {name} from the Hugging Face hub ({reason}); check name and network, accept its licence "
+            f"and set HF_TOKEN if it is gated, or give the path of a local copy."
+        ) from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give a directory written by save_pretrained.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again.") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} holds no JSON object; fetch it again.")
+    return parsed
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, list) else {value}

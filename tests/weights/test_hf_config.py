@@ -1,0 +1,117 @@
+"""`config.json` is read completely, or refused by name."""
+
+import pytest
+
+from spa_jax.errors import UserError
+from spa_jax.models.llama import RopeScaling
+from spa_jax.weights.hf_config import llama_config_from_hf
+
+BASE = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 320,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.LlamaConfig(**{key: value for key, value in BASE.items() if key != "model_type"})
+    config = llama_config_from_hf(BASE)
+    assert config.num_kv_heads == reference.num_key_value_heads
+    assert config.head_dim == reference.head_dim
+    assert config.rms_norm_eps == reference.rms_norm_eps
+    assert config.rope_theta == reference.rope_parameters["rope_theta"]
+    assert config.max_position_embeddings == reference.max_position_embeddings
+    assert config.tie_word_embeddings == reference.tie_word_embeddings
+    assert (config.attention_bias, config.mlp_bias) == (reference.attention_bias, reference.mlp_bias)
+    assert config == llama_config_from_hf({**reference.to_dict(), "architectures": ["LlamaForCausalLM"]})
+
+
+def test_every_field_is_read() -> None:
+    config = llama_config_from_hf(
+        {
+            **BASE, "num_key_value_heads": 2, "head_dim": 24, "rms_norm_eps": 1e-4, "tie_word_embeddings": True,
+            "attention_bias": True, "mlp_bias": True, "max_position_embeddings": 77, "rope_theta": 5e5,
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+        }
+    )  # fmt: skip
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (320, 64, 96)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 24)
+    assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (1e-4, 77, 5e5)
+    assert (config.tie_word_embeddings, config.attention_bias, config.mlp_bias) == (True, True, True)
+    assert config.rope_scaling == RopeScaling("linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 1e5}, 1e5, None),
+        ({"rope_theta": 1e5, "rope_scaling": None}, 1e5, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, 1e5, None),
+        ({"rope_parameters": {"rope_theta": 1e5}}, 1e5, None),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e5}, 1e5, None),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 10000.0, RopeScaling("linear", 4.0)),
+        ({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}}, 1e4, RopeScaling("linear", 4.0)),
+        ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, RopeScaling("llama3", 32.0)),
+        ({"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, 5e5, RopeScaling("llama3", 32.0)),
+        (
+            {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "rope_scaling": LLAMA3, "rope_theta": 5e5},
+            5e5,
+            RopeScaling("llama3", 32.0),
+        ),
+    ],
+)
+def test_rope_in_both_forms(rope: dict, theta: float, scaling: RopeScaling | None) -> None:
+    config = llama_config_from_hf({**BASE, **rope})
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, "rope_theta"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1e5}}, "rope_theta"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_parameters.factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": None}, "model_type"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"sliding_window": 128}, "sliding_window"),
+        ({"logit_scale": 0.5, "embedding_multiplier": 2}, "embedding_multiplier, logit_scale"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ],
+)
+def test_refused_by_name(change: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        llama_config_from_hf({**BASE, **change})
+
+
+def test_harmless_keys_of_published_checkpoints() -> None:
+    published = {
+        "_name_or_path": "x", "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 2,
+        "initializer_range": 0.04, "is_llama_config": True, "pretraining_tp": 2, "rope_interleaved": False,
+        "torch_dtype": "bfloat16", "transformers.js_config": {}, "transformers_version": "4.42.3", "use_cache": True,
+        "max_sequence_length": 2048, "sliding_window": None,
+    }  # fmt: skip
+    assert llama_config_from_hf({**BASE, **published}) == llama_config_from_hf(BASE)
