@@ -22,8 +22,8 @@ from spa_jax.data.persona import Pair, generate, is_right
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
-from spa_jax.train import train
 from spa_jax.training.config import parse
+from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone

@@ -5,12 +5,21 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from configs import default
 from spa_jax.errors import UserError
 from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.training.config import RunConfig, parse
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
@@ -47,3 +56,108 @@ def smollm2() -> Backbone:
         return load_backbone("smollm2-135m-instruct")
     except UserError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory) -> Path:
+    """The same program compiles once a session, also in other processes; set the variable to keep it for the next."""
+    directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def make_backbone_directory(tmp_path_factory) -> Callable[..., Path]:
+    """Writes a tiny random LLaMA with a byte tokenizer as Hugging Face lays it out; the seed picks the weights."""
+
+    def make(seed: int = 0) -> Path:
+        directory = tmp_path_factory.mktemp("backbone")
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["</s>", "<user>", "<assistant>"])
+        tokenizer.save(str(directory / "tokenizer.json"))
+        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": template}
+        (directory / "tokenizer_config.json").write_text(json.dumps(described))
+        v, d, f, layers, heads, kv_heads = tokenizer.get_vocab_size(), 32, 48, 3, 4, 2
+        config = {
+            "model_type": "llama", "vocab_size": v, "hidden_size": d, "intermediate_size": f,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 128, "eos_token_id": tokenizer.token_to_id("</s>"), "tie_word_embeddings": False,
+        }  # fmt: skip
+        (directory / "config.json").write_text(json.dumps(config))
+        kv = d * kv_heads // heads
+        shapes = {"model.embed_tokens": (v, d), "lm_head": (v, d), "model.norm": (d,)}
+        for layer in range(layers):
+            block = {
+                "input_layernorm": (d,), "post_attention_layernorm": (d,), "self_attn.q_proj": (d, d),
+                "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d), "self_attn.o_proj": (d, d),
+                "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
+            }  # fmt: skip
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+        rng = np.random.default_rng(seed)
+        weights = {
+            f"{name}.weight": (len(shape) == 1) + 0.3 * rng.standard_normal(shape, np.float32)
+            for name, shape in shapes.items()
+        }
+        safetensors.numpy.save_file(weights, directory / "model.safetensors")
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone_directory(make_backbone_directory) -> Path:
+    """A LLaMA of three blocks of width 32 over bytes, with a chat template and 128 tokens of context."""
+    return make_backbone_directory()
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    """Twenty training rows that all fall into one bucket."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    answers = ("red", "a cat", "no", "my dog")
+    rows = [{"source": f"What is thing {i}?", "target": answers[i % 4]} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tap_directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("taps")
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_backbone_directory, rows_file, tap_directory) -> dict[str, Any]:
+    """What makes configs/default.py a run of seconds: three steps an epoch, evaluated on its training rows."""
+    return {
+        "backbone": str(tiny_backbone_directory),
+        "data.train": str(rows_file),
+        "data.eval": str(rows_file),
+        "side.taps": "all",
+        "side.width": 16,
+        "train.epochs": 2,
+        "optimizer.learning_rate": 0.01,
+        "tap_cache.directory": str(tap_directory),
+    }
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_overrides) -> Callable[..., RunConfig]:
+    """A tiny run's config with some keys, such as `{"train.epochs": 3}`, set."""
+
+    def make(keys: dict[str, Any] | None = None) -> RunConfig:
+        config = default.get_config()
+        config.update_from_flattened_dict(tiny_overrides | (keys or {}))
+        return parse(config.to_dict())
+
+    return make

@@ -72,7 +72,7 @@ class Encoder:
         ids = self.tokenizer(source, add_special_tokens=False)["input_ids"]
         keep = len(ids) - (len(prompt) - room)
         while keep > 0:
-            prompt = self.prompt(self.tokenizer.decode(ids[:keep]))
+            prompt = self.prompt(self.tokenizer.decode(ids[:keep]).rstrip("\N{REPLACEMENT CHARACTER}"))
             if len(prompt) <= room:
                 return prompt, True
             keep -= len(prompt) - room

@@ -29,7 +29,7 @@ def read_json_lines(path: str) -> list[Pair]:
         empty.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the data file '{path}': {error}") from error
     pairs = []

@@ -43,7 +43,7 @@ def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Flo
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     rank = jnp.arange(logits.shape[-1])[None, :]
-    kept = (before < top_p) & ((rank < top_k) | (top_k == 0))
+    kept = ((before < top_p) | (top_p == 1)) & ((rank < top_k) | (top_k == 0))
     kept = kept.at[:, 0].set(True)
     least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)

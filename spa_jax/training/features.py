@@ -16,7 +16,7 @@ from spa_jax.training.vocabulary_loss import token_losses
 
 
 class Features(NamedTuple):
-    """The frozen backbone's outputs where target tokens are predicted; NumPy arrays when they come from the tap cache."""
+    """The frozen backbone's outputs where targets are predicted; NumPy arrays when they come from the tap cache."""
 
     hidden: Float[Array, "B R D"]
     """f, in front of the LM head; in the compute dtype."""

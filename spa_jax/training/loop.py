@@ -12,11 +12,13 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate, plan
 from spa_jax.errors import UserError
+from spa_jax.files import write_bytes
 from spa_jax.models.llama import Llama, Params
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.config import RunConfig
@@ -26,6 +28,8 @@ from spa_jax.training.step import TrainState
 from spa_jax.training.tap_cache import TapCache
 
 log = logging.getLogger(__name__)
+
+TIMING = ("train/steps", "time/train_seconds", "tokens/per_second")
 
 Rows = np.ndarray
 Collate = Callable[[Sequence[Example], Rows], Any]
@@ -48,6 +52,7 @@ def progress_bar(**columns: str) -> Progress:
         *fields,
         TimeRemainingColumn(),
         transient=True,
+        disable=not rich.get_console().is_terminal,
     )
 
 
@@ -112,7 +117,7 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue
-        path.write_text("".join(kept), encoding="utf-8")
+        write_bytes(path, "".join(kept).encode())
         self._path = path
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -134,10 +139,10 @@ def train(
     """Runs from the state's step to the end of the last epoch.
 
     Returns:
-        The last state, and `time/train_seconds`, `tokens/per_second` and `train/steps` of what ran now.
+        The last state, and the `TIMING` of what ran now.
 
     Raises:
-        UserError: the loss is no longer a number.
+        UserError: the loss or its gradient is no longer a number; no checkpoint of that state is kept.
     """
     start = int(state.step)
     epoch = plan(examples, config.train.batch_size, config.seed)
@@ -146,20 +151,15 @@ def train(
     file = MetricsFile(metrics_path, start)
     selector = f"loss/{config.setting}"
 
-    def report(step: int, sums: Any, seconds: float) -> None:
+    def report(step: int, sums: Any, dispatched: float) -> None:
         values = jax.device_get(sums)
+        seconds = time.perf_counter() - dispatched
         metrics = {f"train/{name}": value for name, value in means(values, config.setting).items()}
-        if not math.isfinite(metrics["train/loss/always"]):
-            raise UserError(
-                f"the loss is {metrics['train/loss/always']} at step {step}: lower optimizer.learning_rate or set "
-                "optimizer.clip_norm; the last checkpoint is kept"
-            )
-        metrics |= {
-            "train/gradient_norm": float(values["gradient_norm"]),
-            "tokens/per_second": values["tokens"] / seconds,
-        }
+        metrics |= {"train/gradient_norm": values["gradient_norm"], "tokens/per_second": values["tokens"] / seconds}
         metrics = {name: float(value) for name, value in metrics.items()}
-        file.write(step, metrics)
+        _check_finite(step, metrics["train/loss/always"], metrics["train/gradient_norm"])
+        if step % config.train.log_every == 0 or step == steps:
+            file.write(step, metrics)
         loss, usage = metrics[f"train/{selector}"], metrics["train/router/usage"]
         rate = metrics["tokens/per_second"]
         bar.update(task, loss=f"{loss:.3f}", usage=f"{usage:.2f}", rate=f"{rate:,.0f}")
@@ -175,23 +175,29 @@ def train(
             dispatched = time.perf_counter()
             state, sums = train_step(state, frozen, batch)
             tokens += float(np.sum(batch.weights))
-            if pending is not None and pending[0] % config.train.log_every == 0:
-                report(pending[0], pending[1], dispatched - pending[2])
+            if pending is not None:
+                report(*pending)
             pending = (step, sums, dispatched)
             bar.update(task, completed=step)
             if step % eval_every == 0 or step == steps:
+                # All a step has to say is written before its checkpoint: a resumed run begins with the next step.
+                report(*pending)
+                pending = None
                 metrics = {f"eval/{name}": value for name, value in evaluate(state.params).items()}
+                _check_finite(step, metrics["eval/loss/always"])
                 file.write(step, metrics)
                 checkpoints.save(state, config.seed, {selector: metrics[f"eval/{selector}"]})
                 log.info(
                     "step %d of %d: held-out loss %.3f (base %.3f), consulted %.2f",
                     step, steps, metrics[f"eval/{selector}"], metrics["eval/loss/base"], metrics["eval/router/usage"],
                 )  # fmt: skip
-    if pending is not None:
-        report(pending[0], pending[1], max(time.perf_counter() - pending[2], 1e-9))
     seconds = time.perf_counter() - began
-    return state, {
-        "train/steps": float(steps - start),
-        "time/train_seconds": seconds,
-        "tokens/per_second": tokens / seconds,
-    }
+    return state, dict(zip(TIMING, (float(steps - start), seconds, tokens / seconds), strict=True))
+
+
+def _check_finite(step: int, *values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            f"the loss or its gradient is no longer a number at step {step}: lower optimizer.learning_rate or set "
+            "optimizer.clip_norm; the last checkpoint is kept"
+        )

@@ -177,6 +177,8 @@ class TapCache:
         self._open(shard)
 
     def _open(self, shard: Path) -> None:
+        if not shard.is_file():
+            return
         reader = ArrayRecordReader(str(shard), "readahead_buffer_size:0")
         try:
             digests = json.loads(reader.read([0])[0]) if reader.num_records() else []

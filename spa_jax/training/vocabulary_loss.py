@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from spa_jax.models.llama import Llama, Params
 
 CHUNK = 128
-"""Positions whose logits exist at one time."""
+"""Most positions whose logits exist at one time."""
 
 
 def token_losses(
@@ -27,7 +27,7 @@ def token_losses(
 
 def _chunks(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     count = hidden.shape[0]
-    size = min(CHUNK, count)
+    size = -(-count // -(-count // CHUNK))  # of equal chunks, so that little is padded
     padding = -count % size
     hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
     return hidden.reshape(-1, size, hidden.shape[-1]), targets.reshape(-1, size)

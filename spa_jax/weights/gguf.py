@@ -71,14 +71,14 @@ class GGUFSource:
 
     def __init__(self, file: GGUFFile, config: LlamaConfig) -> None:
         self._file = file
-        self._stored = {_hf_name(name): name for name in file.tensors if name != ROPE_FREQS}
+        self._stored = {_hf_name(name): name for name in file.shapes if name != ROPE_FREQS}
         self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
 
     def names(self) -> set[str]:
         return set(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.tensors[self._stored[name]].shape
+        return self._file.shapes[self._stored[name]]
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
         tensor = self._file.dequantize(self._stored[name])
@@ -130,13 +130,13 @@ def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
         rope_theta=theta,
         rope_scaling=_linear_scaling(metadata),
         rms_norm_eps=metadata.decimal("attention.layer_norm_rms_epsilon"),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias=any(re.fullmatch(r"blk\.\d+\.attn_\w+\.bias", name) for name in file.tensors),
-        mlp_bias=any(re.fullmatch(r"blk\.\d+\.ffn_\w+\.bias", name) for name in file.tensors),
+        tie_word_embeddings="output.weight" not in file.shapes,
+        attention_bias=any(re.fullmatch(r"blk\.\d+\.attn_\w+\.bias", name) for name in file.shapes),
+        mlp_bias=any(re.fullmatch(r"blk\.\d+\.ffn_\w+\.bias", name) for name in file.shapes),
         max_position_embeddings=metadata.number("context_length"),
     )
     metadata.finish()
-    return _with_llama3_scaling(config, file) if ROPE_FREQS in file.tensors else config
+    return _with_llama3_scaling(config, file) if ROPE_FREQS in file.shapes else config
 
 
 def _linear_scaling(metadata: "_Metadata") -> RopeScaling | None:

@@ -1,6 +1,7 @@
 """Side network, router and the five settings against closed forms and plain NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +33,21 @@ def plugin_config(setting, taps=TAPS, threshold=0.5):
     return PluginConfig(setting, SideConfig("tokenwise", E, taps), D, threshold)
 
 
-def randomized(params, scale=0.3):
-    """As if trained: every parameter, those that start at zero too, moved away from where it began."""
+def trained(config):
+    """Random parameters, those that start at zero too."""
     rng = np.random.default_rng(4)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype), params)
+    shapes = init_plugin(config, abstract=True)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+
+
+@functools.cache
+def fresh(setting):
+    return init_plugin(plugin_config(setting))
 
 
 @pytest.fixture(scope="module")
 def base_and_plugin_logits(tiny_config, tiny_params):
-    """(setting, trainable, sigma) -> logits of f and of what the setting makes of f and g, from one compiled program."""
+    """(setting, trainable, sigma) -> logits of f and of the setting's mixture of f and g, from one compiled program."""
     model = Llama(tiny_config, TAPS)
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 97, (2, 9)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
@@ -58,22 +65,21 @@ def base_and_plugin_logits(tiny_config, tiny_params):
 
 @pytest.mark.parametrize("setting", ADDED)
 def test_a_fresh_plugin_equals_the_base_and_a_trained_one_does_not(setting, base_and_plugin_logits):
-    fresh = init_plugin(plugin_config(setting))
     for sigma in (False, True):
-        base, mixed = base_and_plugin_logits(setting, fresh, sigma)
+        base, mixed = base_and_plugin_logits(setting, fresh(setting), sigma)
         np.testing.assert_array_equal(base, mixed)
-        base, mixed = base_and_plugin_logits(setting, randomized(fresh), sigma)
+        base, mixed = base_and_plugin_logits(setting, trained(plugin_config(setting)), sigma)
         asked = sigma or setting not in ROUTED
         assert np.array_equal(base, mixed) != asked
         assert (np.abs(base - mixed).max() > 0.1) == asked
 
 
-@pytest.mark.parametrize("setting", ["s2", "s3"])
-def test_a_fresh_plugin_that_replaces_f_says_something(setting):
-    config = plugin_config(setting)
+def test_a_fresh_plugin_says_something_only_where_it_replaces_f():
     taps = jnp.asarray(np.random.default_rng(6).standard_normal((3, 1, 2, D)), jnp.float32)
-    assert np.abs(correction(config, init_plugin(config), taps)).min() > 0
-    assert not np.any(correction(plugin_config("s1"), init_plugin(plugin_config("s1")), taps))
+    for setting in ("s2", "s3"):
+        assert np.abs(correction(plugin_config(setting), fresh(setting), taps)).min() > 0
+    for setting in ADDED:
+        assert not np.any(correction(plugin_config(setting), fresh(setting), taps))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -112,7 +118,7 @@ def tokenwise_loop(params, taps):
 @pytest.mark.parametrize("taps", [(0, 1, 2, 3), (3,)], ids=["four taps", "one tap"])
 def test_tokenwise_side_is_the_ladder(taps):
     config = plugin_config("spa", taps)
-    params = randomized(init_plugin(config))
+    params = trained(config)
     values = np.random.default_rng(8).standard_normal((len(taps), 2, 3, D)).astype(np.float32)
     g = correction(config, params, jnp.asarray(values))
     for row, column in np.ndindex(2, 3):
@@ -121,9 +127,16 @@ def test_tokenwise_side_is_the_ladder(taps):
         np.testing.assert_allclose(g[row, column], expected, atol=1e-4)
 
 
-def test_a_fresh_gate_is_one_half():
-    assert not np.any(init_plugin(plugin_config("spa"))["side"]["gate"])
-    assert 1 / (1 + np.exp(-0.0 / 0.1)) == 0.5
+def test_a_plugin_of_one_tap_can_be_made():
+    params = init_plugin(plugin_config("spa", (3,)))["side"]
+    assert {name: leaf.shape for name, leaf in params.items() if leaf.size} == {"down": (1, D, E), "output": (E, D)}
+
+
+def test_a_fresh_ladder_mixes_half_and_half_with_weights_of_their_fan_in():
+    side = fresh("s3")["side"]
+    assert not np.any(side["gate"])
+    for name, fan_in in (("down", D), ("adapter_in", E), ("adapter_out", D), ("output", E)):
+        assert 0.7 < np.std(side[name]) * np.sqrt(fan_in) < 1.3
 
 
 def test_only_routed_settings_have_a_router():
@@ -161,12 +174,12 @@ def test_select_taps(spec, taps):
     "spec", ["", "9", "3,2", "2,2", "1,", "-1", "every", "every:0", "every:x", "last:-1", "all:2", "some", "0;8", "1.5"]
 )
 def test_select_taps_refuses_what_is_no_tap_list_by_name(spec):
-    with pytest.raises(UserError, match=r"side\.taps is '.*from 0 to 8"):
+    with pytest.raises(UserError, match=r"side\.taps is '.*up to 8"):
         select_taps(spec, dataclasses.replace(LLAMA_7B, num_layers=8))
 
 
 def test_a_fresh_router_is_undecided_and_does_not_ask():
-    logits = router_logits(init_plugin(plugin_config("spa")), jnp.ones((1, 4, D)))
+    logits = router_logits(fresh("spa"), jnp.ones((1, 4, D)))
     np.testing.assert_array_equal(consult_probability(logits), np.full((1, 4), 0.5))
     assert not np.any(consult(logits))
     assert not np.any(consult(logits, 0.5))
@@ -174,13 +187,13 @@ def test_a_fresh_router_is_undecided_and_does_not_ask():
 
 
 def test_the_router_is_a_linear_softmax_on_hidden_over_the_threshold():
-    params = randomized(init_plugin(plugin_config("spa")))
-    hidden = np.random.default_rng(9).standard_normal((2, 50, D)).astype(np.float32)
+    params = trained(plugin_config("spa"))
+    hidden = np.random.default_rng(9).standard_normal((2, 20, D)).astype(np.float32)
     scores = hidden @ np.asarray(params["router"]["kernel"])
     p = np.exp(scores[..., CONSULT]) / np.exp(scores).sum(-1)
     logits = router_logits(params, jnp.asarray(hidden))
-    np.testing.assert_allclose(consult_probability(logits), p, atol=1e-5)
+    np.testing.assert_allclose(consult_probability(logits), p, atol=1e-6)
     for threshold in (0.0, 0.25, 0.5, 0.9, 1.0):
-        assert np.abs(p - threshold).min() > 1e-4
+        assert np.abs(p - threshold).min() > 1e-5
         np.testing.assert_array_equal(consult(logits, threshold), p > threshold)
     np.testing.assert_array_equal(consult(logits), np.argmax(scores, axis=-1) == CONSULT)

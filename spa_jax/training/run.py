@@ -1,0 +1,218 @@
+"""A training run from its config to the files it leaves: data, backbone, tap cache, loop, plugin and summary."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import random
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spa_jax.data.encoding import Encoder, Example
+from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.tasks import Pair, embedded_persona, read_json_lines
+from spa_jax.errors import UserError
+from spa_jax.files import write_json
+from spa_jax.models.llama import Llama
+from spa_jax.models.plugin import PluginConfig, count_params, init_plugin, select_taps
+from spa_jax.models.side import SideConfig
+from spa_jax.training import loop
+from spa_jax.training.checkpoint import Checkpoints
+from spa_jax.training.config import DataConfig, RunConfig
+from spa_jax.training.optimizer import optimizer
+from spa_jax.training.step import init_state, make_eval_step, make_train_step
+from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.plugin import Plugin, save_plugin
+from spa_jax.weights.registry import cache_directory, load_backbone
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def load_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and evaluation rows.
+
+    Raises:
+        UserError: an unreadable file, or too few rows to hold any out.
+    """
+    if not config.train:
+        if config.eval:
+            raise UserError(
+                "data.eval is set but data.train is not: the embedded persona brings its own held-out phrasings"
+            )
+        return embedded_persona(config.persona_seed, config.phrasings)
+    train = read_json_lines(config.train)
+    if config.eval:
+        return train, read_json_lines(config.eval)
+    held_out = round(config.eval_fraction * len(train))
+    if not 0 < held_out < len(train):
+        raise UserError(
+            f"{len(train)} rows in {config.train} are too few to hold out data.eval_fraction={config.eval_fraction:g}: "
+            "add rows, or name an evaluation file with data.eval"
+        )
+    random.Random(seed).shuffle(train)
+    return train[held_out:], train[:held_out]
+
+
+def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
+    """The prompt format of the config, `auto` resolved."""
+    template = config.template
+    if template == "auto":
+        template = "chat" if backbone.tokenizer.chat_template else "plain"
+    return Encoder(backbone.tokenizer, template, min(config.max_length, backbone.config.max_position_embeddings))
+
+
+def plugin_config(config: RunConfig, backbone: Backbone) -> PluginConfig:
+    """The plugin a run trains."""
+    side = SideConfig(config.side.kind, config.side.width, select_taps(config.side.taps, backbone.config))
+    return PluginConfig(config.setting, side, backbone.config.hidden_size, config.router.threshold)
+
+
+def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: Sequence[list[Example]]) -> None:
+    """Creates the run's directory and its config.json, or checks that the run there is this one.
+
+    Raises:
+        UserError: not writable, or the directory holds a run of another config, backbone or data.
+    """
+    path = workdir / "config.json"
+    digests = json.dumps([[example.digest for example in split] for split in splits])
+    data = hashlib.sha256(digests.encode()).hexdigest()[:32]
+    resolved = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            before, fingerprint, data_before = old["config"], old["backbone_fingerprint"], old["data_fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
+        if fingerprint != backbone.fingerprint:
+            raise UserError(f"'{workdir}' holds a run on another backbone ({fingerprint}): choose another --workdir")
+        changed = _differences(before, resolved)
+        if changed:
+            raise UserError(
+                f"'{workdir}' holds a run with another config ({'; '.join(changed)}): choose another --workdir"
+            )
+        if data_before != data:
+            raise UserError(f"'{workdir}' holds a run on other data: choose another --workdir")
+        return
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), **packages}
+    write_json(
+        path,
+        {
+            "config": resolved,
+            "backbone_fingerprint": backbone.fingerprint,
+            "data_fingerprint": data,
+            "versions": versions,
+            "git_commit": _git_commit(),
+            "devices": [str(device) for device in jax.devices()],
+        },
+    )
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [
+            d for key in keys for d in _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if before == now else [f"{prefix} was {before!r}, is now {now!r}"]
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def open_tap_cache(config: RunConfig, plugin: PluginConfig, backbone: Backbone, examples: list[Example]) -> TapCache:
+    """The tap cache of a run, with room checked; nothing is computed yet."""
+    root = Path(config.tap_cache.directory or cache_directory() / "taps")
+    cache = TapCache(root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype))
+    cache.check_room(examples, config.tap_cache.limit_gib)
+    return cache
+
+
+def _last_timing(workdir: Path) -> dict[str, float]:
+    """The timing in summary.json, for a run that has nothing left to do."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        return {name: summary[name] for name in loop.TIMING}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def train(config: RunConfig, workdir: Path) -> dict[str, float]:
+    """Runs or resumes a training, and returns what summary.json says.
+
+    Raises:
+        UserError: anything in config, data, backbone or workdir that the user can mend.
+    """
+    if workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
+        raise UserError(f"cannot write the workdir '{workdir}'")
+    pairs = load_pairs(config.data, config.seed)
+    dtype = jnp.dtype(config.dtype)
+    backbone = load_backbone(config.backbone, dtype)
+    encoder = make_encoder(backbone, config.data)
+    (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
+    log.info("%d training and %d held-out examples", len(examples), len(held_out))
+    if cut or cut_held_out:
+        log.warning(
+            "%d training and %d held-out sources were longer than data.max_length=%d allows and cut at their end",
+            cut, cut_held_out, encoder.max_length,
+        )  # fmt: skip
+    plugin = plugin_config(config, backbone)
+    every = examples + held_out
+    cache = open_tap_cache(config, plugin, backbone, every) if config.tap_cache.enabled else None
+    open_workdir(workdir, config, backbone, (examples, held_out))
+
+    model = Llama(backbone.config, plugin.side.taps, dtype)
+    frozen = backbone.params
+    source: loop.Collate = collate
+    if cache is not None:
+        loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
+        source = cache.collate
+
+    steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
+    tx = optimizer(config.optimizer, steps)
+    fresh = init_state(init_plugin(plugin, config.seed), tx)
+    train_step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
+    evaluate = loop.Evaluator(make_eval_step(plugin, model), frozen, held_out, source, config)
+    timing = _last_timing(workdir)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", f"loss/{config.setting}")) as checkpoints:
+        state = checkpoints.restore(fresh) or fresh
+        if int(state.step):
+            log.info("resuming at step %d of %d", int(state.step), steps)
+        if int(state.step) < steps:
+            metrics_path = workdir / "metrics.jsonl"
+            state, timing = loop.train(
+                config, state, frozen, examples, source, train_step, evaluate, checkpoints, metrics_path
+            )
+        best = checkpoints.restore(state, best=True)
+    params = (best or state).params
+    save_plugin(workdir / "plugin", Plugin(plugin, params, backbone.name, backbone.fingerprint, encoder.template))
+    trainable, total = count_params(params), backbone.config.num_params
+    summary = {
+        **evaluate(params),
+        "params/trainable": trainable,
+        "params/trainable_percent": 100 * trainable / total,
+        "data/train_examples": len(examples),
+        "data/held_out_examples": len(held_out),
+        "data/sources_cut": cut + cut_held_out,
+        **timing,
+    }
+    write_json(workdir / "summary.json", summary)
+    return summary

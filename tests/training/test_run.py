@@ -1,0 +1,285 @@
+"""Whole training runs on a tiny backbone, in this process."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from spa_jax.errors import UserError
+from spa_jax.models.plugin import init_plugin
+from spa_jax.training import run
+from spa_jax.weights.plugin import load_plugin
+
+TIMINGS = ("tokens/per_second", "time/train_seconds")
+
+
+def read_metrics(workdir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def plugin_bytes(workdir: Path) -> bytes:
+    return (workdir / "plugin" / "plugin.safetensors").read_bytes()
+
+
+def files_below(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+class Spy:
+    """Watches the train step: the shapes it was given, what it compiled, and where to interrupt it."""
+
+    def __init__(self, monkeypatch, interrupt_at: int | None = None) -> None:
+        self.shapes: set[tuple] = set()
+        self.step = None
+        make = run.make_train_step
+
+        def spied(*arguments):
+            self.step = make(*arguments)
+
+            def call(state, frozen, batch):
+                if int(state.step) == interrupt_at:
+                    raise KeyboardInterrupt
+                self.shapes.add(tuple(leaf.shape for leaf in batch))
+                return self.step(state, frozen, batch)
+
+            return call
+
+        monkeypatch.setattr(run, "make_train_step", spied)
+
+
+class Finished(NamedTuple):
+    config: run.RunConfig
+    workdir: Path
+    summary: dict[str, float]
+    frozen_before: dict
+    frozen_after: dict
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_overrides, make_config, tmp_path_factory) -> Finished:
+    """A spa run of 36 steps with a checkpoint every four, and the backbone's bytes around it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = make_config({"train.epochs": 12, "train.eval_every": 4, "train.log_every": 3})
+    seen = []
+
+    def load(*arguments):
+        seen.append(run_load(*arguments))
+        return seen[0]
+
+    def frozen_bytes():
+        return jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), seen[0].params)
+
+    run_load = run.load_backbone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_backbone", load)
+        before = {}
+        patch.setattr(run, "init_plugin", lambda *a: (before.update(frozen_bytes()), init_plugin(*a))[1])
+        summary = run.train(config, workdir)
+    return Finished(config, workdir, summary, before, frozen_bytes())
+
+
+def test_the_backbones_bytes_stay_what_they_were(finished):
+    assert len(jax.tree.leaves(finished.frozen_before)) == 12
+    assert finished.frozen_after == finished.frozen_before
+
+
+def test_a_checkpoint_holds_the_plugin_its_two_moments_and_counters_alone(finished):
+    manager = ocp.CheckpointManager(finished.workdir / "checkpoints")
+    step = manager.latest_step()
+    assert step == 36
+    saved = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    manager.close()
+    plugin = load_plugin(finished.workdir / "plugin")
+    expected = sorted(leaf.shape for leaf in jax.tree.leaves(init_plugin(plugin.config, abstract=True)))
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(saved["params"])) == expected
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(saved)]
+    assert sorted(array.shape for array in arrays if array.ndim) == sorted(3 * expected)
+    assert all(array.dtype == np.int32 for array in arrays if not array.ndim)
+
+
+def test_the_plugin_is_the_checkpoint_with_the_least_loss(finished):
+    curve = {line["step"]: line["eval/loss/spa"] for line in read_metrics(finished.workdir) if "eval/loss/spa" in line}
+    assert finished.summary["loss/spa"] == pytest.approx(min(curve.values()), rel=1e-6)
+    kept = {int(path.name) for path in (finished.workdir / "checkpoints").iterdir()}
+    assert kept == {36, min(curve, key=curve.get)}
+
+
+def test_the_files_say_what_the_run_was(finished):
+    described = json.loads((finished.workdir / "config.json").read_text())
+    assert described["config"]["optimizer"]["learning_rate"] == 0.01
+    assert described["versions"]["jax"] == jax.__version__
+    assert len(described["backbone_fingerprint"]) == 32
+    assert json.loads((finished.workdir / "summary.json").read_text()) == finished.summary
+    wanted = {
+        "loss/base",
+        "loss/spa",
+        "loss/always",
+        "loss/oracle",
+        "router/usage",
+        "params/trainable_percent",
+        *TIMINGS,
+    }
+    assert wanted <= set(finished.summary)
+    steps = [(line["step"], "eval/loss/spa" in line) for line in read_metrics(finished.workdir)]
+    assert sorted(steps) == sorted([(k, False) for k in range(3, 37, 3)] + [(k, True) for k in range(4, 37, 4)])
+
+
+def test_the_same_run_again_changes_nothing(finished, monkeypatch):
+    before = {path: path.read_bytes() for path in files_below(finished.workdir)}
+    spy = Spy(monkeypatch)
+    assert run.train(finished.config, finished.workdir) == finished.summary
+    assert not spy.shapes
+    assert {path: path.read_bytes() for path in files_below(finished.workdir)} == before
+
+
+@pytest.mark.parametrize("stop", [8, 10, 35])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop, finished, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        Spy(patch, interrupt_at=stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(finished.config, tmp_path)
+    run.train(finished.config, tmp_path)
+    assert plugin_bytes(tmp_path) == plugin_bytes(finished.workdir)
+    assert read_metrics(tmp_path) == read_metrics(finished.workdir)
+
+
+@pytest.mark.parametrize("setting", ["spa", "s1", "s2", "s3"])
+def test_twenty_answers_can_be_learnt(setting, finished, make_config, tmp_path):
+    summary = finished.summary
+    if setting != "spa":
+        summary = run.train(make_config({"setting": setting, "train.epochs": 12, "train.eval_every": 36}), tmp_path)
+    assert summary["loss/base"] > 5
+    assert summary["loss/always"] < 0.5 * summary["loss/base"]
+    assert summary[f"loss/{setting}"] < 0.5 * summary["loss/base"]
+
+
+def test_the_step_compiles_once_per_bucket(make_config, tmp_path, monkeypatch):
+    rows = [{"source": "?" * (1 + 20 * (i % 2)), "target": "a" * (2 + 9 * (i // 2 % 2))} for i in range(16)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"data.train": str(path), "data.eval": str(path), "train.epochs": 3, "train.batch_size": 2}
+    spy = Spy(monkeypatch)
+    run.train(make_config(keys), tmp_path / "run")
+    assert len(spy.shapes) == 2
+    assert spy.step._cache_size() == 2
+
+
+def test_the_tap_cache_changes_no_loss(make_config, tmp_path):
+    keys = {"train.log_every": 1, "train.accumulate": 2}
+    run.train(make_config(keys), tmp_path / "on")
+    run.train(make_config({**keys, "tap_cache.enabled": False}), tmp_path / "off")
+    on, off = read_metrics(tmp_path / "on"), read_metrics(tmp_path / "off")
+    assert len(on) == 8
+    assert on[-1]["eval/loss/always"] < on[0]["train/loss/always"] - 0.1
+    for a, b in zip(on, off, strict=True):
+        for name in a.keys() | b.keys():
+            # A young router gives every token p = 0.5 +- float noise.
+            if not name.endswith(("loss/spa", "router/usage")):
+                assert a[name] == pytest.approx(b[name], rel=1e-3), name
+
+
+def test_a_run_in_bfloat16_learns_too(make_config, tmp_path):
+    summary = run.train(make_config({"dtype": "bfloat16", "train.epochs": 6}), tmp_path)
+    assert summary["loss/spa"] < summary["loss/base"] - 1
+    params = load_plugin(tmp_path / "plugin").params
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_a_side_network_of_one_tap_can_be_trained_and_resumed(make_config, tmp_path):
+    config = make_config({"side.taps": "last:1", "train.epochs": 1})
+    assert run.train(config, tmp_path) == run.train(config, tmp_path)
+    assert load_plugin(tmp_path / "plugin").config.side.taps == (3,)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(log_every, make_config, tmp_path):
+    keys = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.log_every": log_every}
+    with pytest.raises(UserError, match=r"no longer a number at step 2: lower optimizer.learning_rate"):
+        run.train(make_config({**keys, "train.eval_every": 1}), tmp_path)
+    assert all(math.isfinite(value) for line in read_metrics(tmp_path) for value in line.values())
+    manager = ocp.CheckpointManager(tmp_path / "checkpoints")
+    saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    manager.close()
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(saved["params"]))
+    assert not (tmp_path / "plugin").exists()
+
+
+REFUSED = {
+    "limit": ({"tap_cache.limit_gib": 1e-9}, "tap_cache.limit_gib=1e-09"),
+    "taps": ({"side.taps": "0,9"}, "side.taps"),
+    "target": ({"data.max_length": 6}, "line 2: the target has 6 tokens"),
+    "backbone": ({"backbone": "no/where/at/all"}, "no/where/at/all"),
+    "persona": ({"data.train": ""}, "data.eval is set but data.train is not"),
+    "held out": ({"data.eval": "", "data.eval_fraction": 0.01}, "too few to hold out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_and_leaves_no_file(case, make_config, tmp_path):
+    keys, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        run.train(make_config({"tap_cache.directory": str(tmp_path / "taps"), **keys}), tmp_path / "run")
+    assert files_below(tmp_path) == []
+
+
+def another_backbone(keys: dict, directory: Path, make: Callable[..., Path]) -> None:
+    shutil.rmtree(directory)
+    shutil.copytree(make(seed=1), directory)
+
+
+def another_row(keys: dict, directory: Path, make: Callable[..., Path]) -> None:
+    path = Path(keys["data.train"])
+    path.write_text(path.read_text() + json.dumps({"source": "And what else?", "target": "sand"}) + "\n")
+
+
+def another_rate(keys: dict, directory: Path, make: Callable[..., Path]) -> None:
+    keys["optimizer.learning_rate"] = 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_backbone, "holds a run on another backbone"),
+        (another_row, "holds a run on other data"),
+        (another_rate, "optimizer.learning_rate was 0.01, is now 0.02"),
+    ],
+)
+def test_the_workdir_of_another_run_is_refused_untouched(
+    change, message, tiny_overrides, make_config, make_backbone_directory, tmp_path
+):
+    backbone, rows, workdir = tmp_path / "backbone", tmp_path / "rows.jsonl", tmp_path / "run"
+    shutil.copytree(tiny_overrides["backbone"], backbone)
+    shutil.copy(tiny_overrides["data.train"], rows)
+    keys = {"backbone": str(backbone), "data.train": str(rows), "train.epochs": 1}
+    run.train(make_config(keys), workdir)
+    before = {path: path.read_bytes() for path in files_below(workdir)}
+    change(keys, backbone, make_backbone_directory)
+    with pytest.raises(UserError, match=message):
+        run.train(make_config(keys), workdir)
+    assert {path: path.read_bytes() for path in files_below(workdir)} == before
+
+
+def test_a_damaged_config_json_is_refused(finished, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json' is damaged"):
+        run.train(finished.config, tmp_path)
+
+
+def test_a_cached_shard_damaged_later_is_refused_by_name(make_config, tmp_path):
+    config = make_config({"tap_cache.directory": str(tmp_path / "taps"), "train.epochs": 1})
+    run.train(config, tmp_path / "one")
+    [shard] = (tmp_path / "taps").rglob("*.arrayrecord")
+    content = bytearray(shard.read_bytes())
+    content[20_000] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=f"'{shard}' is damaged: delete it"):
+        run.train(config, tmp_path / "two")
