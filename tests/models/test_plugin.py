@@ -19,7 +19,7 @@ from spa_jax.models.plugin import (
     router_logits,
     select_taps,
 )
-from spa_jax.models.router import CONSULT, consult, consult_probability
+from spa_jax.models.router import consult, consult_probability
 from spa_jax.models.side import SideConfig
 
 D, E, TAPS = 32, 5, (0, 2, 3)
@@ -190,10 +190,10 @@ def test_the_router_is_a_linear_softmax_on_hidden_over_the_threshold():
     params = trained(plugin_config("spa"))
     hidden = np.random.default_rng(9).standard_normal((2, 20, D)).astype(np.float32)
     scores = hidden @ np.asarray(params["router"]["kernel"])
-    p = np.exp(scores[..., CONSULT]) / np.exp(scores).sum(-1)
+    p = np.exp(scores[..., 1]) / np.exp(scores).sum(-1)
     logits = router_logits(params, jnp.asarray(hidden))
     np.testing.assert_allclose(consult_probability(logits), p, atol=1e-6)
     for threshold in (0.0, 0.25, 0.5, 0.9, 1.0):
         assert np.abs(p - threshold).min() > 1e-5
         np.testing.assert_array_equal(consult(logits, threshold), p > threshold)
-    np.testing.assert_array_equal(consult(logits), np.argmax(scores, axis=-1) == CONSULT)
+    np.testing.assert_array_equal(consult(logits), np.argmax(scores, axis=-1) == 1)
