@@ -1,5 +1,9 @@
 """The last and the best state of a run, by Orbax; a save is there whole or not at all."""
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,26 @@ from spa_jax.errors import UserError
 from spa_jax.training.step import TrainState
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back to the end of the block: one inside Orbax leaves it waiting for itself."""
+    if threading.current_thread() is not threading.main_thread():  # has no signals, and may set no handler
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 class Checkpoints:
     """Checkpoints of one run, numbered by step. Data position and random state are the step and the seed."""
 
+    @_uninterrupted()
     def __init__(self, directory: Path, best: str) -> None:
         """Opens or creates the directory; `best` names the metric whose smallest value marks the best state.
 
@@ -36,6 +57,7 @@ class Checkpoints:
                 f"cannot open the checkpoints '{directory}' ({_reason(error)}): choose another --workdir"
             ) from error
 
+    @_uninterrupted()
     def save(self, state: TrainState, seed: int, metrics: dict[str, float]) -> None:
         """Saves in the background; the state is copied before this returns, so it may be donated afterwards."""
         step = int(state.step)
@@ -45,6 +67,7 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), position=ocp.args.JsonSave(position))
         self._manager.save(step, args=args, metrics=metrics)
 
+    @_uninterrupted()
     def restore(self, like: TrainState, *, best: bool = False) -> TrainState | None:
         """The last (or best) state saved whole, in the shapes and dtypes of `like`; None where there is none.
 
@@ -66,6 +89,7 @@ class Checkpoints:
             ) from error
         return TrainState(**restored["state"])
 
+    @_uninterrupted()
     def close(self) -> None:
         """Waits for the last save."""
         self._manager.close()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LONG = {"train.epochs": 24, "train.eval_every": 8}
 
 
 class Result(NamedTuple):
@@ -92,10 +91,16 @@ def training(tiny_overrides) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def trained(training, environment, tmp_path_factory) -> tuple[Path, Result]:
+def long_run() -> dict[str, int]:
+    """Steps enough to learn the rows by heart."""
+    return {"train.epochs": 24, "train.eval_every": 8}
+
+
+@pytest.fixture(scope="session")
+def trained(training, long_run, environment, tmp_path_factory) -> tuple[Path, Result]:
     """Workdir of a run of 72 steps, by the real command, and what it printed."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    arguments = training(workdir, LONG)
+    arguments = training(workdir, long_run)
     done = subprocess.run(
         [sys.executable, "-m", "spa_jax.train", *arguments],
         capture_output=True, text=True, check=False, cwd=ROOT, env=environment,

@@ -77,6 +77,7 @@ def test_the_same_command_after_the_end_changes_nothing(trained, long_run, comma
 def test_an_interruption_is_no_error_and_keeps_the_checkpoint(start, training, tmp_path):
     running = start(TRAIN, *training(tmp_path, {"train.epochs": 1000}))
     wait_for_a_checkpoint(tmp_path)
+    time.sleep(random.uniform(0, 0.3))
     os.kill(running.pid, signal.SIGINT)
     result = running.wait()
     assert result.status == 130

@@ -194,12 +194,6 @@ def test_a_run_in_bfloat16_learns_too(make_config, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_a_side_network_of_one_tap_can_be_trained_and_resumed(make_config, tmp_path):
-    config = make_config({"side.taps": "last:1", "train.epochs": 1})
-    assert run.train(config, tmp_path) == run.train(config, tmp_path)
-    assert load_plugin(tmp_path / "plugin").config.side.taps == (3,)
-
-
 @pytest.mark.parametrize("log_every", [1, 1000])
 def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(log_every, make_config, tmp_path):
     keys = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.log_every": log_every}
