@@ -54,14 +54,16 @@ def plan(examples: Sequence[Example], batch_size: int, seed: int | None = None) 
     def pad(rows: Sequence[int]) -> np.ndarray:
         return np.array([*rows, *[-1] * (batch_size - len(rows))], np.int32)
 
+    # Grain adds the epoch to the seed, so neighbouring seeds would give one run shifted by an epoch.
+    seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(len(buckets) + 1)
     parts = []
     for number, (_, rows) in enumerate(sorted(buckets.items())):
         part = grain.MapDataset.source(rows)
-        if seed is not None:
-            part = part.shuffle(seed=seed + number)
+        if seeds is not None:
+            part = part.shuffle(seed=int(seeds[number]))
         parts.append(part.batch(batch_size, batch_fn=pad))
     whole = grain.MapDataset.concatenate(parts)
-    return whole if seed is None else whole.shuffle(seed=seed)
+    return whole if seeds is None else whole.shuffle(seed=int(seeds[-1]))
 
 
 def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Batch:

@@ -15,8 +15,11 @@ class Checkpoints:
     """Checkpoints of one run, numbered by step. Data position and random state are the step and the seed."""
 
     def __init__(self, directory: Path, best: str) -> None:
-        """Opens or creates the directory; `best` names the metric whose smallest value marks the best state."""
-        self.best_metric = best
+        """Opens or creates the directory; `best` names the metric whose smallest value marks the best state.
+
+        Raises:
+            UserError: it cannot be written, or what is there cannot be read.
+        """
         newest = checkpoint_managers.LatestN(n=1)
         smallest = checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics[best], reverse=True, n=1)
         policy = checkpoint_managers.AnyPreservationPolicy([newest, smallest])
@@ -26,7 +29,12 @@ class Checkpoints:
             best_mode="min",
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        except Exception as error:  # Orbax raises many types for what is one thing to the user.
+            raise UserError(
+                f"cannot open the checkpoints '{directory}' ({_reason(error)}): choose another --workdir"
+            ) from error
 
     def save(self, state: TrainState, seed: int, metrics: dict[str, float]) -> None:
         """Saves in the background; the state is copied before this returns, so it may be donated afterwards."""
@@ -50,15 +58,18 @@ class Checkpoints:
         abstract: Any = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        except Exception as error:  # Orbax raises many types for what is one thing to the user.
+        except Exception as error:  # as above
             where = Path(self._manager.directory) / str(step)
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"cannot restore the checkpoint '{where}' ({reason}): delete that directory to use an earlier one, or "
-                "choose another --workdir"
+                f"cannot restore the checkpoint '{where}' ({_reason(error)}): delete that directory to use an earlier "
+                "one, or choose another --workdir"
             ) from error
         return TrainState(**restored["state"])
 
     def close(self) -> None:
         """Waits for the last save."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

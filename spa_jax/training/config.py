@@ -1,6 +1,7 @@
 """The run's config as typed, frozen dataclasses: every key of a config file is read here, or refused by name."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -103,6 +104,7 @@ class RunConfig:
             "side.width": self.side.width > 0,
             "side.heads": self.side.heads > 0,
             "router.budget": 0 <= self.router.budget <= 1,
+            "router.margin": math.isfinite(self.router.margin),
             "router.threshold": 0 <= self.router.threshold <= 1,
             "data.eval_fraction": 0 < self.data.eval_fraction < 1,
             "data.max_length": self.data.max_length > 1,
@@ -112,9 +114,13 @@ class RunConfig:
             "train.accumulate": self.train.accumulate > 0 and self.train.batch_size % self.train.accumulate == 0,
             "train.log_every": self.train.log_every > 0,
             "train.eval_every": self.train.eval_every >= 0,
-            "optimizer.learning_rate": self.optimizer.learning_rate > 0,
+            "optimizer.learning_rate": 0 < self.optimizer.learning_rate < math.inf,
             "optimizer.warmup_fraction": 0 <= self.optimizer.warmup_fraction <= 1,
+            "optimizer.final_fraction": 0 <= self.optimizer.final_fraction <= 1,
+            "optimizer.weight_decay": 0 <= self.optimizer.weight_decay < math.inf,
             "optimizer.clip_norm": self.optimizer.clip_norm >= 0,
+            "optimizer.beta1": 0 <= self.optimizer.beta1 < 1,
+            "optimizer.beta2": 0 <= self.optimizer.beta2 < 1,
             "tap_cache.limit_gib": self.tap_cache.limit_gib > 0,
         }
         wrong = [name for name, holds in bounds.items() if not holds]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import plan, prefetched
 from spa_jax.models.llama import Params
-from spa_jax.training.objective import Outcomes, means, sums
+from spa_jax.training.objective import Outcomes, means, per_token, sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,9 @@ class Evaluator:
     def __call__(self, params: Params) -> dict[str, float]:
         """Metrics `loss/...` in nats and `router/usage`, per target token."""
         outcomes = self.outcomes(params)
-        threshold = self.threshold_of(outcomes)
-        return means(
-            {k: float(v) for k, v in sums(outcomes, jnp.ones(len(outcomes.base)), threshold).items()}, self.setting
-        )
+        values = per_token(outcomes, self.threshold_of(outcomes))
+        summed = sums(values, jnp.ones(len(outcomes.base)))
+        return means({name: float(value) for name, value in summed.items()}, self.setting)
 
     def threshold_of(self, outcomes: Outcomes) -> float:
         """The threshold in force: the lowest that keeps within the budget on these tokens, where there is one."""

@@ -77,19 +77,22 @@ def token_outcomes(plugin: PluginConfig, model: Llama, params: Params, frozen: P
     return Outcomes(features.base_loss, asked, consult_probability(router_logits(params, features.hidden)))
 
 
-def sums(outcomes: Outcomes, weights: Float[Array, "B R"], threshold: float) -> Sums:
-    """Summed over target tokens: `base`, `always`, `combined` (the loss under sigma), `oracle` (the smaller of the two,
-    what a perfect router reaches), all in nats, `usage` (sigma as 0 or 1) and `tokens`."""
+def per_token(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array, "B R"]]:
+    """`base`, `always`, `combined` (the loss under sigma), `oracle` (the smaller of the two, what a perfect router
+    reaches), all in nats, and `usage` (sigma as 0 or 1)."""
     sigma = outcomes.probability > threshold
-    values = {
+    return {
         "base": outcomes.base,
         "always": outcomes.always,
         "combined": jnp.where(sigma, outcomes.always, outcomes.base),
         "oracle": jnp.minimum(outcomes.always, outcomes.base),
         "usage": sigma.astype(jnp.float32),
-        "tokens": jnp.ones_like(weights),
     }
-    return {name: jnp.sum(weights * value) for name, value in values.items()}
+
+
+def sums(values: dict[str, Float[Array, "B R"]], weights: Float[Array, "B R"]) -> Sums:
+    """Values summed over target tokens, with the tokens themselves."""
+    return {**{name: jnp.sum(weights * value) for name, value in values.items()}, "tokens": jnp.sum(weights)}
 
 
 def router_losses(
@@ -117,7 +120,7 @@ def summed_loss(
             total = total + fold_losses
         logits = router_logits(params, features.hidden)
         total = total + router_losses(router, logits, features.base_loss - asked)
-    return jnp.sum(features.weights * total), sums(outcomes, features.weights, plugin.threshold)
+    return jnp.sum(features.weights * total), sums(per_token(outcomes, plugin.threshold), features.weights)
 
 
 def _through_the_router(
@@ -128,8 +131,8 @@ def _through_the_router(
     sigma = p > plugin.threshold
     share = p if router.objective == "soft" else p + jax.lax.stop_gradient(sigma - p)
     losses = token_losses(model, frozen, mix(plugin.setting, features.hidden, g, share), features.targets)
-    values = {"base": features.base_loss, "combined": losses, "usage": sigma, "tokens": jnp.ones_like(losses)}
-    return jnp.sum(features.weights * losses), {k: jnp.sum(features.weights * v) for k, v in values.items()}
+    values = {"base": features.base_loss, "combined": losses, "usage": sigma.astype(jnp.float32)}
+    return jnp.sum(features.weights * losses), sums(values, features.weights)
 
 
 def _fold_of(features: Features) -> Bool[Array, "B 1"]:

@@ -20,6 +20,19 @@ from spa_jax.weights.backbone import Backbone
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "plugin.safetensors", "plugin_config.json"
+DESCRIPTION = {
+    "format_version": int,
+    "config": {
+        "setting": ("spa", "s1", "s2", "s3"),
+        "side": {"kind": ("tokenwise",), "width": int, "taps": [int]},
+        "hidden_size": int,
+        "threshold": float,
+    },
+    "backbone": str,
+    "fingerprint": str,
+    "template": ("chat", "plain"),
+}
+"""What plugin_config.json holds: types, and choices in parentheses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +86,7 @@ def load_plugin(directory: Path) -> Plugin:
     Raises:
         UserError: no plugin there, another format version, a damaged file, or parameters that don't fit its own config.
     """
-    description = _read_config(directory / CONFIG)
+    description = _read_description(directory / CONFIG)
     side = SideConfig(**{**description["config"]["side"], "taps": tuple(description["config"]["side"]["taps"])})
     config = PluginConfig(**{**description["config"], "side": side})
     try:
@@ -89,7 +102,7 @@ def load_plugin(directory: Path) -> Plugin:
     return Plugin(config, params, description["backbone"], description["fingerprint"], description["template"])
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,16 +112,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has plugin format {version}, this spa_jax reads format {FORMAT_VERSION}")
-    fields = {"format_version", "config", "backbone", "fingerprint", "template"}
-    wanted = {field.name for field in dataclasses.fields(PluginConfig)}
-    side = {field.name for field in dataclasses.fields(SideConfig)}
-    config = description.get("config")
-    if (
-        set(description) != fields
-        or not isinstance(config, dict)
-        or set(config) != wanted
-        or not isinstance(config["side"], dict)
-        or set(config["side"]) != side
-    ):
-        raise UserError(f"'{path}' is damaged: its keys are not those of plugin format {FORMAT_VERSION}")
+    if not _matches(description, DESCRIPTION) or not description["config"]["side"]["taps"]:
+        raise UserError(f"'{path}' is damaged: its keys or values are not those of plugin format {FORMAT_VERSION}")
     return description
+
+
+def _matches(value: Any, pattern: Any) -> bool:
+    """Whether a JSON value has exactly the keys of the pattern, and everywhere its type or one of its choices."""
+    if isinstance(pattern, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == pattern.keys()
+            and all(_matches(value[k], pattern[k]) for k in pattern)
+        )
+    if isinstance(pattern, list):
+        return isinstance(value, list) and all(_matches(item, pattern[0]) for item in value)
+    return value in pattern if isinstance(pattern, tuple) else type(value) is pattern

@@ -15,7 +15,6 @@ from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS
 from spa_jax.models.llama import PADDING, Llama
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin
-from spa_jax.models.router import CONSULT
 from spa_jax.models.side import SideConfig
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
@@ -86,7 +85,7 @@ def rerun(backbone):
             normalized = jnp.asarray(raw / rms * scales[list(TAPS)])
             g = np.asarray(side(plugin.config, plugin.params, normalized[:, None, None]))[0, 0]
             scores = f @ np.asarray(plugin.params["router"]["kernel"])
-            p = np.exp(scores[CONSULT]) / np.exp(scores).sum()
+            p = np.exp(scores[1]) / np.exp(scores).sum()
             sigma = {"spa": p > threshold, "s2": p > threshold, "s1": True, "s3": True, "base": False}[setting]
             state = {"spa": f + sigma * g, "s1": f + g, "s2": g if sigma else f, "s3": g, "base": f}[setting]
             logits = state @ lm_head
@@ -128,10 +127,11 @@ def test_a_row_ends_with_its_eos_and_the_others_go_on(fused):
 
 
 def test_generation_stops_when_every_row_has_ended(fused):
-    model = fused("spa")
-    length = len(model.generate(PROMPTS, NEW)[2].tokens)
-    state = model.advance(model.start([PROMPTS[2]] * 4, NEW, Sampling(), 0), Sampling(), NEW)
-    assert int(state.made) == length < NEW
+    model, prompts = fused("s3"), PROMPTS[:2] * 2
+    first, second = (len(generation.tokens) for generation in model.generate(prompts, NEW)[:2])
+    assert first != second
+    state = model.advance(model.start(prompts, NEW, Sampling(), 0), Sampling(), NEW)
+    assert int(state.made) == max(first, second) < NEW
     assert state.done.tolist() == [True] * 4
 
 

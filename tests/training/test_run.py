@@ -141,7 +141,7 @@ def test_the_same_run_again_changes_nothing(finished, monkeypatch):
     assert {path: path.read_bytes() for path in files_below(finished.workdir)} == before
 
 
-@pytest.mark.parametrize("stop", [8, 10, 35])
+@pytest.mark.parametrize("stop", [8, 35])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop, finished, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         Spy(patch, interrupt_at=stop)
@@ -163,7 +163,8 @@ def test_twenty_answers_can_be_learnt(setting, finished, make_config, tmp_path):
 
 
 def test_the_step_compiles_once_per_bucket(make_config, tmp_path, monkeypatch):
-    rows = [{"source": "?" * (1 + 20 * (i % 2)), "target": "a" * (2 + 9 * (i // 2 % 2))} for i in range(16)]
+    kinds = (("short", "yes"), ("short", "a long answer"), ("a question of some length, is it not?", "no"))
+    rows = [{"source": source, "target": target} for source, target in kinds for _ in range(4)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"data.train": str(path), "data.eval": str(path), "train.epochs": 3, "train.batch_size": 2}
@@ -174,17 +175,16 @@ def test_the_step_compiles_once_per_bucket(make_config, tmp_path, monkeypatch):
 
 
 def test_the_tap_cache_changes_no_loss(make_config, tmp_path):
-    keys = {"train.log_every": 1, "train.accumulate": 2}
-    run.train(make_config(keys), tmp_path / "on")
-    run.train(make_config({**keys, "tap_cache.enabled": False}), tmp_path / "off")
+    unused = tmp_path / "taps"
+    off = {"train.log_every": 1, "tap_cache.enabled": False, "tap_cache.directory": str(unused)}
+    run.train(make_config({"train.log_every": 1}), tmp_path / "on")
+    run.train(make_config(off), tmp_path / "off")
+    assert not unused.exists()
     on, off = read_metrics(tmp_path / "on"), read_metrics(tmp_path / "off")
     assert len(on) == 8
     assert on[-1]["eval/loss/always"] < on[0]["train/loss/always"] - 0.1
     for a, b in zip(on, off, strict=True):
-        for name in a.keys() | b.keys():
-            # A young router gives every token p = 0.5 +- float noise.
-            if not name.endswith(("loss/spa", "router/usage")):
-                assert a[name] == pytest.approx(b[name], rel=1e-3), name
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_a_run_in_bfloat16_learns_too(make_config, tmp_path):

@@ -40,8 +40,9 @@ EXAMPLES = [example(number) for number in range(10)]
 def features(chosen: Example, layout: Layout = LAYOUT) -> Features:
     """What a backbone would say of an example, padded to eight targets."""
     rng = np.random.default_rng(int(chosen.digest, 16) % 2**32)
-    hidden, taps, base_loss = (3 * rng.standard_normal(shape).astype(dtype) for shape, dtype in layout.shapes(8))
-    return Features(hidden, taps, base_loss.astype(np.float32), np.zeros(8, np.int32), np.zeros(8, np.float32))
+    hidden, taps, base_loss = (3 * rng.standard_normal(shape).astype(dtype) for shape, dtype in layout.shapes(8, 8))
+    integers = np.zeros(8, np.int32)
+    return Features(hidden, taps, base_loss.astype(np.float32), integers, np.zeros(8, np.float32), integers, integers)
 
 
 class Backbone:
@@ -221,7 +222,7 @@ def test_two_writers_at_once_cost_only_work(tmp_path):
 
 def test_a_build_beyond_the_limit_is_refused_with_its_size_and_the_ways_out(tmp_path):
     cache = TapCache(tmp_path, LAYOUT)
-    need = sum(LAYOUT.bytes(len(chosen.predict)) for chosen in EXAMPLES)
+    need = sum(LAYOUT.bytes(chosen) for chosen in EXAMPLES)
     assert need == sum(4 * (8 + 2 * 8 + 1) * len(chosen.predict) for chosen in EXAMPLES)
     cache.check_room(EXAMPLES, need / 2**30)
     with pytest.raises(UserError) as refused:

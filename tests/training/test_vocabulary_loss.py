@@ -72,13 +72,13 @@ def test_a_step_on_cached_features_holds_no_array_of_positions_times_vocabulary(
     d = config.hidden_size
     plugin = PluginConfig("spa", SideConfig("tokenwise", 8, taps), d)
     tx = optax.sgd(0.1)
-    step = make_train_step(plugin, RouterConfig(0.0, True), Llama(config, taps), tx, accumulate=1)
+    step = make_train_step(plugin, RouterConfig("improvement", 0.0, True, False), Llama(config, taps), tx, accumulate=1)
     state = jax.eval_shape(lambda: init_state(init_plugin(plugin), tx))
     frozen = init_params(config, abstract=True)
 
     def temporary_bytes(targets: int) -> int:
-        shapes = [(rows, targets, d), (rows, len(taps), targets, d), (rows, targets), (rows, targets), (rows, targets)]
-        dtypes = [jnp.float32] * 3 + [jnp.int32, jnp.float32]
+        shapes = [(rows, targets, d), (rows, len(taps), targets, d)] + 5 * [(rows, targets)]
+        dtypes = [jnp.float32] * 3 + [jnp.int32, jnp.float32, jnp.int32, jnp.int32]
         features = Features(*map(jax.ShapeDtypeStruct, shapes, dtypes))
         return step.lower(state, frozen, features).compile().memory_analysis().temp_size_in_bytes
 

@@ -1,0 +1,73 @@
+"""Every config key is read, or refused by name."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from configs import default
+from spa_jax.errors import UserError
+from spa_jax.training.config import parse
+
+CONFIGS = sorted(Path(default.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid(path):
+    parse(importlib.import_module(f"configs.{path.stem}").get_config().to_dict())
+
+
+def changed(**keys):
+    config = default.get_config().to_dict()
+    for name, value in keys.items():
+        *parents, last = name.split("__")
+        inner = config
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"learning_rate": 1.0}, "unknown config key learning_rate; keys here are backbone, dtype, "),
+        ({"optimizer__momentum": 0.9}, "unknown config key optimizer.momentum; keys here are optimizer.learning_rate"),
+        ({"setting": "s4"}, "config key setting is 's4'; choices are 'spa', 's1', 's2', 's3'"),
+        ({"setting": "base"}, "config key setting is 'base'"),
+        ({"dtype": "float16"}, "config key dtype is 'float16'; choices are"),
+        ({"side__kind": "mamba"}, "config key side.kind is 'mamba'; choices are"),
+        ({"data__template": "alpaca"}, "config key data.template is 'alpaca'; choices are 'auto', 'chat', 'plain'"),
+        ({"seed": 1.5}, "config key seed is 1.5, but must be of type int"),
+        ({"seed": True}, "config key seed is True, but must be of type int"),
+        (
+            {"optimizer__learning_rate": "fast"},
+            "config key optimizer.learning_rate is 'fast', but must be of type float",
+        ),
+        ({"tap_cache__enabled": 1}, "config key tap_cache.enabled is 1, but must be of type bool"),
+        ({"train": 3}, "config key train must hold keys of its own, not 3"),
+        ({"train__batch_size": 8, "train__accumulate": 3}, "out of range: train.accumulate"),
+        ({"router__threshold": 1.1, "train__epochs": 0}, "out of range: router.threshold, train.epochs "),
+        ({"optimizer__learning_rate": float("nan")}, "out of range: optimizer.learning_rate"),
+        ({"optimizer__beta1": 1.0}, "out of range: optimizer.beta1"),
+        ({"optimizer__weight_decay": -1.0}, "out of range: optimizer.weight_decay"),
+        ({"optimizer__final_fraction": 2.0}, "out of range: optimizer.final_fraction"),
+        ({"router__margin": float("inf")}, "out of range: router.margin"),
+    ],
+)
+def test_what_is_no_config_is_refused_by_name(keys, message):
+    with pytest.raises(UserError) as refused:
+        parse(changed(**keys))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_key_is_named():
+    config = changed()
+    del config["router"]["margin"]
+    with pytest.raises(UserError, match=r"config key router\.margin is missing"):
+        parse(config)
+
+
+def test_whole_numbers_do_for_rates():
+    assert parse(changed(optimizer__learning_rate=1)).optimizer.learning_rate == 1.0
