@@ -13,7 +13,7 @@ from configs import default
 def get_config() -> ConfigDict:
     config = default.get_config()
     config.side.width = 128
-    config.train.epochs = 6
+    config.train.epochs = 7
     config.optimizer.learning_rate = 3e-3
-    config.router.margin = 0.5  # below it the base's likeliest token is the right one anyway: exp(-0.5) > 1/2
+    config.router.margin = 1.5
     return config

@@ -1,5 +1,7 @@
 """How every command runs: flags by absl, and a `UserError` as one line on the terminal with exit status 2."""
 
+import ast
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -51,11 +53,16 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except flags.Error as error:
         _fail(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError, SyntaxError) as error:
-        # ml_collections raises these for a config file or override it cannot use.
-        _fail(f"cannot use the config: {error.args[0] if error.args else error}")
+    except Exception as error:  # a config file is Python, and may raise anything
+        text, name = str(error), type(error).__name__
+        with contextlib.suppress(ValueError, SyntaxError):
+            while text[:1] in ("'", '"'):  # ml_collections quotes a quoted key
+                text, name = ast.literal_eval(text), "no such key"
+        _fail(f"cannot use the config: {name}: {text}")
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    """Prints one line: of a message with a traceback in it, the first and the last."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    print("error:", *dict.fromkeys((lines[0], lines[-1])), file=sys.stderr)
     sys.exit(2)

@@ -6,21 +6,33 @@ The same command again resumes from the last completed checkpoint. What DIR hold
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from spa_jax import command
 from spa_jax.errors import UserError
-from spa_jax.training.config import parse
+from spa_jax.training.config import RunConfig, parse
 from spa_jax.training.run import train
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; override keys with --config.key=value.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one again resumes.")
 
 
+def read_config() -> RunConfig:
+    """The config file with its overrides.
+
+    Raises:
+        UserError: there is no such file, or what it says is no config.
+    """
+    if not isinstance(CONFIG.value, ConfigDict):
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"cannot use the config '{path}': no such file, or its get_config() returns no ConfigDict")
+    return parse(CONFIG.value.to_dict())
+
+
 def main() -> None:
-    if CONFIG.value is None or WORKDIR.value is None:
+    if CONFIG.value is None or not WORKDIR.value:
         raise UserError("both --config=FILE and --workdir=DIR are needed")
-    config = parse(CONFIG.value.to_dict())
+    config = read_config()
     summary = train(config, Path(WORKDIR.value))
     setting = config.setting
     print(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.models.llama import Llama, Params
 
-CHUNK = 128
+CHUNK = 256
 """Most positions whose logits exist at one time."""
 
 

@@ -1,0 +1,104 @@
+"""Commands in processes of their own, and a finished training run for them to work on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LONG = {"train.epochs": 24, "train.eval_every": 8}
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    def assert_refused(self, message: str) -> None:
+        """One line that says `error:`, the last one, and no traceback."""
+        lines = self.err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], self.err
+        assert message in lines[-1]
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        assert self.status == 2
+
+
+class Running(NamedTuple):
+    pid: int
+    wait: Callable[[], Result]
+
+
+Start = Callable[..., Running]
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def environment(compilation_cache, tmp_path_factory) -> dict[str, str]:
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "SPA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+
+
+@pytest.fixture(scope="session")
+def start(environment, tmp_path_factory) -> Iterator[Start]:
+    """Starts `python -m MODULE ARGUMENTS...` with a text on its standard input."""
+    program = [sys.executable, Path(__file__).with_name("starter.py")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=environment) as starter:
+
+        def start_one(module: str, *arguments: str, stdin: str = "") -> Running:
+            folder = tmp_path_factory.mktemp("command")
+            (folder / "stdin").write_text(stdin)
+            request = {"module": module, "arguments": arguments, "folder": str(folder)}
+            starter.stdin.write(json.dumps(request) + "\n")
+            starter.stdin.flush()
+            pid = int(starter.stdout.readline())
+
+            def wait() -> Result:
+                status = int(starter.stdout.readline())
+                return Result(status, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+            return Running(pid, wait)
+
+        yield start_one
+        starter.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def command(start) -> Run:
+    """The same, to its end."""
+    return lambda *arguments, **keywords: start(*arguments, **keywords).wait()
+
+
+@pytest.fixture(scope="session")
+def training(tiny_overrides) -> Callable[..., list[str]]:
+    """Arguments of `spa_jax.train` for a tiny run, with some keys set."""
+
+    def arguments(workdir: Path, keys: dict[str, Any] | None = None) -> list[str]:
+        values = tiny_overrides | (keys or {})
+        overrides = (f"--config.{key}={value}" for key, value in values.items())
+        return ["--config=configs/default.py", f"--workdir={workdir}", *overrides]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def trained(training, environment, tmp_path_factory) -> tuple[Path, Result]:
+    """Workdir of a run of 72 steps, by the real command, and what it printed."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    arguments = training(workdir, LONG)
+    done = subprocess.run(
+        [sys.executable, "-m", "spa_jax.train", *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir, Result(done.returncode, done.stdout, done.stderr)

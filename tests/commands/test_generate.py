@@ -1,0 +1,152 @@
+"""`python -m spa_jax.generate` as its user meets it."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from spa_jax.weights.huggingface import load_tokenizer
+from spa_jax.weights.plugin import load_plugin
+
+GENERATE = "spa_jax.generate"
+PROMPT = "--prompt=What is thing 1?"
+
+
+@pytest.fixture(scope="module")
+def plugin(trained):
+    return trained[0] / "plugin"
+
+
+@pytest.fixture(scope="module")
+def answer(command, plugin, tmp_path_factory):
+    """What --output says of an answer of at most 12 tokens, and what was printed."""
+
+    @functools.cache
+    def ask(*arguments):
+        output = tmp_path_factory.mktemp("answer") / "answer.json"
+        few = ["--max_new_tokens=12", f"--output={output}"]
+        result = command(GENERATE, f"--plugin={plugin}", PROMPT, *few, *arguments)
+        assert result.status == 0, result.err
+        return json.loads(output.read_text()), result.out
+
+    return ask
+
+
+def test_the_answer_is_the_one_it_was_taught_with_a_source_for_each_token(answer, tiny_backbone_directory):
+    said, printed = answer()
+    assert set(said) == {"prompt", "text", "tokens", "sources", "consulted_share"}
+    assert said["prompt"] == "What is thing 1?"
+    assert said["text"] == "a cat"
+    tokenizer = load_tokenizer(tiny_backbone_directory)
+    assert tokenizer.decode(said["tokens"]) == "a cat</s>"
+    assert len(said["sources"]) == 6
+    assert set(said["sources"]) <= {"cloud", "device"}
+    assert said["consulted_share"] == said["sources"].count("device") / 6 > 0.5
+    shown, _, report = printed.partition("\n")
+    assert shown.replace("[", "").replace("]", "") == "a cat"
+    assert "[" in shown
+    assert report.startswith("6 tokens in ")
+    assert f"consulted share {said['consulted_share']:.2f} (tokens from the plugin in brackets)" in report
+
+
+def test_base_never_asks_the_device(answer):
+    said, printed = answer("--setting=base")
+    assert said["text"] != "a cat"
+    assert set(said["sources"]) == {"cloud"}
+    assert said["consulted_share"] == 0
+    assert "consulted share 0.00" in printed
+
+
+def test_the_threshold_moves_the_share_from_all_to_none(answer):
+    assert answer("--threshold=0")[0]["consulted_share"] == 1
+    never, _ = answer("--threshold=1")
+    assert never["consulted_share"] == 0
+    assert never["tokens"] == answer("--setting=base")[0]["tokens"]
+
+
+def test_a_seed_says_the_same_again(answer):
+    hot = ("--temperature=5", "--seed=1")
+    assert answer(*hot)[0] == answer.__wrapped__(*hot)[0]
+    assert answer(*hot)[0] != answer("--temperature=5", "--seed=2")[0]
+
+
+def test_a_backbone_alone_answers(command, tiny_backbone_directory, environment):
+    arguments = ["-m", GENERATE, f"--backbone={tiny_backbone_directory}", PROMPT, "--max_new_tokens=3"]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "3 tokens in " in done.stdout
+    assert "consulted share 0.00" in done.stdout
+
+
+def test_interactive_answers_each_line_on_its_own(command, plugin):
+    lines = "What is thing 1?\n\n  \nWhat is thing 0?\n"
+    result = command(GENERATE, f"--plugin={plugin}", "--interactive", "--max_new_tokens=12", stdin=lines)
+    assert result.status == 0, result.err
+    assert result.out.count("consulted share") == 2
+    first, second = result.out.replace("[", "").replace("]", "").split("tokens in", 1)
+    assert "a cat\n" in first
+    assert "red\n" in second
+
+
+REFUSED = {
+    "no prompt": (["--plugin=PLUGIN"], "give either --prompt='...' or --interactive"),
+    "two prompts": (["--plugin=PLUGIN", PROMPT, "--interactive"], "give either --prompt='...' or --interactive"),
+    "empty prompt": (["--plugin=PLUGIN", "--prompt= "], "the prompt is empty"),
+    "no model": ([PROMPT], "name a plugin with --plugin=DIR, or a backbone alone"),
+    "no file": (["--plugin=PLUGIN", "--interactive", "--output=x.json"], "--output goes with --prompt"),
+    "no such plugin": (["--plugin=gone", PROMPT], "no plugin at 'gone'"),
+    "the run's directory": (["--plugin=PLUGIN/..", PROMPT], "no plugin at "),
+    "unknown setting": (
+        ["--plugin=PLUGIN", PROMPT, "--setting=s9"],
+        "value should be one of <spa|s1|s2|s3|base>",
+    ),
+    "other setting": (["--plugin=PLUGIN", PROMPT, "--setting=s3"], "a plugin trained as 'spa' cannot run as 's3'"),
+    "setting of nothing": (["--backbone=BACKBONE", PROMPT, "--setting=spa"], "setting 'spa' needs a plugin"),
+    "threshold": (["--plugin=PLUGIN", PROMPT, "--threshold=1.5"], "threshold is 1.5, but must lie between 0"),
+    "temperature": (["--plugin=PLUGIN", PROMPT, "--temperature=-1"], "temperature is -1.0, but must be"),
+    "no number": (["--plugin=PLUGIN", PROMPT, "--temperature=hot"], "flag --temperature=hot"),
+    "top p": (["--plugin=PLUGIN", PROMPT, "--top_p=0"], "top_p is 0.0, but must be"),
+    "nothing new": (
+        ["--plugin=PLUGIN", PROMPT, "--max_new_tokens=0"],
+        "do not fit the backbone's context of 128",
+    ),
+    "too much": (
+        ["--plugin=PLUGIN", PROMPT, "--max_new_tokens=128"],
+        "do not fit the backbone's context of 128",
+    ),
+    "another backbone": (["--plugin=PLUGIN", PROMPT, "--backbone=OTHER"], "this plugin was trained on the backbone"),
+    "unknown flag": (["--plugin=PLUGIN", PROMPT, "--beams=3"], "Unknown command line flag 'beams'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_answered_is_refused_in_one_line(
+    case, command, plugin, tiny_backbone_directory, make_backbone_directory
+):
+    arguments, message = REFUSED[case]
+    places = {"PLUGIN": plugin, "BACKBONE": tiny_backbone_directory}
+    if case == "another backbone":
+        places["OTHER"] = make_backbone_directory(seed=1)
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    command(GENERATE, *arguments).assert_refused(message)
+
+
+def test_a_damaged_plugin_is_one_message(command, plugin, tmp_path):
+    copy = tmp_path / "plugin"
+    shutil.copytree(plugin, copy)
+    weights = (copy / "plugin.safetensors").read_bytes()
+    (copy / "plugin.safetensors").write_bytes(weights[:-1])
+    command(GENERATE, f"--plugin={copy}", PROMPT).assert_refused(f"cannot read '{copy}/plugin.safetensors'")
+    (copy / "plugin.safetensors").write_bytes(weights)
+    assert load_plugin(copy).config.setting == "spa"
+
+
+def test_an_output_that_cannot_be_written_is_one_message(command, plugin, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = command(GENERATE, f"--plugin={plugin}", PROMPT, f"--output={tmp_path}/file/x", "--max_new_tokens=12")
+    assert (result.status, result.err.splitlines()[-1][:21]) == (2, "error: cannot write '")
+    assert (tmp_path / "file").read_text() == "mine"

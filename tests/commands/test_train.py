@@ -1,0 +1,225 @@
+"""`python -m spa_jax.train` as its user meets it: ends well, is killed, is asked for the impossible."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+TIMINGS = ("tokens/per_second", "time/train_seconds")
+TRAIN = "spa_jax.train"
+
+
+def files_below(directory):
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def assert_same_run(workdir, other):
+    name = "plugin/plugin.safetensors"
+    assert (workdir / name).read_bytes() == (other / name).read_bytes()
+    assert metrics(workdir) == metrics(other)
+
+
+def wait_for_a_checkpoint(workdir):
+    deadline = time.monotonic() + 60
+    while not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_it_says_where_the_plugin_is_and_what_it_is_worth(trained):
+    workdir, result = trained
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert result.out.splitlines() == [
+        f"plugin: {workdir}/plugin ({summary['params/trainable_percent']:.2f} % of the backbone's size)",
+        f"held-out loss in nats per token: base {summary['loss/base']:.3f}, spa {summary['loss/spa']:.3f}",
+        f"consulted share: {summary['router/usage']:.2f}",
+    ]
+    assert "20 training and 20 held-out examples" in result.err
+    assert "step 72 of 72: held-out loss " in result.err
+
+
+def test_a_run_killed_twice_ends_as_an_unbroken_one(trained, long_run, start, training, tmp_path):
+    workdir = tmp_path / "run"
+    keys = long_run | {"tap_cache.directory": tmp_path / "taps"}
+    for _ in range(2):
+        running = start(TRAIN, *training(workdir, keys))
+        wait_for_a_checkpoint(workdir)
+        time.sleep(random.uniform(0, 1))
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            os.kill(running.pid, signal.SIGKILL)
+        assert running.wait().status in (-signal.SIGKILL, 0)
+    result = start(TRAIN, *training(workdir, keys)).wait()
+    assert result.status == 0, result.err
+    assert "resuming at step " in result.err
+    assert_same_run(workdir, trained[0])
+
+
+def test_the_same_command_after_the_end_changes_nothing(trained, long_run, command, training):
+    workdir, first = trained
+    before = {path: path.read_bytes() for path in files_below(workdir)}
+    result = command(TRAIN, *training(workdir, long_run))
+    assert (result.status, result.out) == (0, first.out)
+    assert {path: path.read_bytes() for path in files_below(workdir)} == before
+
+
+def test_an_interruption_is_no_error_and_keeps_the_checkpoint(start, training, tmp_path):
+    running = start(TRAIN, *training(tmp_path, {"train.epochs": 1000}))
+    wait_for_a_checkpoint(tmp_path)
+    os.kill(running.pid, signal.SIGINT)
+    result = running.wait()
+    assert result.status == 130
+    assert result.err.splitlines()[-1] == "interrupted"
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "plugin").exists()
+
+
+def test_a_loss_that_is_no_number_is_one_message(command, training, tmp_path):
+    keys = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "train.eval_every": 1}
+    result = command(TRAIN, *training(tmp_path, keys))
+    result.assert_refused("no longer a number at step 2: lower optimizer.learning_rate")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+GOOD = '{"source": "a", "target": "b"}\n'
+ROWS = {
+    "empty": ("", "has no rows"),
+    "no JSON": (GOOD + "\n" + GOOD[:-4] + "\n", "rows.jsonl, line 3 is not JSON"),
+    "no object": (GOOD + "[1]\n", "rows.jsonl, line 2 is not a JSON object"),
+    "no column": (GOOD + '{"source": "a", "answer": "b"}\n', "rows.jsonl, line 2: column 'target' is missing"),
+    "empty target": ('{"source": "a", "target": " "}\n', "rows.jsonl, line 1: column 'target' is missing, empty"),
+    "long target": (GOOD + GOOD.replace("b", "b" * 200), "rows.jsonl, line 2: the target has 201 tokens"),
+    "no text": (b"\xff\xfe\x00", "cannot read the data file"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_bad_rows_are_named_with_their_line(case, command, training, tmp_path):
+    content, message = ROWS[case]
+    rows, workdir = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_bytes(content if isinstance(content, bytes) else content.encode())
+    command(TRAIN, *training(workdir, {"data.train": rows})).assert_refused(message)
+    assert not workdir.exists()
+
+
+KEYS = {
+    "no such file": ({"data.train": "gone.jsonl"}, "cannot read the data file 'gone.jsonl'"),
+    "unknown key": ({"learning_rate": 1}, "no such key: learning_rate"),
+    "unknown inner key": ({"optimizer.rate": 1}, "no such key: rate"),
+    "unknown setting": ({"setting": "s4"}, "config key setting is 's4'; choices are 'spa', 's1', 's2', 's3'"),
+    "wrong type": ({"train.epochs": "many"}, "--config.train.epochs=many: invalid literal for int()"),
+    "out of range": ({"train.epochs": 0}, "config values out of range: train.epochs"),
+    "no backbone": ({"backbone": "no-such-model"}, "There is no backbone 'no-such-model'"),
+    "cache in a file": ({"tap_cache.directory": "pyproject.toml"}, "cannot write the tap cache 'pyproject.toml/"),
+    "cache too small": ({"tap_cache.limit_gib": 1e-9, "side.taps": "0,1"}, "limit tap_cache.limit_gib=1e-09"),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_bad_keys_are_named(case, command, training, tmp_path):
+    keys, message = KEYS[case]
+    command(TRAIN, *training(tmp_path / "run", keys)).assert_refused(message)
+    assert not (tmp_path / "run").exists()
+
+
+CONFIGS = {
+    "unknown key": ("config.optimizer.rate = 1", "unknown config key optimizer.rate; keys here"),
+    "lost key": ("del config.router", "config key router is missing"),
+    "syntax": ("config.", "SyntaxError: invalid syntax (config.py, line 4)"),
+    "exception": ("config.seed = 1 / 0", "ZeroDivisionError: division by zero"),
+    "no config": ("return 3", "its get_config() returns no ConfigDict"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_bad_config_files_are_refused(case, command, tmp_path):
+    line, message = CONFIGS[case]
+    file = tmp_path / "config.py"
+    lines = ["from configs import default", "def get_config():", "  config = default.get_config()", f"  {line}"]
+    file.write_text("\n".join([*lines, "  return config"]))
+    command(TRAIN, f"--config={file}", f"--workdir={tmp_path}/run").assert_refused(message)
+    assert not (tmp_path / "run").exists()
+
+
+FLAGS = {
+    "no config": (["--workdir=RUN"], "both --config=FILE and --workdir=DIR are needed"),
+    "no workdir": (["--config=configs/default.py"], "both --config=FILE and --workdir=DIR are needed"),
+    "empty workdir": (["--config=configs/default.py", "--workdir="], "both --config=FILE and --workdir=DIR are needed"),
+    "no such config": (["--config=gone.py", "--workdir=RUN"], "cannot use the config 'gone.py': no such file"),
+    "unknown flag": (["--config=configs/default.py", "--workdir=RUN", "--sed=1"], "Unknown command line flag 'sed'"),
+    "no flag": (["--config=configs/default.py", "--workdir=RUN", "seed=1"], "unexpected argument 'seed=1'"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_bad_flags_are_named(case, command, tmp_path):
+    arguments, message = FLAGS[case]
+    command(TRAIN, *(a.replace("RUN", f"{tmp_path}/run") for a in arguments)).assert_refused(message)
+    assert not (tmp_path / "run").exists()
+
+
+def truncated(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def reweighed(change):
+    def spoil(directory):
+        path = directory / "model.safetensors"
+        weights = safetensors.numpy.load_file(path)
+        change(weights)
+        safetensors.numpy.save_file(weights, path)
+
+    return spoil
+
+
+BACKBONES = {
+    "truncated": (truncated, "model.safetensors is corrupt or truncated"),
+    "weight lost": (reweighed(lambda w: w.pop("model.norm.weight")), "missing: model.norm.weight"),
+    "weight more": (reweighed(lambda w: w.update(extra=np.zeros(3, np.float32))), "unknown: extra"),
+    "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), "has no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", BACKBONES)
+def test_bad_backbones_are_refused(case, command, training, tiny_backbone_directory, tmp_path):
+    spoil, message = BACKBONES[case]
+    backbone = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone_directory, backbone)
+    spoil(backbone)
+    command(TRAIN, *training(tmp_path / "run", {"backbone": backbone})).assert_refused(message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_file_in_the_place_of_the_workdir_is_left_alone(place, command, training, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    command(TRAIN, *training(tmp_path / place)).assert_refused("cannot write ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_workdir_of_another_config_is_left_alone(trained, long_run, command, training):
+    before = {path: path.read_bytes() for path in files_below(trained[0])}
+    result = command(TRAIN, *training(trained[0], long_run | {"train.epochs": 25}))
+    result.assert_refused("holds a run with another config (train.epochs was 24, is now 25): choose another --workdir")
+    assert {path: path.read_bytes() for path in files_below(trained[0])} == before
+
+
+def test_a_damaged_checkpoint_is_one_message(trained, long_run, command, training, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    for path in files_below(workdir / "checkpoints" / "72" / "state"):
+        path.write_bytes(b"\0" * 10)
+    result = command(TRAIN, *training(workdir, long_run))
+    result.assert_refused(f"cannot restore the checkpoint '{workdir}/checkpoints/72'")
