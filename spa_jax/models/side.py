@@ -79,15 +79,16 @@ class TokenwiseSide(nn.Module):
         d, e, further = self.hidden_size, self.config.width, len(self.config.taps) - 1
         dense = nn.initializers.lecun_normal(batch_axis=0)
         zeros = nn.initializers.zeros
-        climbing = dense if further else zeros  # dense divides by the number of adapters
         down = self.param("down", dense, (further + 1, d, e))
-        adapters = {
-            "alpha": self.param("gate", zeros, (further,)),
-            "in": self.param("adapter_in", climbing, (further, e, d)),
-            "in_bias": self.param("adapter_in_bias", zeros, (further, d)),
-            "out": self.param("adapter_out", climbing, (further, d, e)),
-            "out_bias": self.param("adapter_out_bias", zeros, (further, e)),
-        }
+        adapters = {}
+        if further:  # neither initialisers nor checkpoints take arrays without elements
+            adapters = {
+                "alpha": self.param("gate", zeros, (further,)),
+                "in": self.param("adapter_in", dense, (further, e, d)),
+                "in_bias": self.param("adapter_in_bias", zeros, (further, d)),
+                "out": self.param("adapter_out", dense, (further, d, e)),
+                "out_bias": self.param("adapter_out_bias", zeros, (further, e)),
+            }
         output = self.param("output", zeros if self.zero_output else nn.initializers.lecun_normal(), (e, d))
 
         down, adapters, output = jax.tree.map(lambda w: w.astype(self.dtype), (down, adapters, output))
@@ -100,7 +101,9 @@ class TokenwiseSide(nn.Module):
             wide = jax.nn.relu(jnp.einsum("bte,ed->btd", s, w["in"]) + w["in_bias"][None, None, :])
             return s + jnp.einsum("btd,de->bte", wide, w["out"]) + w["out_bias"][None, None, :], None
 
-        s, _ = jax.lax.scan(climb, states[0], (states[1:], adapters))
+        s = states[0]
+        if further:
+            s, _ = jax.lax.scan(climb, s, (states[1:], adapters))
         return jnp.einsum("bte,ed->btd", s, output)
 
 

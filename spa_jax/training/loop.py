@@ -132,7 +132,7 @@ def train(
         metrics = {f"train/{name}": value for name, value in means(values, config.setting).items()}
         metrics |= {"train/gradient_norm": values["gradient_norm"], "tokens/per_second": values["tokens"] / seconds}
         metrics = {name: float(value) for name, value in metrics.items()}
-        _check_finite(step, metrics["train/loss/always"], metrics["train/gradient_norm"])
+        _check_finite(step, metrics[f"train/{selector}"], metrics["train/gradient_norm"])
         if step % config.train.log_every == 0 or step == steps:
             file.write(step, metrics)
         loss, usage = metrics[f"train/{selector}"], metrics["train/router/usage"]

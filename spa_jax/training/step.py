@@ -60,7 +60,7 @@ def make_train_step(
         grads = jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {**sums, "gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), {**sums, "gradient_norm": optax.tree.norm(grads)}
 
     return jax.jit(train_step, donate_argnums=0)
 

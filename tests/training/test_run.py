@@ -82,7 +82,7 @@ def finished(tiny_overrides, make_config, tmp_path_factory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_backbone", load)
         before = {}
-        patch.setattr(run, "init_plugin", lambda *a: (before.update(frozen_bytes()), init_plugin(*a))[1])
+        patch.setattr(run, "init_plugin", lambda *a, **k: (before.update(frozen_bytes()), init_plugin(*a, **k))[1])
         summary = run.train(config, workdir)
     return Finished(config, workdir, summary, before, frozen_bytes())
 
