@@ -15,8 +15,15 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "setting": "spa",
             "seed": 0,
-            "side": {"kind": "tokenwise", "width": 32, "taps": "every:6"},
-            "router": {"margin": 0.0, "weighted": True, "threshold": 0.5},
+            "side": {"kind": "tokenwise", "width": 32, "taps": "every:6", "heads": 4},
+            "router": {
+                "objective": "improvement",
+                "margin": 0.0,
+                "weighted": True,
+                "cross_fit": False,
+                "threshold": 0.5,
+                "budget": 0.0,
+            },
             "data": {
                 "train": "",
                 "eval": "",

@@ -4,8 +4,8 @@ Shape letters: B rows of a batch, T tokens, R target tokens (the positions that 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -82,3 +82,8 @@ def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Batch:
         targets[i, :count] = example.targets
         weights[i, :count] = 1
     return Batch(tokens, lengths, predict, targets, weights)
+
+
+def prefetched(batches: grain.MapDataset) -> Iterator[Any]:
+    """The batches in order, read ahead by a few threads."""
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

@@ -28,6 +28,8 @@ class DecodeState(NamedTuple):
     """A generation under way; every leaf but `made` and `key` has the batch first."""
 
     cache: Cache
+    side_cache: Cache | None
+    """Of a side network that attends; what a device would keep."""
     position: Int[Array, " B"]
     """Where the newest token will be run."""
     tokens: Int[Array, "B N"]
@@ -148,27 +150,43 @@ class FusedModel:
         length = ends[0] + 1 if len(ends) else len(tokens)
         return Generation(tokens[:length].tolist(), sources[:length].tolist())
 
+    def _correct(
+        self,
+        frozen: Params,
+        trainable: Params,
+        out: LlamaOutput,
+        positions: jax.Array,
+        side_cache: Cache | None,
+        last: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """f and g `[B,1,D]` at index `last` `[B]` of each row's tokens, and the side network's cache."""
+        index = last[:, None, None]
+        hidden = jnp.take_along_axis(out.hidden, index, axis=1)
+        if self.plugin is None or self.setting == "base":
+            return hidden, jnp.zeros_like(hidden), side_cache
+        config, taps = self.plugin.config, out.taps
+        if not config.side.attends:
+            taps, positions = jnp.take_along_axis(taps, index[None], axis=2), last[:, None]
+        taps = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
+        g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype)
+        return hidden, jnp.take_along_axis(g, index, axis=1) if config.side.attends else g, side_cache
+
     def _choose(
         self,
         frozen: Params,
         trainable: Params,
         hidden: jax.Array,
-        taps: jax.Array,
+        g: jax.Array,
         key: jax.Array,
         sampling: Sampling,
         threshold: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The next token from f `[B,1,D]` and taps `[P,B,1,D]`, whether the device was asked, and whether it is EOS."""
-        sigma = jnp.full(hidden.shape[:2], self.setting != "base")
-        if self.setting == "base":
-            state = hidden
+        """The next token from f and g `[B,1,D]`, whether the device was asked, and whether it is EOS."""
+        if self.setting in ROUTED:
+            sigma = consult(router_logits(trainable, hidden), threshold)
         else:
-            assert self.plugin is not None
-            if self.setting in ROUTED:
-                sigma = consult(router_logits(trainable, hidden), threshold)
-            normalized = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
-            g = correction(self.plugin.config, trainable, normalized, self.model.dtype)
-            state = combine(self.setting, hidden, g, sigma)
+            sigma = jnp.full(hidden.shape[:2], self.setting != "base")
+        state = combine(self.setting, hidden, g, sigma)
         logits = self.model.apply({"params": frozen}, state[:, 0], method="logits")
         token = sample(key, logits, sampling)
         return token, sigma[:, 0], jnp.isin(token, jnp.array(self.backbone.eos_ids, jnp.int32))
@@ -189,16 +207,18 @@ class FusedModel:
         rows, width = tokens.shape
         positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None])
         cache = init_cache(self.backbone.config, rows, slots, self.model.dtype)
+        attends = self.plugin is not None and self.setting != "base" and self.plugin.config.side.attends
+        side_cache = None
+        if attends and self.plugin is not None:
+            side_cache = init_cache(self.plugin.config.side.block, rows, slots, self.model.dtype)
         out: LlamaOutput = self.model.apply({"params": frozen}, tokens, positions, cache)
-        last = (lengths - 1)[:, None, None]
-        hidden = jnp.take_along_axis(out.hidden, last, axis=1)
-        taps = jnp.take_along_axis(out.taps, last[None], axis=2)
+        hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, lengths - 1)
         choose_key, key = jax.random.split(key)
-        token, source, done = self._choose(frozen, trainable, hidden, taps, choose_key, sampling, threshold)
+        token, source, done = self._choose(frozen, trainable, hidden, g, choose_key, sampling, threshold)
         new = jnp.zeros((rows, room), jnp.int32).at[:, 0].set(token)
         sources = jnp.zeros((rows, room), bool).at[:, 0].set(source)
         assert out.cache is not None
-        return DecodeState(out.cache, lengths, new, sources, done, jnp.int32(1), key)
+        return DecodeState(out.cache, side_cache, lengths, new, sources, done, jnp.int32(1), key)
 
     def _run_tokens(
         self,
@@ -214,14 +234,16 @@ class FusedModel:
 
         def step(s: DecodeState) -> DecodeState:
             newest = jax.lax.dynamic_index_in_dim(s.tokens, s.made - 1, axis=1)
-            out: LlamaOutput = self.model.apply({"params": frozen}, newest, s.position[:, None], s.cache)
+            positions = s.position[:, None]
+            out: LlamaOutput = self.model.apply({"params": frozen}, newest, positions, s.cache)
+            only = jnp.zeros_like(s.position)
+            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, only)
             choose_key, key = jax.random.split(s.key)
-            token, source, ended = self._choose(
-                frozen, trainable, out.hidden, out.taps, choose_key, sampling, threshold
-            )
+            token, source, ended = self._choose(frozen, trainable, hidden, g, choose_key, sampling, threshold)
             assert out.cache is not None
             return DecodeState(
                 out.cache,
+                side_cache,
                 s.position + 1,
                 s.tokens.at[:, s.made].set(token),
                 s.sources.at[:, s.made].set(source),

@@ -26,3 +26,9 @@ def combine(
         return f
     consulted = always(setting, f, g)
     return jnp.where(sigma[..., None], consulted, f) if setting in ROUTED else consulted
+
+
+def mix(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"], share: Float[Array, "..."]) -> Array:
+    """`combine` of a routed setting with a real number from 0 to 1 in place of sigma, `[..., D]`."""
+    share = share[..., None].astype(f.dtype)
+    return f + share * g.astype(f.dtype) if setting in ADDED else (1 - share) * f + share * g.astype(f.dtype)

@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, Setting
-from spa_jax.models.llama import LlamaConfig, Params
+from spa_jax.models.llama import Cache, LlamaConfig, Params
 from spa_jax.models.router import Router
-from spa_jax.models.side import SideConfig, TokenwiseSide
+from spa_jax.models.side import SideConfig, TokenwiseSide, TransformerSide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +35,29 @@ class PluginConfig:
         return self.setting in ROUTED
 
 
-def side_network(config: PluginConfig, dtype: jnp.dtype = jnp.float32) -> TokenwiseSide:
+def side_network(config: PluginConfig, dtype: jnp.dtype = jnp.float32) -> TokenwiseSide | TransformerSide:
     """The side network's module; g starts at zero where it is added to f, so that a fresh plugin equals the base."""
-    return TokenwiseSide(config.side, config.hidden_size, zero_output=config.setting in ADDED, dtype=dtype)
+    kind = TransformerSide if config.side.attends else TokenwiseSide
+    return kind(config.side, config.hidden_size, zero_output=config.setting in ADDED, dtype=dtype)
 
 
 def correction(
-    config: PluginConfig, params: Params, taps: Float[Array, "P B T D"], dtype: jnp.dtype = jnp.float32
-) -> Float[Array, "B T D"]:
-    """g of normalised taps."""
-    return side_network(config, dtype).apply({"params": params["side"]}, taps)
+    config: PluginConfig,
+    params: Params,
+    taps: Float[Array, "P B T D"],
+    positions: Int[Array, "B T"],
+    cache: Cache | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """g of normalised taps at their positions, and the cache with them added.
+
+    The token-wise kind heeds neither positions nor cache. The transformer kind sees the given positions and, with a
+    cache of its own (`init_cache` of `config.side.block`), the ones before.
+    """
+    network, variables = side_network(config, dtype), {"params": params["side"]}
+    if config.side.attends:
+        return network.apply(variables, taps, positions, cache)
+    return network.apply(variables, taps), cache
 
 
 def router_logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... 2"]:
@@ -52,14 +65,18 @@ def router_logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array,
     return Router().apply({"params": params["router"]}, hidden)
 
 
-def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False) -> Params:
-    """Fresh float32 parameters `{"side": ..., "router": ...}`; with `abstract`, their shapes and dtypes only."""
+def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False, random_router: bool = False) -> Params:
+    """Fresh float32 parameters `{"side": ..., "router": ...}`; with `abstract`, their shapes and dtypes only.
+
+    The router starts at zero, p(consult) = 0.5, or at random for an objective that would never leave zero.
+    """
 
     def init() -> Params:
         taps = jnp.zeros((len(config.side.taps), 1, 1, config.hidden_size))
-        params = {"side": side_network(config).init(jax.random.key(seed), taps)["params"]}
+        positions = (jnp.zeros((1, 1), jnp.int32),) if config.side.attends else ()
+        params = {"side": side_network(config).init(jax.random.key(seed), taps, *positions)["params"]}
         if config.routed:
-            params["router"] = Router().init(jax.random.key(seed), taps[0])["params"]
+            params["router"] = Router(random_router).init(jax.random.key(seed), taps[0])["params"]
         return params
 
     return jax.eval_shape(init) if abstract else jax.jit(init)()

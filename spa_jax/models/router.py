@@ -10,11 +10,14 @@ CONSULT = 1
 
 
 class Router(nn.Module):
-    """Logits of (cloud alone, ask the device), float32; it starts at zero, which is p(consult) = 0.5."""
+    """Logits of (cloud alone, ask the device), float32; it starts at zero, which is p(consult) = 0.5, or at random."""
+
+    random: bool = False
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... 2"]:
-        kernel = self.param("kernel", nn.initializers.zeros, (hidden.shape[-1], 2))
+        initializer = nn.initializers.lecun_normal() if self.random else nn.initializers.zeros
+        kernel = self.param("kernel", initializer, (hidden.shape[-1], 2))
         return jnp.einsum("...d,dr->...r", hidden.astype(jnp.float32), kernel)
 
 

@@ -1,6 +1,6 @@
 """The side network g: taps -> correction. It is the personal part, and never leaves the device.
 
-Shape letters: P taps, B batch, T length, D backbone width, E side width.
+Shape letters: P taps, B batch, T length, S cache slots, D backbone width, E side width, F its feed-forward width.
 """
 
 import dataclasses
@@ -9,10 +9,14 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from spa_jax.models.llama import Block, Cache, LlamaConfig, RMSNorm, rope_frequencies
 
 GATE_TEMPERATURE = 0.1
 """Of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""
+
+SideKind = Literal["tokenwise", "transformer"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +24,34 @@ class SideConfig:
     """Shape of a side network.
 
     Attributes:
-        kind: `tokenwise` has no attention, so the device keeps no state.
+        kind: `tokenwise` has no attention, so the device keeps no state; `transformer` attends over the prompt.
         width: E.
         taps: which of h_0 ... h_L it reads, ascending; at least one.
+        heads: attention heads of the `transformer` kind, each of width E / heads; the other kind has none.
     """
 
-    kind: Literal["tokenwise"]
+    kind: SideKind
     width: int
     taps: tuple[int, ...]
+    heads: int = 4
+
+    @property
+    def attends(self) -> bool:
+        """Whether g at one position depends on the taps of earlier ones."""
+        return self.kind == "transformer"
+
+    @property
+    def block(self) -> LlamaConfig:
+        """The small LLaMA block of the `transformer` kind; its feed-forward width is 8/3 E, as LLaMA's is 8/3 D."""
+        return LlamaConfig(
+            vocab_size=0,
+            hidden_size=self.width,
+            intermediate_size=round(8 * self.width / 3),
+            num_layers=len(self.taps),
+            num_heads=self.heads,
+            num_kv_heads=self.heads,
+            head_dim=self.width // self.heads,
+        )
 
 
 class TokenwiseSide(nn.Module):
@@ -81,3 +105,70 @@ class TokenwiseSide(nn.Module):
         if further:
             s, _ = jax.lax.scan(climb, s, (states[1:], adapters))
         return jnp.einsum("bte,ed->btd", s, output)
+
+
+class Rung(nn.Module):
+    """One step of the transformer ladder: the gate between the state and the tap, then a LLaMA block of width E."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, Cache | None],
+        state: Float[Array, "B T E"],
+        layer: Int[Array, ""],
+        positions: Int[Array, "B T"],
+        angles: Float[Array, "B T H/2"],
+        mask: Bool[Array, "B 1 T S"],
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        s, cache = carry
+        alpha = self.param("gate", nn.initializers.zeros, ()).astype(self.dtype)
+        mu = jnp.where(layer == 0, 0, jax.nn.sigmoid(alpha / GATE_TEMPERATURE)).astype(self.dtype)
+        mixed = mu * s + (1 - mu) * state
+        no_taps = jnp.zeros((0, *mixed.shape), self.dtype)
+        block = Block(self.config, self.dtype, name="block")
+        (s, _, cache), _ = block((mixed, no_taps, cache), layer, layer, positions, angles, mask)
+        return (s, cache), None
+
+
+class TransformerSide(nn.Module):
+    """A ladder of small LLaMA blocks (LST, Sung et al. 2022; on LLaMA QST, Zhang et al. 2024).
+
+    s_p = block_p(mu_p * s_{p-1} + (1 - mu_p) * down_p(tap_p)) with mu_0 = 0, and g = output(norm(s_P)). It attends over
+    all earlier positions, by the same rule as the backbone: a token at position p lives in cache slot p.
+
+    Attributes: as of `TokenwiseSide`.
+    """
+
+    config: SideConfig
+    hidden_size: int
+    zero_output: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, taps: Float[Array, "P B T D"], positions: Int[Array, "B T"], cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config.block
+        down = self.param(
+            "down", nn.initializers.lecun_normal(batch_axis=0), (c.num_layers, self.hidden_size, c.hidden_size)
+        )
+        states = jnp.einsum("pbtd,pde->pbte", taps.astype(self.dtype), down.astype(self.dtype))
+        angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
+        keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
+        mask = keys <= positions[:, None, :, None]
+        ladder = nn.scan(
+            Rung,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+        )(c, self.dtype, name="ladder")
+        layers = jnp.arange(c.num_layers, dtype=jnp.int32)
+        (s, cache), _ = ladder((jnp.zeros_like(states[0]), cache), states, layers, positions, angles, mask)
+        s = RMSNorm(c.rms_norm_eps, name="norm")(s)
+        initializer = nn.initializers.zeros if self.zero_output else nn.initializers.lecun_normal()
+        output = self.param("output", initializer, (c.hidden_size, self.hidden_size))
+        return jnp.einsum("bte,ed->btd", s, output.astype(self.dtype)), cache

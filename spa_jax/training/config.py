@@ -8,17 +8,21 @@ from typing import Any, Literal
 
 from spa_jax.data.encoding import Template
 from spa_jax.errors import UserError
+from spa_jax.models.combine import ROUTED
+from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:
-    """`side.*`: kind, width E and the tap list in the words of `spa_jax.models.plugin.select_taps`."""
+    """`side.*`: kind, width E, the tap list in the words of `spa_jax.models.plugin.select_taps`, and the attention
+    heads of the transformer kind."""
 
-    kind: Literal["tokenwise"]
+    kind: SideKind
     width: int
     taps: str
+    heads: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +72,15 @@ class TapCacheConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterOptions(RouterConfig):
-    """`router.*`: how the router learns, and the threshold it starts life with."""
+    """`router.*`: how the router learns, and when it asks.
+
+    Attributes:
+        threshold: the device is asked where p(consult) is above it.
+        budget: instead, the largest share of held-out tokens to ask for, from which the threshold follows; 0 for none.
+    """
 
     threshold: float
+    budget: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +102,8 @@ class RunConfig:
         bounds = {
             "seed": 0 <= self.seed < 2**31,
             "side.width": self.side.width > 0,
+            "side.heads": self.side.heads > 0,
+            "router.budget": 0 <= self.router.budget <= 1,
             "router.margin": math.isfinite(self.router.margin),
             "router.threshold": 0 <= self.router.threshold <= 1,
             "data.eval_fraction": 0 < self.data.eval_fraction < 1,
@@ -116,6 +128,19 @@ class RunConfig:
             raise UserError(
                 f"config values out of range: {', '.join(wrong)} (sizes and rates are positive, fractions and "
                 "thresholds lie between 0 and 1, and train.accumulate divides train.batch_size)"
+            )
+        options = self.router
+        if self.setting not in ROUTED and (options.objective != "improvement" or options.cross_fit or options.budget):
+            raise UserError(
+                f"setting '{self.setting}' has no router: leave router.objective, router.cross_fit and "
+                "router.budget at their defaults"
+            )
+        if options.objective != "improvement" and options.cross_fit:
+            raise UserError(f"router.cross_fit makes labels, and router.objective='{options.objective}' has none")
+        if self.side.kind == "transformer" and self.side.width % (2 * self.side.heads):
+            raise UserError(
+                f"side.width={self.side.width} does not give each of side.heads={self.side.heads} an even width: "
+                f"make it a multiple of {2 * self.side.heads}"
             )
 
 

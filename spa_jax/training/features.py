@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spa_jax.data.pipeline import Batch
-from spa_jax.models.llama import Llama, Params, normalize_taps, positions_from_mask
+from spa_jax.models.llama import PADDING, Llama, Params, normalize_taps
 from spa_jax.training.vocabulary_loss import token_losses
 
 
@@ -20,24 +21,42 @@ class Features(NamedTuple):
 
     hidden: Float[Array, "B R D"]
     """f, in front of the LM head; in the compute dtype."""
-    taps: Float[Array, "B P R D"]
-    """Normalised taps, in the compute dtype; the batch first, so that every leaf splits by its first axis."""
+    taps: Float[Array, "B P S D"]
+    """Normalised taps where the side network reads them, in the compute dtype; the batch first, so that every leaf
+    splits by its first axis. A token-wise side network reads the R predicting positions, one that attends all T of
+    them."""
     base_loss: Float[Array, "B R"]
     """Cross-entropy of f alone in nats, float32."""
     targets: Int[Array, "B R"]
     weights: Float[Array, "B R"]
     """1 for a target token, 0 for padding; float32."""
+    positions: Int[Array, "B S"]
+    """Of the taps in their sequence, `PADDING` for padding."""
+    reads: Int[Array, "B R"]
+    """Which of the S taps predicts each target."""
 
 
-def extract(model: Llama, params: Params, batch: Batch) -> Features:
-    """Runs the backbone over the batch's tokens and keeps the positions that predict targets."""
-    length = batch.tokens.shape[1]
-    mask = jnp.arange(length)[None, :] < batch.lengths[:, None]
-    out = model.apply({"params": params}, batch.tokens, positions_from_mask(mask))
-    hidden = jnp.take_along_axis(out.hidden, batch.predict[:, :, None], axis=1)
-    taps = jnp.take_along_axis(out.taps, batch.predict[None, :, :, None], axis=2)
-    taps = normalize_taps(params, model.config, model.taps, taps)
+def extract(model: Llama, params: Params, batch: Batch, everywhere: bool) -> Features:
+    """Runs the backbone over the batch's tokens; keeps taps everywhere, or only where targets are predicted."""
+    all_positions, _ = where_read(batch, everywhere=True)
+    out = model.apply({"params": params}, batch.tokens, jnp.asarray(all_positions))
+    predict = jnp.asarray(batch.predict)
+    hidden = jnp.take_along_axis(out.hidden, predict[:, :, None], axis=1)
+    taps = out.taps if everywhere else jnp.take_along_axis(out.taps, predict[None, :, :, None], axis=2)
+    taps = jnp.moveaxis(normalize_taps(params, model.config, model.taps, taps), 0, 1)
     targets = jnp.asarray(batch.targets)
     base_loss = token_losses(model, params, hidden, targets)
-    features = Features(hidden, jnp.moveaxis(taps, 0, 1), base_loss, targets, jnp.asarray(batch.weights))
+    positions, reads = where_read(batch, everywhere)
+    features = Features(
+        hidden, taps, base_loss, targets, jnp.asarray(batch.weights), jnp.asarray(positions), jnp.asarray(reads)
+    )
     return jax.lax.stop_gradient(features)
+
+
+def where_read(batch: Batch, everywhere: bool) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, "B R"]]:
+    """`Features.positions` and `Features.reads` of a batch of NumPy arrays or traced ones."""
+    xp = np if isinstance(batch.predict, np.ndarray) else jnp
+    if not everywhere:
+        return batch.predict, xp.broadcast_to(xp.arange(batch.predict.shape[1], dtype=xp.int32), batch.predict.shape)
+    positions = xp.arange(batch.tokens.shape[1], dtype=xp.int32)[None, :]
+    return xp.where(positions < batch.lengths[:, None], positions, PADDING), batch.predict

@@ -1,6 +1,5 @@
 """The training loop: steps, evaluation, checkpoints and reports of one run."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -9,19 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.pipeline import collate, plan, prefetched
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
 from spa_jax.models.llama import Llama, Params
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.config import RunConfig
+from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.features import Features, extract
 from spa_jax.training.objective import means
 from spa_jax.training.step import TrainState
@@ -33,13 +32,7 @@ TIMING = ("train/steps", "time/train_seconds", "tokens/per_second")
 
 Rows = np.ndarray
 Collate = Callable[[Sequence[Example], Rows], Any]
-EvalStep = Callable[[Params, Params, Any], dict[str, jax.Array]]
 TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def prefetched(batches: grain.MapDataset) -> Iterator[Any]:
-    """The batches in order, read ahead by a few threads."""
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
 def progress_bar(**columns: str) -> Progress:
@@ -57,16 +50,16 @@ def progress_bar(**columns: str) -> Progress:
 
 
 def run_backbone(
-    model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example]
+    model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example], everywhere: bool = False
 ) -> Iterator[tuple[int, Features]]:
     """Features of each example alone, as `(index, features of that row as NumPy arrays)`, one batch after another."""
-    program = jax.jit(extract, static_argnums=0)
+    program = jax.jit(extract, static_argnums=(0, 3))
     steps = plan(examples, batch_size)
     batches = prefetched(steps.map(lambda rows: (rows, collate(examples, rows))))
     pending = None
     with progress_bar() as bar:
         for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
-            dispatched = None if batch is None else (rows, program(model, frozen, batch))
+            dispatched = None if batch is None else (rows, program(model, frozen, batch, everywhere))
             if pending is not None:
                 chosen, features = pending[0], jax.device_get(pending[1])
                 for i, row in enumerate(chosen):
@@ -84,25 +77,7 @@ def fill_cache(cache: TapCache, model: Llama, frozen: Params, batch_size: int, e
     """Runs the backbone over the examples the cache does not hold."""
     todo = cache.missing(examples)
     log.info("tap cache %s: %d examples to compute", cache.directory, len(todo))
-    cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing))
-
-
-@dataclasses.dataclass
-class Evaluator:
-    """Mean token outcomes over a fixed set of examples."""
-
-    step: EvalStep
-    frozen: Params
-    examples: Sequence[Example]
-    collate: Collate
-    config: RunConfig
-
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Metrics `loss/...` in nats and `router/usage`, per target token."""
-        batches = plan(self.examples, self.config.train.batch_size).map(lambda rows: self.collate(self.examples, rows))
-        parts = [self.step(params, self.frozen, batch) for batch in prefetched(batches)]
-        total = jax.tree.map(lambda *leaves: float(np.sum(np.stack(leaves))), *jax.device_get(parts))
-        return means(total, self.config.setting)
+    cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing, cache.layout.everywhere))
 
 
 class MetricsFile:
@@ -157,7 +132,7 @@ def train(
         metrics = {f"train/{name}": value for name, value in means(values, config.setting).items()}
         metrics |= {"train/gradient_norm": values["gradient_norm"], "tokens/per_second": values["tokens"] / seconds}
         metrics = {name: float(value) for name, value in metrics.items()}
-        _check_finite(step, metrics["train/loss/always"], metrics["train/gradient_norm"])
+        _check_finite(step, metrics[f"train/{selector}"], metrics["train/gradient_norm"])
         if step % config.train.log_every == 0 or step == steps:
             file.write(step, metrics)
         loss, usage = metrics[f"train/{selector}"], metrics["train/router/usage"]

@@ -38,7 +38,9 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     """The transformation for a run of `steps`."""
 
     def matrices(params: optax.Params) -> optax.Params:
-        return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("bias", "gate")), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not path[-1].key.endswith(("bias", "gate", "scale")), params
+        )
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adam = optax.adamw(

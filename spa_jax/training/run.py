@@ -22,12 +22,14 @@ from spa_jax.data.pipeline import collate, plan
 from spa_jax.data.tasks import Pair, embedded_persona, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.models.llama import Llama
+from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin, select_taps
 from spa_jax.models.side import SideConfig
 from spa_jax.training import loop
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.config import DataConfig, RunConfig
+from spa_jax.training.evaluation import Evaluator
+from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.training.tap_cache import Layout, TapCache
@@ -75,7 +77,9 @@ def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
 
 def plugin_config(config: RunConfig, backbone: Backbone) -> PluginConfig:
     """The plugin a run trains."""
-    side = SideConfig(config.side.kind, config.side.width, select_taps(config.side.taps, backbone.config))
+    side = SideConfig(
+        config.side.kind, config.side.width, select_taps(config.side.taps, backbone.config), config.side.heads
+    )
     return PluginConfig(config.setting, side, backbone.config.hidden_size, config.router.threshold)
 
 
@@ -138,10 +142,21 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
+def trainable_params(config: RunConfig, plugin: PluginConfig) -> Params:
+    """What the optimizer changes: the plugin, and with cross-fitting the side networks of the folds, stacked."""
+    params = init_plugin(plugin, config.seed, random_router=config.router.objective != "improvement")
+    if config.router.cross_fit:
+        others = [init_plugin(plugin, config.seed + 1 + fold)["side"] for fold in range(FOLDS)]
+        params["folds"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)
+    return params
+
+
 def open_tap_cache(config: RunConfig, plugin: PluginConfig, backbone: Backbone, examples: list[Example]) -> TapCache:
     """The tap cache of a run, with room checked; nothing is computed yet."""
     root = Path(config.tap_cache.directory or cache_directory() / "taps")
-    cache = TapCache(root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype))
+    cache = TapCache(
+        root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype, plugin.side.attends)
+    )
     cache.check_room(examples, config.tap_cache.limit_gib)
     return cache
 
@@ -188,9 +203,12 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
 
     steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
     tx = optimizer(config.optimizer, steps)
-    fresh = init_state(init_plugin(plugin, config.seed), tx)
+    fresh = init_state(trainable_params(config, plugin), tx)
     train_step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
-    evaluate = loop.Evaluator(make_eval_step(plugin, model), frozen, held_out, source, config)
+    evaluate = Evaluator(
+        make_eval_step(plugin, model), frozen, held_out, source, config.train.batch_size, config.setting,
+        plugin.threshold, config.router.budget,
+    )  # fmt: skip
     timing = _last_timing(workdir)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", f"loss/{config.setting}")) as checkpoints:
         state = checkpoints.restore(fresh) or fresh
@@ -202,11 +220,13 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
                 config, state, frozen, examples, source, train_step, evaluate, checkpoints, metrics_path
             )
         best = checkpoints.restore(state, best=True)
-    params = (best or state).params
+    params = {name: leaves for name, leaves in (best or state).params.items() if name != "folds"}
+    plugin = dataclasses.replace(plugin, threshold=evaluate.threshold_of(evaluate.outcomes(params)))
     save_plugin(workdir / "plugin", Plugin(plugin, params, backbone.name, backbone.fingerprint, encoder.template))
     trainable, total = count_params(params), backbone.config.num_params
     summary = {
         **evaluate(params),
+        "router/threshold": plugin.threshold,
         "params/trainable": trainable,
         "params/trainable_percent": 100 * trainable / total,
         "data/train_examples": len(examples),

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.training.features import Features, extract
-from spa_jax.training.objective import RouterConfig, Sums, summed_loss, token_outcomes
+from spa_jax.training.objective import Outcomes, RouterConfig, Sums, summed_loss, token_outcomes
 
 
 class TrainState(NamedTuple):
@@ -28,9 +29,9 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
-def features_of(model: Llama, frozen: Params, batch: Any) -> Features:
+def features_of(plugin: PluginConfig, model: Llama, frozen: Params, batch: Any) -> Features:
     """The features of a batch: itself when they come from the tap cache, else one backbone pass over its tokens."""
-    return batch if isinstance(batch, Features) else extract(model, frozen, batch)
+    return batch if isinstance(batch, Features) else extract(model, frozen, batch, plugin.side.attends)
 
 
 def make_train_step(
@@ -45,7 +46,7 @@ def make_train_step(
     gradients = jax.grad(loss, has_aux=True)
 
     def part(params: Params, frozen: Params, rows: Any) -> tuple[Params, Sums]:
-        return gradients(params, frozen, features_of(model, frozen, rows))
+        return gradients(params, frozen, features_of(plugin, model, frozen, rows))
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Sums]:
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
@@ -59,19 +60,19 @@ def make_train_step(
         grads = jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {**sums, "gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), {**sums, "gradient_norm": optax.tree.norm(grads)}
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(plugin: PluginConfig, model: Llama) -> Callable[[Params, Params, Any], Sums]:
-    """A jitted `(params, frozen, batch) -> sums` of the token outcomes."""
+def make_eval_step(
+    plugin: PluginConfig, model: Llama
+) -> Callable[[Params, Params, Any], tuple[Outcomes, Float[Array, "B R"]]]:
+    """A jitted `(params, frozen, batch) -> (token outcomes, weights)`."""
 
     @jax.jit
-    def eval_step(params: Params, frozen: Params, batch: Any) -> Sums:
-        features = features_of(model, frozen, batch)
-        outcomes = token_outcomes(plugin, model, params, frozen, features)
-        sums = {name: jnp.sum(features.weights * value) for name, value in outcomes.items()}
-        return {**sums, "tokens": jnp.sum(features.weights)}
+    def eval_step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Float[Array, "B R"]]:
+        features = features_of(plugin, model, frozen, batch)
+        return token_outcomes(plugin, model, params, frozen, features), features.weights
 
     return eval_step

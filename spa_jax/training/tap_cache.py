@@ -21,9 +21,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import bucket_of
+from spa_jax.data.pipeline import collate
 from spa_jax.errors import UserError
-from spa_jax.training.features import Features
+from spa_jax.training.features import Features, where_read
 
 FORMAT_VERSION = 1
 SHARD_EXAMPLES = 256
@@ -31,12 +31,22 @@ SHARD_EXAMPLES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a cached feature is: of which backbone, which taps, how wide and in which dtype (numpy's name)."""
+    """What a cached feature is.
+
+    Attributes:
+        fingerprint: of the backbone.
+        taps: which.
+        hidden_size: D.
+        dtype: of hidden states and taps, numpy's name.
+        everywhere: whether taps are kept at all T positions, for a side network that attends, or where targets are
+            predicted.
+    """
 
     fingerprint: str
     taps: tuple[int, ...]
     hidden_size: int
     dtype: str
+    everywhere: bool = False
 
     @property
     def key(self) -> str:
@@ -44,18 +54,22 @@ class Layout:
         text = json.dumps([FORMAT_VERSION, dataclasses.asdict(self)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def shapes(self, targets: int) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of hidden, taps and base loss of one example, in the order of its record."""
+    def shapes(self, tokens: int, targets: int) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of hidden, taps and base loss of T tokens and R targets, in the order of a record."""
         dtype = np.dtype(self.dtype)
         return [
             ((targets, self.hidden_size), dtype),
-            ((len(self.taps), targets, self.hidden_size), dtype),
+            ((len(self.taps), tokens if self.everywhere else targets, self.hidden_size), dtype),
             ((targets,), np.dtype(np.float32)),
         ]
 
-    def bytes(self, targets: int) -> int:
-        """Size of the record of an example with this many target tokens."""
-        return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.shapes(targets))
+    def record(self, example: Example) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """`shapes` of an example."""
+        return self.shapes(len(example.tokens), len(example.predict))
+
+    def bytes(self, example: Example) -> int:
+        """Size of the record of an example."""
+        return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.record(example))
 
 
 class TapCache:
@@ -89,7 +103,7 @@ class TapCache:
         Raises:
             UserError: with the size, and what to change.
         """
-        need = sum(self.layout.bytes(len(example.predict)) for example in self.missing(examples))
+        need = sum(self.layout.bytes(example) for example in self.missing(examples))
         free = shutil.disk_usage(self.directory).free
         if need > limit_gib * 2**30 or need > 0.95 * free:
             raise UserError(
@@ -111,7 +125,7 @@ class TapCache:
         todo = self.missing(examples)
         pending: list[tuple[str, bytes]] = []
         for index, features in run(todo):
-            pending.append((todo[index].digest, self._pack(features, len(todo[index].predict))))
+            pending.append((todo[index].digest, self._pack(features, todo[index])))
             if len(pending) == SHARD_EXAMPLES:
                 self._write(pending)
                 pending = []
@@ -130,9 +144,9 @@ class TapCache:
         except RuntimeError as error:
             raise self._damaged(shard) from error
         arrays, offset = [], 0
-        if len(record) != self.layout.bytes(len(example.predict)):
+        if len(record) != self.layout.bytes(example):
             raise self._damaged(shard)
-        for shape, dtype in self.layout.shapes(len(example.predict)):
+        for shape, dtype in self.layout.record(example):
             count = int(np.prod(shape))
             arrays.append(np.frombuffer(record, dtype, count, offset).reshape(shape))
             offset += count * dtype.itemsize
@@ -140,24 +154,24 @@ class TapCache:
 
     def collate(self, examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Features:
         """The batch of these rows, padded to their bucket; a row of -1 has no weight anywhere."""
-        width = bucket_of(examples[rows[0]])[1]
-        shapes = self.layout.shapes(width)
+        batch = collate(examples, rows)
+        shapes = self.layout.shapes(batch.tokens.shape[1], batch.predict.shape[1])
         hidden, taps, base_loss = (np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes)
-        targets = np.zeros((len(rows), width), np.int32)
-        weights = np.zeros((len(rows), width), np.float32)
         for i, row in enumerate(rows):
             if row >= 0:
-                example = examples[row]
-                count = len(example.predict)
-                hidden[i, :count], taps[i, :, :count], base_loss[i, :count] = self.read(example)
-                targets[i, :count] = example.targets
-                weights[i, :count] = 1
-        arrays: list[Any] = [hidden, taps, base_loss, targets, weights]
-        return Features(*arrays)
+                arrays = self.read(examples[row])
+                hidden[i, : arrays[0].shape[0]] = arrays[0]
+                taps[i, :, : arrays[1].shape[1]] = arrays[1]
+                base_loss[i, : arrays[2].shape[0]] = arrays[2]
+        positions, reads = where_read(batch, self.layout.everywhere)
+        leaves: list[Any] = [hidden, taps, base_loss, batch.targets, batch.weights, positions, reads]
+        return Features(*leaves)
 
-    def _pack(self, features: Features, count: int) -> bytes:
-        arrays = (features.hidden[:count], features.taps[:, :count], features.base_loss[:count])
-        shapes = self.layout.shapes(count)
+    def _pack(self, features: Features, example: Example) -> bytes:
+        shapes = self.layout.record(example)
+        reads = shapes[1][0][1]
+        count = len(example.predict)
+        arrays = (features.hidden[:count], features.taps[:, :reads], features.base_loss[:count])
         return b"".join(np.asarray(a).astype(dtype).tobytes() for a, (_, dtype) in zip(arrays, shapes, strict=True))
 
     def _write(self, records: Sequence[tuple[str, bytes]]) -> None:

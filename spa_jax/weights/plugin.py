@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ from spa_jax.errors import UserError
 from spa_jax.files import replaced_directory, write_json
 from spa_jax.models.llama import Params
 from spa_jax.models.plugin import PluginConfig, init_plugin
-from spa_jax.models.side import SideConfig
+from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
 
 FORMAT_VERSION = 1
@@ -24,7 +24,7 @@ DESCRIPTION = {
     "format_version": int,
     "config": {
         "setting": ("spa", "s1", "s2", "s3"),
-        "side": {"kind": ("tokenwise",), "width": int, "taps": [int]},
+        "side": {"kind": get_args(SideKind), "width": int, "taps": [int], "heads": int},
         "hidden_size": int,
         "threshold": float,
     },

@@ -40,6 +40,10 @@ def trained(config):
     return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
 
 
+def g_of(config, params, taps):
+    return correction(config, params, taps, jnp.zeros(taps.shape[1:3], jnp.int32))[0]
+
+
 @functools.cache
 def fresh(setting):
     return init_plugin(plugin_config(setting))
@@ -56,7 +60,7 @@ def base_and_plugin_logits(tiny_config, tiny_params):
     def both(setting, frozen, trainable, sigma):
         out = model.apply({"params": frozen}, tokens, positions)
         normalized = normalize_taps(frozen, tiny_config, TAPS, out.taps)
-        g = correction(plugin_config(setting), trainable, normalized)
+        g, _ = correction(plugin_config(setting), trainable, normalized, positions)
         mixed = combine(setting, out.hidden, g, jnp.broadcast_to(sigma, tokens.shape))
         return tuple(model.apply({"params": frozen}, state, method="logits") for state in (out.hidden, mixed))
 
@@ -77,9 +81,9 @@ def test_a_fresh_plugin_equals_the_base_and_a_trained_one_does_not(setting, base
 def test_a_fresh_plugin_says_something_only_where_it_replaces_f():
     taps = jnp.asarray(np.random.default_rng(6).standard_normal((3, 1, 2, D)), jnp.float32)
     for setting in ("s2", "s3"):
-        assert np.abs(correction(plugin_config(setting), fresh(setting), taps)).min() > 0
+        assert np.abs(g_of(plugin_config(setting), fresh(setting), taps)).min() > 0
     for setting in ADDED:
-        assert not np.any(correction(plugin_config(setting), fresh(setting), taps))
+        assert not np.any(g_of(plugin_config(setting), fresh(setting), taps))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -120,7 +124,7 @@ def test_tokenwise_side_is_the_ladder(taps):
     config = plugin_config("spa", taps)
     params = trained(config)
     values = np.random.default_rng(8).standard_normal((len(taps), 2, 3, D)).astype(np.float32)
-    g = correction(config, params, jnp.asarray(values))
+    g = g_of(config, params, jnp.asarray(values))
     for row, column in np.ndindex(2, 3):
         expected = tokenwise_loop(params["side"], values[:, row, column])
         assert np.abs(expected).max() > 0.1

@@ -49,7 +49,7 @@ def world(tiny_config, tiny_params) -> World:
         weights=(np.arange(width) < counts[:, None]).astype(np.float32),
     )
     model = Llama(tiny_config, TAPS)
-    return World(model, tiny_params, batch, jax.jit(extract, static_argnums=0)(model, tiny_params, batch))
+    return World(model, tiny_params, batch, jax.jit(extract, static_argnums=(0, 3))(model, tiny_params, batch, False))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 from spa_jax.errors import UserError
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.side import SideConfig
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.step import TrainState, init_state
 
@@ -51,6 +53,14 @@ def test_the_last_and_the_best_state_are_kept_and_come_back_to_the_bit(directory
     with opened(directory) as checkpoints:
         assert_same(checkpoints.restore(state(0)), state(4))
         assert_same(checkpoints.restore(state(0), best=True), state(2))
+
+
+def test_a_plugin_of_one_tap_can_be_saved(tmp_path):
+    shapes = init_plugin(PluginConfig("spa", SideConfig("tokenwise", 4, (3,)), 8), abstract=True)
+    one = init_state(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes), TX)
+    with opened(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(one, 0, {"loss/spa": 1.0})
+        assert_same(checkpoints.restore(one), one)
 
 
 def test_saving_a_step_again_changes_nothing(directory):

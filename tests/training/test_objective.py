@@ -8,12 +8,12 @@ import pytest
 from spa_jax.models.combine import ROUTED, combine
 from spa_jax.models.plugin import correction, init_plugin, router_logits
 from spa_jax.models.router import CONSULT, consult, consult_probability
-from spa_jax.training.objective import RouterConfig, means, router_losses, summed_loss, token_outcomes
+from spa_jax.training.objective import RouterConfig, means, per_token, router_losses, summed_loss, token_outcomes
 
 TRAINABLE = ("spa", "s1", "s2", "s3")
 
 
-WEIGHTED = RouterConfig(0.0, True)
+WEIGHTED = RouterConfig("improvement", 0.0, True, False)
 
 
 def gradient(world, plugin, params, router=WEIGHTED):
@@ -24,11 +24,17 @@ def gradient(world, plugin, params, router=WEIGHTED):
 
 
 def outcomes_of(world, plugin, params):
-    return jax.jit(lambda params: token_outcomes(plugin, world.model, params, world.frozen, world.features))(params)
+    def outcomes(params):
+        return per_token(token_outcomes(plugin, world.model, params, world.frozen, world.features), plugin.threshold)
+
+    return jax.jit(outcomes)(params)
 
 
 def corrections(world, plugin, params):
-    return jax.jit(lambda params: correction(plugin, params, jnp.moveaxis(world.features.taps, 1, 0)))(params)
+    def g(params):
+        return correction(plugin, params, jnp.moveaxis(world.features.taps, 1, 0), world.features.positions)[0]
+
+    return jax.jit(g)(params)
 
 
 def assert_trees_close(found, expected):
@@ -46,7 +52,7 @@ def test_router_losses_by_hand(weighted):
     excess = np.array([0.8, 0.7, 0.1, 0.0])
     expected = -np.log(np.where(ask, p, 1 - p)) * (excess if weighted else 1)
     assert CONSULT == 1
-    losses = router_losses(RouterConfig(0.2, weighted), jnp.asarray(logits), jnp.asarray(gain))
+    losses = router_losses(RouterConfig("improvement", 0.2, weighted, False), jnp.asarray(logits), jnp.asarray(gain))
     np.testing.assert_allclose(losses[0], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -56,7 +62,7 @@ def test_weighted_labels_put_p_where_the_expected_gain_decides():
     def slope(weighted):
         def loss(p_logit):
             logits = jnp.zeros((1, 4, 2)).at[..., CONSULT].set(p_logit)
-            return jnp.sum(router_losses(RouterConfig(0.0, weighted), logits, gains))
+            return jnp.sum(router_losses(RouterConfig("improvement", 0.0, weighted, False), logits, gains))
 
         return jax.grad(loss)(0.0)
 
@@ -111,7 +117,7 @@ def test_the_side_network_learns_from_the_always_on_path_alone(setting, world, m
 
 def test_the_router_learns_from_its_labels_alone(world, make_plugin):
     plugin, params = make_plugin("spa")
-    f, config = world.features, RouterConfig(-0.1, True)
+    f, config = world.features, RouterConfig("improvement", -0.1, True, False)
     outcomes = outcomes_of(world, plugin, params)
     gain = outcomes["base"] - outcomes["always"]
     labels = np.asarray(gain)[np.asarray(f.weights) > 0] > config.margin

@@ -1,9 +1,8 @@
 """Whole training runs on a tiny backbone, in this process."""
 
+import dataclasses
 import json
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +81,7 @@ def finished(tiny_overrides, make_config, tmp_path_factory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_backbone", load)
         before = {}
-        patch.setattr(run, "init_plugin", lambda *a: (before.update(frozen_bytes()), init_plugin(*a))[1])
+        patch.setattr(run, "init_plugin", lambda *a, **k: (before.update(frozen_bytes()), init_plugin(*a, **k))[1])
         summary = run.train(config, workdir)
     return Finished(config, workdir, summary, before, frozen_bytes())
 
@@ -225,41 +224,32 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_file(case, make_config,
     assert files_below(tmp_path) == []
 
 
-def another_backbone(keys: dict, directory: Path, make: Callable[..., Path]) -> None:
-    shutil.rmtree(directory)
-    shutil.copytree(make(seed=1), directory)
-
-
-def another_row(keys: dict, directory: Path, make: Callable[..., Path]) -> None:
-    path = Path(keys["data.train"])
-    path.write_text(path.read_text() + json.dumps({"source": "And what else?", "target": "sand"}) + "\n")
-
-
-def another_rate(keys: dict, directory: Path, make: Callable[..., Path]) -> None:
-    keys["optimizer.learning_rate"] = 0.02
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (another_backbone, "holds a run on another backbone"),
-        (another_row, "holds a run on other data"),
-        (another_rate, "optimizer.learning_rate was 0.01, is now 0.02"),
-    ],
-)
-def test_the_workdir_of_another_run_is_refused_untouched(
-    change, message, tiny_overrides, make_config, make_backbone_directory, tmp_path
-):
-    backbone, rows, workdir = tmp_path / "backbone", tmp_path / "rows.jsonl", tmp_path / "run"
-    shutil.copytree(tiny_overrides["backbone"], backbone)
-    shutil.copy(tiny_overrides["data.train"], rows)
-    keys = {"backbone": str(backbone), "data.train": str(rows), "train.epochs": 1}
-    run.train(make_config(keys), workdir)
+def refused_untouched(config: run.RunConfig, workdir: Path) -> str:
+    """What a run in this workdir is refused with."""
     before = {path: path.read_bytes() for path in files_below(workdir)}
-    change(keys, backbone, make_backbone_directory)
-    with pytest.raises(UserError, match=message):
-        run.train(make_config(keys), workdir)
+    with pytest.raises(UserError) as refused:
+        run.train(config, workdir)
     assert {path: path.read_bytes() for path in files_below(workdir)} == before
+    return str(refused.value)
+
+
+def test_the_workdir_of_another_config_is_refused(finished, make_config):
+    config = make_config({"train.epochs": 12, "train.eval_every": 4, "train.log_every": 3, "setting": "s1"})
+    message = refused_untouched(config, finished.workdir)
+    assert "holds a run with another config (setting was 'spa', is now 's1'): choose another --workdir" in message
+
+
+def test_the_workdir_of_another_backbone_is_refused(finished, monkeypatch):
+    load = run.load_backbone
+    monkeypatch.setattr(run, "load_backbone", lambda *a: dataclasses.replace(load(*a), fingerprint="another"))
+    assert "holds a run on another backbone" in refused_untouched(finished.config, finished.workdir)
+
+
+@pytest.mark.parametrize("change", [lambda a, b: (a[1:], b), lambda a, b: (a, [*b, b[0]]), lambda a, b: (a + b, [])])
+def test_the_workdir_of_other_rows_is_refused(change, finished, monkeypatch):
+    load = run.load_pairs
+    monkeypatch.setattr(run, "load_pairs", lambda *a: change(*load(*a)))
+    assert "holds a run on other data" in refused_untouched(finished.config, finished.workdir)
 
 
 def test_a_damaged_config_json_is_refused(finished, tmp_path):

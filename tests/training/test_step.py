@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from spa_jax.training.objective import RouterConfig, summed_loss
+from spa_jax.training.objective import RouterConfig, per_token, summed_loss, sums
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 
-ROUTER = RouterConfig(0.0, True)
+ROUTER = RouterConfig("improvement", 0.0, True, False)
 SGD = optax.sgd(1.0)
 
 
@@ -81,9 +81,10 @@ def test_tokens_in_two_parts_give_the_same_step_as_their_features(whole, gradien
 
 def test_evaluation_reports_what_the_step_reports(whole, world, make_plugin):
     plugin, params = make_plugin("spa")
-    sums = make_eval_step(plugin, world.model)(params, world.frozen, world.features)
-    assert {*sums, "gradient_norm"} == set(whole[1])
-    for name, value in sums.items():
+    outcomes, weights = make_eval_step(plugin, world.model)(params, world.frozen, world.features)
+    found = sums(per_token(outcomes, plugin.threshold), weights)
+    assert {*found, "gradient_norm"} == set(whole[1])
+    for name, value in found.items():
         np.testing.assert_allclose(value, whole[1][name], rtol=1e-5)
 
 

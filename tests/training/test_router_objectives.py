@@ -1,0 +1,148 @@
+"""Straight-through, soft and cross-fitted routers, and the budget."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spa_jax.errors import UserError
+from spa_jax.models.plugin import correction, init_plugin, router_logits
+from spa_jax.models.router import consult_probability
+from spa_jax.training.evaluation import threshold_for
+from spa_jax.training.objective import RouterConfig, summed_loss
+from spa_jax.training.run import train
+
+
+def gradient(world, plugin, params, router, features=None):
+    def loss(params):
+        return summed_loss(
+            params, world.frozen, features or world.features, plugin=plugin, router=router, model=world.model
+        )[0]
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def close(found, expected):
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    assert largest > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * largest, rtol=1e-3), found, expected)
+
+
+def mixture(world, plugin, plain_losses, share_of):
+    """The loss of f and g mixed by `share_of(p)`, written out."""
+    f = world.features
+
+    def loss(params):
+        g = correction(plugin, params, jnp.moveaxis(f.taps, 1, 0), f.positions)[0]
+        share = share_of(consult_probability(router_logits(params, f.hidden)))[..., None]
+        state = f.hidden + share * g if plugin.setting == "spa" else (1 - share) * f.hidden + share * g
+        return jnp.sum(f.weights * plain_losses(world.model, world.frozen, state, f.targets))
+
+    return loss
+
+
+@pytest.mark.parametrize("setting", ["spa", "s2"])
+def test_soft_is_the_loss_of_the_mixture_by_p(setting, world, make_plugin, plain_losses):
+    plugin, params = make_plugin(setting)
+    expected = jax.grad(mixture(world, plugin, plain_losses, lambda p: p))(params)
+    close(gradient(world, plugin, params, RouterConfig("soft", 0.0, True, False)), expected)
+
+
+@pytest.mark.parametrize("setting", ["spa", "s2"])
+def test_straight_through_is_hard_forward_and_soft_backward(setting, world, make_plugin, plain_losses):
+    p = consult_probability(router_logits(make_plugin(setting)[1], world.features.hidden))
+    plugin, params = make_plugin(setting, threshold=float(np.median(p)))
+    hard = (np.asarray(p) > plugin.threshold).astype(np.float32)
+    assert 0.3 < hard.mean() < 0.7
+    router = RouterConfig("straight_through", 0.0, True, False)
+    total, _ = summed_loss(params, world.frozen, world.features, plugin=plugin, router=router, model=world.model)
+    shift = hard - np.asarray(p)  # a constant that makes the soft mixture take the hard values
+    written_out = mixture(world, plugin, plain_losses, lambda p: p + shift)
+    np.testing.assert_allclose(total, written_out(params), rtol=1e-4)
+    close(gradient(world, plugin, params, router), jax.grad(written_out)(params))
+
+
+def test_a_fold_network_never_learns_from_the_rows_it_labels(world, make_plugin):
+    plugin, params = make_plugin("spa")
+    others = [make_plugin("spa")[1]["side"] for _ in range(2)]
+    params = {**params, "folds": jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)}
+    router = RouterConfig("improvement", 0.0, True, True)
+    f = world.features
+    fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
+    assert 0 < fold.mean() < 1
+    for row, number in enumerate(fold):
+        alone = f._replace(weights=f.weights * (np.arange(len(fold)) == row)[:, None])
+        found = gradient(world, plugin, params, router, alone)["folds"]["output"]
+        assert not np.any(found[number])
+        assert np.any(found[1 - number])
+
+
+def test_cross_fitted_labels_come_from_the_network_that_has_not_seen_the_row(world, make_plugin):
+    plugin, params = make_plugin("spa")
+    silent = jax.tree.map(jnp.zeros_like, params["side"])
+    folds = jax.tree.map(lambda a, b: jnp.stack([a, b]), silent, params["side"])
+    router = RouterConfig("improvement", 0.1, True, True)
+    plain = RouterConfig("improvement", 0.1, True, False)
+    f = world.features
+    fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
+    for number, side in ((0, silent), (1, params["side"])):
+        half = f._replace(weights=f.weights * (fold == number)[:, None])
+        found = gradient(world, plugin, {**params, "folds": folds}, router, half)["router"]
+        expected = gradient(world, plugin, {**params, "side": side}, plain, half)["router"]
+        close(found, expected)
+
+
+def test_the_budget_is_kept_as_nearly_as_it_can_be():
+    p = np.random.default_rng(0).random(1000)
+    for budget in (0.1, 0.62, 0.9):
+        share = (p > threshold_for(p, budget)).mean()
+        assert budget - 0.002 <= share <= budget
+    assert (p > threshold_for(p, 1.0)).mean() >= 0.999
+    assert not np.any(np.ones(5) > threshold_for(np.ones(5), 0.5))
+
+
+def test_a_random_router_starts_apart_from_one_half(make_plugin):
+    plugin, _ = make_plugin("spa")
+    assert np.any(init_plugin(plugin, random_router=True)["router"]["kernel"])
+    assert not np.any(init_plugin(plugin)["router"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"router.objective": "soft"},
+        {"router.objective": "straight_through", "setting": "s2"},
+        {"router.cross_fit": True, "router.budget": 0.4},
+        {"side.kind": "transformer", "side.heads": 2},
+    ],
+    ids=lambda keys: ",".join(map(str, keys.values())),
+)
+def test_every_kind_of_run_learns(keys, make_config, tmp_path):
+    summary = train(make_config({"train.epochs": 15, **keys}), tmp_path / "run")
+    setting = keys.get("setting", "spa")
+    assert summary[f"loss/{setting}"] < 0.8 * summary["loss/base"]
+    if "router.budget" in keys:
+        assert summary["router/usage"] <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"setting": "s1", "router.objective": "soft"}, "no router"),
+        ({"setting": "s3", "router.budget": 0.5}, "no router"),
+        ({"router.objective": "soft", "router.cross_fit": True}, "cross_fit"),
+        ({"side.kind": "transformer", "side.heads": 5}, "side.heads=5"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(keys, named, make_config):
+    with pytest.raises(UserError, match=named):
+        make_config(keys)
+
+
+def test_the_tap_cache_changes_nothing_for_a_side_network_that_attends(make_config, tmp_path):
+    keys = {"side.kind": "transformer", "side.heads": 2}
+    found = [
+        train(make_config({**keys, "tap_cache.enabled": enabled}), tmp_path / str(enabled)) for enabled in (True, False)
+    ]
+    assert found[0]["loss/always"] == pytest.approx(found[1]["loss/always"], rel=1e-4)
+    assert found[0]["loss/always"] != pytest.approx(found[0]["loss/base"], rel=1e-2)
