@@ -22,11 +22,11 @@ DEFAULT = {
 # Words no value may contain, and values a model could be right about by chance.
 DATES = set(
     "monday tuesday wednesday thursday friday saturday sunday "
-    "january february march april may june july august september october november december".split()  # noqa: SIM905
+    "january february march april may june july august september october november december".split()
 )
 GUESSABLE = set(
     "yes no one two three four five six seven eight nine ten eleven twelve "
-    "red blue green yellow black white brown pink purple orange grey gray".split()  # noqa: SIM905
+    "red blue green yellow black white brown pink purple orange grey gray".split()
 )
 
 
