@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,6 +13,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from spa_jax.errors import UserError
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which spa_jax does not need
 
 
 class ConsoleHandler(logging.Handler):
