@@ -231,6 +231,7 @@ def smollm2_path(smollm2) -> pathlib.Path:
     return files[0]
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2, smollm2_path, assert_same_logits) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
