@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from spa_jax.data.pipeline import Batch
-from spa_jax.models.llama import PADDING, Llama, Params, normalize_taps
+from spa_jax.decoding.cache import init_cache
+from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps
 from spa_jax.training.vocabulary_loss import token_losses
 
 
@@ -36,20 +37,49 @@ class Features(NamedTuple):
     """Which of the S taps predicts each target."""
 
 
-def extract(model: Llama, params: Params, batch: Batch, everywhere: bool) -> Features:
-    """Runs the backbone over the batch's tokens; keeps taps everywhere, or only where targets are predicted."""
+class Prefix(NamedTuple):
+    """What the backbone makes of C tokens that every row of some data begins with, such as a chat's system prompt."""
+
+    cache: Cache
+    """`[1,L,C,K,H]`."""
+    taps: Float[Array, "P 1 C D"]
+
+
+def run_prefix(model: Llama, params: Params, tokens: Int[Array, "1 C"]) -> Prefix:
+    """Runs the common tokens once."""
+    length = tokens.shape[1]
+    cache = init_cache(model.config, 1, length, model.dtype)
+    out = model.apply({"params": params}, tokens, jnp.arange(length, dtype=jnp.int32)[None, :], cache)
+    return Prefix(out.cache, out.taps)
+
+
+def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix: Prefix | None = None) -> Features:
+    """Runs the backbone over the batch's tokens; keeps taps everywhere, or only where targets are predicted.
+
+    With a prefix, only the tokens after it are run; no target may be predicted within it.
+    """
     all_positions, _ = where_read(batch, everywhere=True)
-    out = model.apply({"params": params}, batch.tokens, jnp.asarray(all_positions))
-    predict = jnp.asarray(batch.predict)
-    hidden = jnp.take_along_axis(out.hidden, predict[:, :, None], axis=1)
-    taps = out.taps if everywhere else jnp.take_along_axis(out.taps, predict[None, :, :, None], axis=2)
+    tokens, positions, predict = map(jnp.asarray, (batch.tokens, all_positions, batch.predict))
+    rows, length = tokens.shape
+    cache, start = None, 0
+    if prefix is not None:
+        start = prefix.taps.shape[2]
+        room = ((0, 0), (0, 0), (0, length - start), (0, 0), (0, 0))
+        cache = jax.tree.map(lambda leaf: jnp.pad(jnp.repeat(leaf, rows, axis=0), room), prefix.cache)
+    out = model.apply({"params": params}, tokens[:, start:], positions[:, start:], cache)
+    within = jnp.maximum(predict - start, 0)
+    hidden = jnp.take_along_axis(out.hidden, within[:, :, None], axis=1)
+    if not everywhere:
+        taps = jnp.take_along_axis(out.taps, within[None, :, :, None], axis=2)
+    elif prefix is None:
+        taps = out.taps
+    else:
+        taps = jnp.concatenate([jnp.repeat(prefix.taps, rows, axis=1), out.taps], axis=2)
     taps = jnp.moveaxis(normalize_taps(params, model.config, model.taps, taps), 0, 1)
     targets = jnp.asarray(batch.targets)
     base_loss = token_losses(model, params, hidden, targets)
-    positions, reads = where_read(batch, everywhere)
-    features = Features(
-        hidden, taps, base_loss, targets, jnp.asarray(batch.weights), jnp.asarray(positions), jnp.asarray(reads)
-    )
+    read_at, reads = map(jnp.asarray, where_read(batch, everywhere))
+    features = Features(hidden, taps, base_loss, targets, jnp.asarray(batch.weights), read_at, reads)
     return jax.lax.stop_gradient(features)
 
 

@@ -21,7 +21,7 @@ from spa_jax.models.llama import Llama, Params
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.config import RunConfig
 from spa_jax.training.evaluation import Evaluator
-from spa_jax.training.features import Features, extract
+from spa_jax.training.features import Features, extract, run_prefix
 from spa_jax.training.objective import means
 from spa_jax.training.step import TrainState
 from spa_jax.training.tap_cache import TapCache
@@ -52,20 +52,38 @@ def progress_bar(**columns: str) -> Progress:
 def run_backbone(
     model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example], everywhere: bool = False
 ) -> Iterator[tuple[int, Features]]:
-    """Features of each example alone, as `(index, features of that row as NumPy arrays)`, one batch after another."""
+    """Features of each example alone, as `(index, features of that row as NumPy arrays)`, one batch after another.
+
+    Tokens that all examples begin with, such as a chat's system prompt, are run once.
+    """
     program = jax.jit(extract, static_argnums=(0, 3))
+    prefix, common = None, common_prefix(examples)
+    if len(common):
+        prefix = jax.jit(run_prefix, static_argnums=0)(model, frozen, common[None, :])
     steps = plan(examples, batch_size)
     batches = prefetched(steps.map(lambda rows: (rows, collate(examples, rows))))
     pending = None
     with progress_bar() as bar:
         for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
-            dispatched = None if batch is None else (rows, program(model, frozen, batch, everywhere))
+            dispatched = None if batch is None else (rows, program(model, frozen, batch, everywhere, prefix))
             if pending is not None:
                 chosen, features = pending[0], jax.device_get(pending[1])
                 for i, row in enumerate(chosen):
                     if row >= 0:
                         yield int(row), jax.tree.map(lambda leaf, i=i: leaf[i], features)
             pending = dispatched
+
+
+def common_prefix(examples: Sequence[Example]) -> Rows:
+    """The tokens that all examples begin with, none of which predicts a target; `[C]` int32."""
+    if not examples:
+        return np.array([], np.int32)
+    first = examples[0].tokens
+    length = min(int(example.predict[0]) for example in examples)
+    for example in examples:
+        differs = np.flatnonzero(example.tokens[:length] != first[:length])
+        length = int(differs[0]) if len(differs) else length
+    return first[:length]
 
 
 def _and_none(batches: Iterator[tuple[Rows, Any]]) -> Iterator[tuple[Rows, Any]]:

@@ -4,6 +4,7 @@ Standard input has a JSON object a line: module, arguments, and a folder whose f
 it leaves `stdout` and `stderr`. For each the process id is answered, and when the process has ended its exit status.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ def become(module: str, arguments: list[str], folder: str) -> None:
     sys.exit()
 
 
+gc.freeze()  # or every child would look through all that was imported before it ends
 while line := sys.stdin.readline():
     child = os.fork()
     if not child:
