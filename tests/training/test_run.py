@@ -140,7 +140,7 @@ def test_the_same_run_again_changes_nothing(finished, monkeypatch):
     assert {path: path.read_bytes() for path in files_below(finished.workdir)} == before
 
 
-@pytest.mark.parametrize("stop", [8, 35])
+@pytest.mark.parametrize("stop", [12, 35])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop, finished, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         Spy(patch, interrupt_at=stop)
