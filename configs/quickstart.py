@@ -17,4 +17,5 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 3e-3
     config.router.margin = 0.5  # where the base gives up less, its likeliest token is the right one: exp(-0.5) > 1/2
     config.router.weighted = False
+    config.router.budget = 0.88
     return config
