@@ -56,7 +56,7 @@ def base_and_plugin_logits(tiny_config, tiny_params):
     tokens = jnp.asarray(np.random.default_rng(5).integers(0, 97, (2, 9)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
 
-    @jax.jit(static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def both(setting, frozen, trainable, sigma):
         out = model.apply({"params": frozen}, tokens, positions)
         normalized = normalize_taps(frozen, tiny_config, TAPS, out.taps)
