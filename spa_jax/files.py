@@ -43,8 +43,10 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     """A new directory to fill, which takes the place of `path` when the block ends without an exception.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the place cannot be written, or a plain file stands there.
     """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot write '{path}': a file stands in its place; move it away")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

@@ -120,7 +120,10 @@ def main() -> None:
             print()
             return
         if prompt:
-            answer(model, encoder, prompt, sampling)
+            try:
+                answer(model, encoder, prompt, sampling)
+            except UserError as error:  # such as one prompt that is too long: the next may be answered
+                print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

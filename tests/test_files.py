@@ -79,3 +79,12 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="cannot write"), replaced_directory(tmp_path / "file" / "a"):
         raise AssertionError
     assert names(tmp_path) == ["file"]
+
+
+def test_a_file_in_the_place_of_a_directory_is_refused_and_kept(tmp_path):
+    path = tmp_path / "plugin"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="a file stands in its place"), replaced_directory(path):
+        pass
+    assert path.read_text() == "mine"
+    assert names(tmp_path) == ["plugin"]

@@ -91,6 +91,15 @@ def test_interactive_answers_each_line_on_its_own(command, plugin):
     assert "red\n" in second
 
 
+def test_a_prompt_too_long_does_not_end_an_interactive_session(command, plugin):
+    lines = f"{'long ' * 100}\nWhat is thing 0?\n"
+    result = command(GENERATE, f"--plugin={plugin}", "--interactive", "--max_new_tokens=12", stdin=lines)
+    assert result.status == 0, result.err
+    assert "error: the prompt of " in result.err
+    assert "Traceback" not in result.err
+    assert result.out.count("consulted share") == 1
+
+
 REFUSED = {
     "no prompt": (["--plugin=PLUGIN"], "give either --prompt='...' or --interactive"),
     "two prompts": (["--plugin=PLUGIN", PROMPT, "--interactive"], "give either --prompt='...' or --interactive"),

@@ -158,6 +158,7 @@ FLAGS = {
     "no workdir": (["--config=configs/default.py"], "both --config=FILE and --workdir=DIR are needed"),
     "empty workdir": (["--config=configs/default.py", "--workdir="], "both --config=FILE and --workdir=DIR are needed"),
     "no such config": (["--config=gone.py", "--workdir=RUN"], "cannot use the config 'gone.py': no such file"),
+    "argument": (["--config=configs/default.py:x", "--workdir=RUN"], "get_config() takes 0 positional arguments"),
     "unknown flag": (["--config=configs/default.py", "--workdir=RUN", "--sed=1"], "Unknown command line flag 'sed'"),
     "no flag": (["--config=configs/default.py", "--workdir=RUN", "seed=1"], "unexpected argument 'seed=1'"),
 }

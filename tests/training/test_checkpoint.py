@@ -1,6 +1,7 @@
 """Saving and restoring states of a few numbers."""
 
 import contextlib
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,21 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
         checkpoints.save(saved, 0, {"loss/spa": 1.0})
         jax.block_until_ready(change(saved))
         assert_same(checkpoints.restore(state(0, width=1_000_000)), state(1, width=1_000_000))
+
+
+def test_ctrl_c_is_held_back_until_a_save_is_through(tmp_path, monkeypatch):
+    with opened(tmp_path / "checkpoints") as checkpoints:
+        save, through = checkpoints._manager.save, []
+
+        def interrupted(*arguments, **keywords):
+            signal.raise_signal(signal.SIGINT)
+            through.append(save(*arguments, **keywords))
+
+        monkeypatch.setattr(checkpoints._manager, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(state(1), 0, {"loss/spa": 1.0})
+        assert through == [True]
+        assert_same(checkpoints.restore(state(0)), state(1))
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(directory):
