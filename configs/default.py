@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",
             "setting": "spa",
             "seed": 0,
-            "side": {"kind": "tokenwise", "width": 32, "taps": "every:6", "heads": 4},
+            "side": {"kind": "tokenwise", "width": 32, "taps": "every:6", "heads": 4, "init": "random"},
             "router": {
                 "objective": "improvement",
                 "margin": 0.0,

@@ -16,13 +16,14 @@ from spa_jax.training.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:
-    """`side.*`: kind, width E, the tap list in the words of `spa_jax.models.plugin.select_taps`, and the attention
-    heads of the transformer kind."""
+    """`side.*`: kind, width E, the tap list in the words of `spa_jax.models.plugin.select_taps`, and of the transformer
+    kind the attention heads and what its blocks start as, random or pruned from the backbone's."""
 
     kind: SideKind
     width: int
     taps: str
     heads: int
+    init: Literal["random", "pruned"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,8 @@ class RunConfig:
             )
         if options.objective != "improvement" and options.cross_fit:
             raise UserError(f"router.cross_fit makes labels, and router.objective='{options.objective}' has none")
+        if self.side.init == "pruned" and self.side.kind != "transformer":
+            raise UserError("side.init=pruned copies backbone blocks, which only side.kind=transformer has")
         if self.side.kind == "transformer" and self.side.width % (2 * self.side.heads):
             raise UserError(
                 f"side.width={self.side.width} does not give each of side.heads={self.side.heads} an even width: "

@@ -24,6 +24,7 @@ from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin, select_taps
+from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
 from spa_jax.training import loop
 from spa_jax.training.checkpoint import Checkpoints
@@ -142,11 +143,18 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def trainable_params(config: RunConfig, plugin: PluginConfig) -> Params:
+def trainable_params(config: RunConfig, plugin: PluginConfig, backbone: Backbone) -> Params:
     """What the optimizer changes: the plugin, and with cross-fitting the side networks of the folds, stacked."""
-    params = init_plugin(plugin, config.seed, random_router=config.router.objective != "improvement")
+
+    def init(seed: int) -> Params:
+        params = init_plugin(plugin, seed, random_router=config.router.objective != "improvement")
+        if config.side.init == "pruned":
+            params["side"] = prune(plugin.side, backbone.config, backbone.params, params["side"])
+        return params
+
+    params = init(config.seed)
     if config.router.cross_fit:
-        others = [init_plugin(plugin, config.seed + 1 + fold)["side"] for fold in range(FOLDS)]
+        others = [init(config.seed + 1 + fold)["side"] for fold in range(FOLDS)]
         params["folds"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)
     return params
 
@@ -203,7 +211,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
 
     steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
     tx = optimizer(config.optimizer, steps)
-    fresh = init_state(trainable_params(config, plugin), tx)
+    fresh = init_state(trainable_params(config, plugin, backbone), tx)
     train_step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
     evaluate = Evaluator(
         make_eval_step(plugin, model), frozen, held_out, source, config.train.batch_size, config.setting,

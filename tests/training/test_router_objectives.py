@@ -114,6 +114,7 @@ def test_a_random_router_starts_apart_from_one_half(make_plugin):
         {"router.objective": "straight_through", "setting": "s2"},
         {"router.cross_fit": True, "router.budget": 0.4},
         {"side.kind": "transformer", "side.heads": 2},
+        {"side.kind": "transformer", "side.heads": 2, "side.init": "pruned"},
     ],
     ids=lambda keys: ",".join(map(str, keys.values())),
 )
@@ -132,6 +133,7 @@ def test_every_kind_of_run_learns(keys, make_config, tmp_path):
         ({"setting": "s3", "router.budget": 0.5}, "no router"),
         ({"router.objective": "soft", "router.cross_fit": True}, "cross_fit"),
         ({"side.kind": "transformer", "side.heads": 5}, "side.heads=5"),
+        ({"side.init": "pruned"}, "side.init"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(keys, named, make_config):
