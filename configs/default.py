@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
                 "margin": 0.0,
                 "weighted": True,
                 "cross_fit": False,
+                "offset": False,
                 "threshold": 0.5,
                 "budget": 0.0,
             },

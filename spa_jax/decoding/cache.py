@@ -1,6 +1,10 @@
 """The key/value cache: a plain pytree, the batch first in every leaf."""
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from spa_jax.models.llama import Cache, LlamaConfig
 
@@ -9,3 +13,11 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) ->
     """An empty cache `{"k", "v"}` of `[B,L,S,K,H]`; slot s of a row will hold the token at position s of that row."""
     shape = (batch, config.num_layers, slots, config.num_kv_heads, config.head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+Caches = TypeVar("Caches")
+
+
+def reorder(caches: Caches, rows: Int[Array, " R"]) -> Caches:
+    """Each row replaced by the one it descends from; `rows` may also be more than there are."""
+    return jax.tree.map(lambda leaf: leaf[rows], caches)

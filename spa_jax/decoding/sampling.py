@@ -1,11 +1,13 @@
 """Choosing the next token: greedy, or by temperature within the top k and the top p."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from spa_jax.decoding.hypotheses import Hypotheses, keep_where
 from spa_jax.errors import UserError
 
 
@@ -49,8 +51,9 @@ def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Flo
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def sample(key: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
-    """One token id a row, int32; the fields of `sampling` may be traced, so that changing them compiles nothing."""
+def sample(keys: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
+    """One token id a row, int32, each by its own key of `keys` `[B]`; the fields of `sampling` may be traced, so that
+    changing them compiles nothing."""
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -58,6 +61,28 @@ def sample(key: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) -
     def draw() -> jax.Array:
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
         filtered = filter_logits(scaled, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
-        return jax.random.categorical(key, filtered).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
 
     return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, greedy, draw)
+
+
+def extend(
+    sampling: Sampling,
+    hypotheses: Hypotheses,
+    logits: Float[Array, "G 1 V"],
+    consulted: Bool[Array, "G 1"],
+    active: Bool[Array, " G"],
+    eos_ids: Sequence[int],
+) -> tuple[Hypotheses, Int[Array, "G 1"]]:
+    """One more token for the active groups, which have one hypothesis each; arguments as of `beam.extend`."""
+    keys = jax.vmap(jax.random.fold_in)(hypotheses.keys, hypotheses.made)
+    token = sample(keys, logits[:, 0], sampling)
+    at = jnp.arange(hypotheses.tokens.shape[2])[None, None, :] == hypotheses.made[:, None, None]
+    made = hypotheses.made + 1
+    extended = hypotheses._replace(
+        tokens=jnp.where(at, token[:, None, None], hypotheses.tokens),
+        consulted=jnp.where(at, consulted[:, :, None], hypotheses.consulted),
+        made=made,
+        done=jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (made == hypotheses.tokens.shape[2]),
+    )
+    return keep_where(active, extended, hypotheses), jnp.zeros(consulted.shape, jnp.int32)

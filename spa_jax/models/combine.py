@@ -19,13 +19,22 @@ def always(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"])
 
 
 def combine(
-    setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"], sigma: Bool[Array, "..."]
+    setting: Setting,
+    f: Float[Array, "... D"],
+    g: Float[Array, "... D"],
+    sigma: Bool[Array, "..."],
+    offset: Float[Array, " D"] | None = None,
 ) -> Float[Array, "... D"]:
-    """f and g by sigma, which `base`, `s1` and `s3` ignore."""
+    """f and g by sigma, which `base`, `s1` and `s3` ignore; `offset` as of `skipped`."""
     if setting == "base":
         return f
     consulted = always(setting, f, g)
-    return jnp.where(sigma[..., None], consulted, f) if setting in ROUTED else consulted
+    return jnp.where(sigma[..., None], consulted, skipped(f, offset)) if setting in ROUTED else consulted
+
+
+def skipped(f: Float[Array, "... D"], offset: Float[Array, " D"] | None) -> Float[Array, "... D"]:
+    """What enters the LM head where the device is not asked: f, or f and the router's learned constant."""
+    return f if offset is None else f + jnp.broadcast_to(offset, f.shape).astype(f.dtype)
 
 
 def mix(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"], share: Float[Array, "..."]) -> Array:

@@ -22,12 +22,15 @@ class PluginConfig:
         side: the side network's shape.
         hidden_size: D of the backbone.
         threshold: the device is asked where p(consult) is above it.
+        offset: whether the router has a constant `[D]` that the cloud adds to f where the device is not asked. The
+            paper's has none.
     """
 
     setting: Setting
     side: SideConfig
     hidden_size: int
     threshold: float = 0.5
+    offset: bool = False
 
     @property
     def routed(self) -> bool:
@@ -65,6 +68,11 @@ def router_logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array,
     return Router().apply({"params": params["router"]}, hidden)
 
 
+def offset_of(params: Params) -> Float[Array, " D"] | None:
+    """The router's constant, where it has one."""
+    return params.get("router", {}).get("offset")
+
+
 def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False, random_router: bool = False) -> Params:
     """Fresh float32 parameters `{"side": ..., "router": ...}`; with `abstract`, their shapes and dtypes only.
 
@@ -77,6 +85,8 @@ def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False, ran
         params = {"side": side_network(config).init(jax.random.key(seed), taps, *positions)["params"]}
         if config.routed:
             params["router"] = Router(random_router).init(jax.random.key(seed), taps[0])["params"]
+            if config.offset:
+                params["router"]["offset"] = jnp.zeros(config.hidden_size)
         return params
 
     return jax.eval_shape(init) if abstract else jax.jit(init)()

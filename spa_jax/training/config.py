@@ -131,13 +131,17 @@ class RunConfig:
                 "thresholds lie between 0 and 1, and train.accumulate divides train.batch_size)"
             )
         options = self.router
-        if self.setting not in ROUTED and (options.objective != "improvement" or options.cross_fit or options.budget):
+        if self.setting not in ROUTED and (
+            options.objective != "improvement" or options.cross_fit or options.offset or options.budget
+        ):
             raise UserError(
-                f"setting '{self.setting}' has no router: leave router.objective, router.cross_fit and "
+                f"setting '{self.setting}' has no router: leave router.objective, router.cross_fit, router.offset and "
                 "router.budget at their defaults"
             )
-        if options.objective != "improvement" and options.cross_fit:
-            raise UserError(f"router.cross_fit makes labels, and router.objective='{options.objective}' has none")
+        if options.objective != "improvement" and (options.cross_fit or options.offset):
+            raise UserError(
+                f"router.cross_fit and router.offset go with router.objective='improvement', not '{options.objective}'"
+            )
         if self.side.init == "pruned" and self.side.kind != "transformer":
             raise UserError("side.init=pruned copies backbone blocks, which only side.kind=transformer has")
         if self.side.kind == "transformer" and self.side.width % (2 * self.side.heads):

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spa_jax.models.combine import always, mix
+from spa_jax.models.combine import always, mix, skipped
 from spa_jax.models.llama import Llama, Params
-from spa_jax.models.plugin import PluginConfig, correction, router_logits
+from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import CONSULT, consult_probability
 from spa_jax.training.features import Features
 from spa_jax.training.vocabulary_loss import token_losses
@@ -42,12 +42,15 @@ class RouterConfig:
         cross_fit: take each label from a side network that was not trained on that row: two more are trained, each on
             half of the rows. Labels from the main one are made on rows it has memorised, and flatter it; `improvement`
             only.
+        offset: learn a constant `[D]` that the cloud adds to f where it does not ask, and judge the plugin by what it
+            gains over that; `improvement` only. The paper has none.
     """
 
     objective: Objective
     margin: float
     weighted: bool
     cross_fit: bool
+    offset: bool
 
 
 class Outcomes(NamedTuple):
@@ -55,6 +58,8 @@ class Outcomes(NamedTuple):
 
     base: Float[Array, "B R"]
     """Cross-entropy of f alone, nats."""
+    skipped: Float[Array, "B R"]
+    """Cross-entropy where the device is not asked; `base`, unless the router has a constant."""
     always: Float[Array, "B R"]
     """Cross-entropy with the device asked, nats."""
     probability: Float[Array, "B R"]
@@ -72,9 +77,13 @@ def token_outcomes(plugin: PluginConfig, model: Llama, params: Params, frozen: P
     """Losses with and without the plugin, and what the router says."""
     g = corrections(plugin, params, features, model)
     asked = token_losses(model, frozen, always(plugin.setting, features.hidden, g), features.targets)
+    base = features.base_loss
     if not plugin.routed:
-        return Outcomes(features.base_loss, asked, jnp.ones_like(asked))
-    return Outcomes(features.base_loss, asked, consult_probability(router_logits(params, features.hidden)))
+        return Outcomes(base, base, asked, jnp.ones_like(asked))
+    unasked = base
+    if plugin.offset:
+        unasked = token_losses(model, frozen, skipped(features.hidden, offset_of(params)), features.targets)
+    return Outcomes(base, unasked, asked, consult_probability(router_logits(params, features.hidden)))
 
 
 def per_token(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array, "B R"]]:
@@ -84,8 +93,8 @@ def per_token(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array, "B
     return {
         "base": outcomes.base,
         "always": outcomes.always,
-        "combined": jnp.where(sigma, outcomes.always, outcomes.base),
-        "oracle": jnp.minimum(outcomes.always, outcomes.base),
+        "combined": jnp.where(sigma, outcomes.always, outcomes.skipped),
+        "oracle": jnp.minimum(outcomes.always, outcomes.skipped),
         "usage": sigma.astype(jnp.float32),
     }
 
@@ -98,7 +107,7 @@ def sums(values: dict[str, Float[Array, "B R"]], weights: Float[Array, "B R"]) -
 def router_losses(
     config: RouterConfig, logits: Float[Array, "B R 2"], gain: Float[Array, "B R"]
 ) -> Float[Array, "B R"]:
-    """Cross-entropy of the label gain > margin; `gain` is base loss minus plugin loss in nats."""
+    """Cross-entropy of the label gain > margin; `gain` is the loss without the plugin minus that with it, in nats."""
     excess = jax.lax.stop_gradient(gain) - config.margin
     log_p = jax.nn.log_softmax(logits, axis=-1)
     losses = -jnp.where(excess > 0, log_p[..., CONSULT], log_p[..., 1 - CONSULT])
@@ -115,11 +124,13 @@ def summed_loss(
     total = outcomes.always
     if plugin.routed:
         asked = outcomes.always
+        if plugin.offset:
+            total = total + outcomes.skipped
         if router.cross_fit:
             fold_losses, asked = _fold_losses(params, frozen, features, plugin, model)
             total = total + fold_losses
         logits = router_logits(params, features.hidden)
-        total = total + router_losses(router, logits, features.base_loss - asked)
+        total = total + router_losses(router, logits, outcomes.skipped - asked)
     return jnp.sum(features.weights * total), sums(per_token(outcomes, plugin.threshold), features.weights)
 
 

@@ -81,7 +81,9 @@ def plugin_config(config: RunConfig, backbone: Backbone) -> PluginConfig:
     side = SideConfig(
         config.side.kind, config.side.width, select_taps(config.side.taps, backbone.config), config.side.heads
     )
-    return PluginConfig(config.setting, side, backbone.config.hidden_size, config.router.threshold)
+    return PluginConfig(
+        config.setting, side, backbone.config.hidden_size, config.router.threshold, config.router.offset
+    )
 
 
 def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: Sequence[list[Example]]) -> None:

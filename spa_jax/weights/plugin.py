@@ -18,7 +18,7 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, CONFIG = "plugin.safetensors", "plugin_config.json"
 DESCRIPTION = {
     "format_version": int,
@@ -27,6 +27,7 @@ DESCRIPTION = {
         "side": {"kind": get_args(SideKind), "width": int, "taps": [int], "heads": int},
         "hidden_size": int,
         "threshold": float,
+        "offset": bool,
     },
     "backbone": str,
     "fingerprint": str,

@@ -37,10 +37,10 @@ def backbone(tiny_config, tiny_params):
     return Backbone("tiny", config, tiny_params, fast, EOS, "f" * 32)
 
 
-def make_plugin(setting, threshold=0.5, kind="tokenwise"):
+def make_plugin(setting, threshold=0.5, kind="tokenwise", offset=False):
     """A plugin with random parameters, as loud as f, and a router that is of two minds."""
     side = SideConfig("tokenwise", 6, TAPS) if kind == "tokenwise" else SideConfig("transformer", 8, TAPS, heads=2)
-    config = PluginConfig(setting, side, 32, threshold)
+    config = PluginConfig(setting, side, 32, threshold, offset)
     rng = np.random.default_rng(4)
     shapes = init_plugin(config, abstract=True)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
@@ -74,8 +74,9 @@ def rerun(backbone):
     scales = np.concatenate([frozen["blocks"]["attention_norm"]["scale"], frozen["norm"]["scale"][None]])
     lm_head = np.asarray(frozen["lm_head"]["kernel"])
 
-    def run(setting, prompt, threshold=0.5, kind="tokenwise"):
-        plugin = make_plugin(TRAINED_AS[setting], kind=kind)
+    def run(setting, prompt, threshold=0.5, kind="tokenwise", offset=False):
+        plugin = make_plugin(TRAINED_AS[setting], kind=kind, offset=offset)
+        constant = np.asarray(plugin.params["router"]["offset"]) if offset else 0
         text, new, asked, margins = list(prompt), [], [], []
         while len(new) < NEW and not set(new) & set(EOS):
             padding = width - len(text)
@@ -89,6 +90,7 @@ def rerun(backbone):
             p = np.exp(scores[1]) / np.exp(scores).sum()
             sigma = {"spa": p > threshold, "s2": p > threshold, "s1": True, "s3": True, "base": False}[setting]
             state = {"spa": f + sigma * g, "s1": f + g, "s2": g if sigma else f, "s3": g, "base": f}[setting]
+            state = state if sigma or setting == "base" else state + constant
             logits = state @ lm_head
             best = np.sort(logits)[-2:]
             new.append(int(logits.argmax()))
@@ -111,6 +113,14 @@ def test_greedy_equals_rerunning_the_whole_forward_for_every_token(setting, fuse
     asked = [share for generation in generations for share in generation.consulted]
     assert any(asked) == (setting != "base")
     assert all(asked) == (setting in ("s1", "s3"))
+
+
+def test_the_routers_offset_is_added_where_the_device_is_not_asked(backbone, rerun):
+    generations = FusedModel(backbone, make_plugin("spa", offset=True)).generate(PROMPTS, NEW)
+    expected = [rerun("spa", prompt, offset=True) for prompt in PROMPTS]
+    assert min(margin for *_, margin in expected) > 1e-4
+    assert [(g.tokens, g.consulted) for g in generations] == [(tokens, asked) for tokens, asked, _ in expected]
+    assert [tokens for tokens, *_ in expected] != [rerun("spa", prompt)[0] for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("setting", ["spa", "s3"])
@@ -143,8 +153,8 @@ def test_generation_stops_when_every_row_has_ended(fused):
     first, second = (len(generation.tokens) for generation in model.generate(prompts, NEW)[:2])
     assert first != second
     state = model.advance(model.start(prompts, NEW, Sampling(), 0), Sampling(), NEW)
-    assert int(state.made) == max(first, second) < NEW
-    assert state.done.tolist() == [True] * 4
+    assert int(state.hypotheses.made.max()) == max(first, second) < NEW
+    assert state.hypotheses.done.tolist() == [True] * 4
 
 
 def test_a_prompt_in_a_batch_gives_what_it_gives_alone(fused):
@@ -191,7 +201,7 @@ def test_the_loop_compiles_once_whatever_it_runs_to_and_however_it_samples(fused
         state = model.start(PROMPTS, NEW, sampling, 0)
         for until in (2, 5, NEW):
             state = model.advance(state, sampling, until)
-            assert int(state.made) == until
+            assert int(state.hypotheses.made.max()) == until
     assert model._advance._cache_size() == 1
 
 
@@ -229,7 +239,7 @@ def test_a_threshold_out_of_range_is_refused(threshold, backbone):
 
 def test_prompts_that_do_not_fit_are_refused_and_the_longest_that_does_is_not(fused):
     model = fused("base")
-    assert model.start([[1] * (CONTEXT - 2)], 2, Sampling(), 0).tokens.shape == (1, 2)
+    assert model.start([[1] * (CONTEXT - 2)], 2, Sampling(), 0).hypotheses.tokens.shape == (1, 1, 2)
     with pytest.raises(UserError, match=f"63 tokens and 2 new ones do not fit the backbone's context of {CONTEXT}"):
         model.generate([[1, 2], [1] * (CONTEXT - 1)], 2)
     with pytest.raises(UserError, match="empty"):

@@ -10,7 +10,7 @@ from spa_jax.errors import UserError
 
 KEY = jax.random.key(0)
 ROWS, WIDTH = 20_000, 6
-choose = jax.jit(sample)
+choose = jax.jit(lambda key, logits, sampling: sample(jax.random.split(key, logits.shape[0]), logits, sampling))
 """Compiled once: all tests here have logits of `ROWS` by `WIDTH`."""
 
 

@@ -96,6 +96,17 @@ def test_combine_follows_its_formula(setting):
     np.testing.assert_array_equal(combine(setting, jnp.asarray(f), jnp.asarray(g), jnp.asarray(sigma)), expected)
 
 
+def test_the_offset_enters_where_the_device_is_not_asked_and_nowhere_else():
+    rng = np.random.default_rng(8)
+    f, g = (jnp.asarray(x, jnp.float32) for x in rng.standard_normal((2, 2, 6, D)))
+    sigma, offset = rng.random((2, 6)) < 0.5, jnp.asarray(rng.standard_normal(D), jnp.float32)
+    for setting in SETTINGS:
+        found = combine(setting, f, g, jnp.asarray(sigma), offset)
+        plain = combine(setting, f, g, jnp.asarray(sigma))
+        expected = np.where(sigma[..., None], plain, np.asarray(f) + np.asarray(offset)) if setting in ROUTED else plain
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_combine_ignores_a_correction_that_was_not_asked_for():
     f, bad = jnp.ones((1, 2, D)), jnp.full((1, 2, D), jnp.nan)
     for setting in ROUTED:

@@ -13,7 +13,7 @@ from spa_jax.training.objective import RouterConfig, means, per_token, router_lo
 TRAINABLE = ("spa", "s1", "s2", "s3")
 
 
-WEIGHTED = RouterConfig("improvement", 0.0, True, False)
+WEIGHTED = RouterConfig("improvement", 0.0, True, False, False)
 
 
 def gradient(world, plugin, params, router=WEIGHTED):
@@ -52,7 +52,9 @@ def test_router_losses_by_hand(weighted):
     excess = np.array([0.8, 0.7, 0.1, 0.0])
     expected = -np.log(np.where(ask, p, 1 - p)) * (excess if weighted else 1)
     assert CONSULT == 1
-    losses = router_losses(RouterConfig("improvement", 0.2, weighted, False), jnp.asarray(logits), jnp.asarray(gain))
+    losses = router_losses(
+        RouterConfig("improvement", 0.2, weighted, False, False), jnp.asarray(logits), jnp.asarray(gain)
+    )
     np.testing.assert_allclose(losses[0], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -62,7 +64,7 @@ def test_weighted_labels_put_p_where_the_expected_gain_decides():
     def slope(weighted):
         def loss(p_logit):
             logits = jnp.zeros((1, 4, 2)).at[..., CONSULT].set(p_logit)
-            return jnp.sum(router_losses(RouterConfig("improvement", 0.0, weighted, False), logits, gains))
+            return jnp.sum(router_losses(RouterConfig("improvement", 0.0, weighted, False, False), logits, gains))
 
         return jax.grad(loss)(0.0)
 
@@ -117,7 +119,7 @@ def test_the_side_network_learns_from_the_always_on_path_alone(setting, world, m
 
 def test_the_router_learns_from_its_labels_alone(world, make_plugin):
     plugin, params = make_plugin("spa")
-    f, config = world.features, RouterConfig("improvement", -0.1, True, False)
+    f, config = world.features, RouterConfig("improvement", -0.1, True, False, False)
     outcomes = outcomes_of(world, plugin, params)
     gain = outcomes["base"] - outcomes["always"]
     labels = np.asarray(gain)[np.asarray(f.weights) > 0] > config.margin

@@ -1,5 +1,7 @@
 """Straight-through, soft and cross-fitted routers, and the budget."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def mixture(world, plugin, plain_losses, share_of):
 def test_soft_is_the_loss_of_the_mixture_by_p(setting, world, make_plugin, plain_losses):
     plugin, params = make_plugin(setting)
     expected = jax.grad(mixture(world, plugin, plain_losses, lambda p: p))(params)
-    close(gradient(world, plugin, params, RouterConfig("soft", 0.0, True, False)), expected)
+    close(gradient(world, plugin, params, RouterConfig("soft", 0.0, True, False, False)), expected)
 
 
 @pytest.mark.parametrize("setting", ["spa", "s2"])
@@ -54,7 +56,7 @@ def test_straight_through_is_hard_forward_and_soft_backward(setting, world, make
     plugin, params = make_plugin(setting, threshold=float(np.median(p)))
     hard = (np.asarray(p) > plugin.threshold).astype(np.float32)
     assert 0.3 < hard.mean() < 0.7
-    router = RouterConfig("straight_through", 0.0, True, False)
+    router = RouterConfig("straight_through", 0.0, True, False, False)
     total, _ = summed_loss(params, world.frozen, world.features, plugin=plugin, router=router, model=world.model)
     shift = hard - np.asarray(p)  # a constant that makes the soft mixture take the hard values
     written_out = mixture(world, plugin, plain_losses, lambda p: p + shift)
@@ -62,11 +64,36 @@ def test_straight_through_is_hard_forward_and_soft_backward(setting, world, make
     close(gradient(world, plugin, params, router), jax.grad(written_out)(params))
 
 
+@pytest.mark.parametrize("setting", ["spa", "s2"])
+def test_the_offset_learns_alone_and_the_router_learns_what_asking_gains_over_it(
+    setting, world, make_plugin, plain_losses
+):
+    plugin, params = make_plugin(setting)
+    plugin, f = dataclasses.replace(plugin, offset=True), world.features
+    params["router"]["offset"] = jnp.asarray(0.3 * np.random.default_rng(1).standard_normal(f.hidden.shape[-1]))
+
+    def written_out(params):
+        g = correction(plugin, params, jnp.moveaxis(f.taps, 1, 0), f.positions)[0]
+        asked = plain_losses(world.model, world.frozen, f.hidden + g if setting == "spa" else g, f.targets)
+        constant = jnp.broadcast_to(params["router"]["offset"], f.hidden.shape)
+        unasked = plain_losses(world.model, world.frozen, f.hidden + constant, f.targets)
+        p = consult_probability(router_logits(params, f.hidden))
+        excess = jax.lax.stop_gradient(unasked - asked) - 0.1
+        router = -jnp.log(jnp.where(excess > 0, p, 1 - p)) * jnp.abs(excess)
+        return jnp.sum(f.weights * (asked + unasked + router))
+
+    router = RouterConfig("improvement", 0.1, True, False, True)
+    total, sums = summed_loss(params, world.frozen, f, plugin=plugin, router=router, model=world.model)
+    np.testing.assert_allclose(total, written_out(params), rtol=1e-4)
+    close(gradient(world, plugin, params, router), jax.grad(written_out)(params))
+    assert sums["oracle"] < min(sums["always"], sums["combined"])
+
+
 def test_a_fold_network_never_learns_from_the_rows_it_labels(world, make_plugin):
     plugin, params = make_plugin("spa")
     others = [make_plugin("spa")[1]["side"] for _ in range(2)]
     params = {**params, "folds": jax.tree.map(lambda *leaves: jnp.stack(leaves), *others)}
-    router = RouterConfig("improvement", 0.0, True, True)
+    router = RouterConfig("improvement", 0.0, True, True, False)
     f = world.features
     fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
     assert 0 < fold.mean() < 1
@@ -81,8 +108,8 @@ def test_cross_fitted_labels_come_from_the_network_that_has_not_seen_the_row(wor
     plugin, params = make_plugin("spa")
     silent = jax.tree.map(jnp.zeros_like, params["side"])
     folds = jax.tree.map(lambda a, b: jnp.stack([a, b]), silent, params["side"])
-    router = RouterConfig("improvement", 0.1, True, True)
-    plain = RouterConfig("improvement", 0.1, True, False)
+    router = RouterConfig("improvement", 0.1, True, True, False)
+    plain = RouterConfig("improvement", 0.1, True, False, False)
     f = world.features
     fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
     for number, side in ((0, silent), (1, params["side"])):
@@ -113,6 +140,7 @@ def test_a_random_router_starts_apart_from_one_half(make_plugin):
         {"router.objective": "soft"},
         {"router.objective": "straight_through", "setting": "s2"},
         {"router.cross_fit": True, "router.budget": 0.4},
+        {"router.offset": True},
         {"side.kind": "transformer", "side.heads": 2},
         {"side.kind": "transformer", "side.heads": 2, "side.init": "pruned"},
     ],
@@ -132,6 +160,8 @@ def test_every_kind_of_run_learns(keys, make_config, tmp_path):
         ({"setting": "s1", "router.objective": "soft"}, "no router"),
         ({"setting": "s3", "router.budget": 0.5}, "no router"),
         ({"router.objective": "soft", "router.cross_fit": True}, "cross_fit"),
+        ({"router.objective": "soft", "router.offset": True}, "offset"),
+        ({"setting": "s1", "router.offset": True}, "no router"),
         ({"side.kind": "transformer", "side.heads": 5}, "side.heads=5"),
         ({"side.init": "pruned"}, "side.init"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from spa_jax.training.objective import RouterConfig, per_token, summed_loss, sums
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 
-ROUTER = RouterConfig("improvement", 0.0, True, False)
+ROUTER = RouterConfig("improvement", 0.0, True, False, False)
 SGD = optax.sgd(1.0)
 
 

@@ -72,7 +72,9 @@ def test_a_step_on_cached_features_holds_no_array_of_positions_times_vocabulary(
     d = config.hidden_size
     plugin = PluginConfig("spa", SideConfig("tokenwise", 8, taps), d)
     tx = optax.sgd(0.1)
-    step = make_train_step(plugin, RouterConfig("improvement", 0.0, True, False), Llama(config, taps), tx, accumulate=1)
+    step = make_train_step(
+        plugin, RouterConfig("improvement", 0.0, True, False, False), Llama(config, taps), tx, accumulate=1
+    )
     state = jax.eval_shape(lambda: init_state(init_plugin(plugin), tx))
     frozen = init_params(config, abstract=True)
 

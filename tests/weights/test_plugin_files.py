@@ -102,7 +102,7 @@ SPOILED = {
     "no JSON": (lambda d: (d / "plugin_config.json").write_text("{"), "plugin_config.json' is damaged"),
     "no text": (lambda d: (d / "plugin_config.json").write_bytes(b"\xff\xfe"), "plugin_config.json' is damaged"),
     "no object": (lambda d: (d / "plugin_config.json").write_text("[]"), "has plugin format None"),
-    "format": (described("format_version", value=2), "has plugin format 2, this spa_jax reads format 1"),
+    "format": (described("format_version", value=1), "has plugin format 1, this spa_jax reads format 2"),
     "extra key": (described("config", "side", "depth", value=2), "plugin_config.json' is damaged"),
     "lost key": (lambda d: rewrite(d, lambda j: j["config"].pop("threshold")), "plugin_config.json' is damaged"),
     "setting": (described("config", "setting", value="s9"), "plugin_config.json' is damaged"),

@@ -1,0 +1,124 @@
+"""Trains one plugin for each row of a table and measures it on test data: the common part of `sciq` and `coqa`."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from configs import default
+from spa_jax.data.tasks import Pair, read_json_lines
+from spa_jax.files import write_bytes, write_json
+from spa_jax.models.llama import Llama
+from spa_jax.models.plugin import PluginConfig, count_params, init_plugin
+from spa_jax.training import loop
+from spa_jax.training.config import RunConfig, parse
+from spa_jax.training.evaluation import Evaluator, threshold_for
+from spa_jax.training.run import make_encoder, open_tap_cache, plugin_config, train
+from spa_jax.training.step import make_eval_step
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.plugin import load_plugin
+from spa_jax.weights.registry import load_backbone
+
+SHARE = 0.62
+"""The paper's consulted share (31 exchanges for 50 tokens)."""
+COLUMNS = ("loss/base", "loss/plugin", "router/usage", "loss/at 0.62", "loss/always", "loss/oracle", "oracle/usage")
+
+Keys = Mapping[str, Any]
+
+
+def run_rows(table: Mapping[str, Keys], fixed: Keys, workdir: Path, output: Path, only: str, command: str) -> None:
+    """Runs the rows whose name holds `only` and that are not done yet; prints and writes all that are done.
+
+    Args:
+        table: name of each row -> config keys it sets; a `side.width` of 0 stands for the width that makes the plugin
+            as large as the default one (within 10 %).
+        fixed: config keys of all rows.
+        workdir: holds `data/{train,validation,test}.jsonl`; gets a run a row.
+        output: where the JSON goes.
+        only: part of a name.
+        command: for the record.
+    """
+    backbone = load_backbone(default.get_config().backbone)
+    data = workdir / "data"
+    fixed = {"data.train": str(data / "train.jsonl"), "data.eval": str(data / "validation.jsonl"), **fixed}
+    reference = _size(_config(fixed), backbone)
+    results = {}
+    for name, keys in table.items():
+        done = workdir / "rows" / f"{name}.json"
+        if not done.exists() and only in name:
+            config = _config({**fixed, **keys})
+            if keys.get("side.width") == 0:
+                config = matched(config, backbone, reference)
+            summary = train(config, workdir / name)
+            metrics = measure(config, workdir / name, backbone, data / "test.jsonl")
+            kept = {key: summary[key] for key in ("params/trainable", "time/train_seconds", "router/threshold")}
+            write_json(done, {"keys": {**keys, "side.width": config.side.width}, **metrics, **kept})
+        if done.exists():
+            results[name] = json.loads(done.read_text(encoding="utf-8"))
+    shown = Table("row", "parameters", *COLUMNS)
+    for name, row in results.items():
+        shown.add_row(name, f"{row['params/trainable']:,}", *(f"{row[c]:.3f}" if c in row else "" for c in COLUMNS))
+    Console(width=160).print(shown)
+    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].platform}"
+    write_json(output, {"command": command, "hardware": hardware, "fixed": _portable(fixed), "rows": results})
+
+
+def write_pairs(path: Path, pairs: list[Pair]) -> None:
+    """Rows as `{"source", "target"}`, one JSON object a line."""
+    lines = [json.dumps({"source": pair.source, "target": pair.target}) for pair in pairs]
+    write_bytes(path, "\n".join(lines).encode())
+
+
+def measure(config: RunConfig, workdir: Path, backbone: Backbone, test: Path) -> dict[str, float]:
+    """Test metrics of a run's plugin at its own threshold and, with a router, at a consulted share of `SHARE`.
+
+    `oracle/usage` is the share a perfect router asks for: that of the tokens where asking lowers the loss.
+    """
+    plugin = load_plugin(workdir / "plugin")
+    model = Llama(backbone.config, plugin.config.side.taps, jnp.dtype(config.dtype))
+    examples, _ = make_encoder(backbone, config.data).encode_all(read_json_lines(str(test)))
+    cache = open_tap_cache(config, plugin.config, backbone, examples)
+    loop.fill_cache(cache, model, backbone.params, config.train.batch_size, examples)
+    step = make_eval_step(plugin.config, model)
+    evaluate = Evaluator(
+        step, backbone.params, examples, cache.collate, config.train.batch_size, "plugin", plugin.config.threshold
+    )
+    outcomes = evaluate.outcomes(plugin.params)
+    metrics = evaluate(plugin.params)
+    if plugin.config.routed:
+        sigma = np.asarray(outcomes.probability) > threshold_for(np.asarray(outcomes.probability), SHARE)
+        metrics["loss/at 0.62"] = float(np.where(sigma, outcomes.always, outcomes.skipped).mean())
+        metrics["oracle/usage"] = float(np.mean(np.asarray(outcomes.always) < np.asarray(outcomes.skipped)))
+    return metrics
+
+
+def matched(config: RunConfig, backbone: Backbone, size: int) -> RunConfig:
+    """The config with the side width whose number of parameters is nearest `size`."""
+    step = 2 * config.side.heads if config.side.kind == "transformer" else 1
+    widths = range(step, 257, step)
+    candidates = [dataclasses.replace(config, side=dataclasses.replace(config.side, width=width)) for width in widths]
+    return min(candidates, key=lambda candidate: abs(_size(candidate, backbone) - size))
+
+
+def _size(config: RunConfig, backbone: Backbone) -> int:
+    plugin: PluginConfig = plugin_config(config, backbone)
+    return count_params(init_plugin(plugin, abstract=True))
+
+
+def _config(keys: Keys) -> RunConfig:
+    config = default.get_config()
+    config.update_from_flattened_dict({**keys, "side.width": keys.get("side.width") or 32})
+    return parse(config.to_dict())
+
+
+def _portable(keys: Keys) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in ("data.train", "data.eval")}

@@ -1,0 +1,65 @@
+"""The rows of `experiments.sciq` that decide, on CoQA.
+
+    python -m experiments.coqa --data=DIR --workdir=runs/coqa --output=experiments/results/coqa.json [--only=TEXT]
+
+DIR holds train.jsonl, validation.jsonl and test.jsonl with CoQA's columns (`stanfordnlp/coqa`). One row is one question
+after the conversation so far; of each story the first, a middle and the last question are taken.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments.ablation import run_rows, write_pairs
+from spa_jax import command
+from spa_jax.data.tasks import Pair
+from spa_jax.errors import UserError
+
+DATA = flags.DEFINE_string("data", None, "Directory with CoQA's train.jsonl, validation.jsonl and test.jsonl.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/coqa", "Where runs and finished rows are kept.")
+OUTPUT = flags.DEFINE_string("output", "experiments/results/coqa.json", "Where to write the table.")
+ONLY = flags.DEFINE_string("only", "", "Run only rows whose name holds this text.")
+
+FIXED = {"data.max_length": 512, "train.epochs": 8, "train.log_every": 100}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Name of each row -> the keys it sets."""
+    return {
+        "s1": {"setting": "s1"},
+        "s2": {"setting": "s2"},
+        "s3": {"setting": "s3"},
+        "spa": {},
+        "spa offset": {"router.offset": True},
+        "spa cross-fitted": {"router.cross_fit": True},
+        "spa offset cross-fitted": {"router.cross_fit": True, "router.offset": True},
+    }
+
+
+def read(path: Path) -> list[Pair]:
+    """Question, the turns before it, and the story last, so that what is cut from a long row is the story's end."""
+    pairs = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        questions, answers = row["questions"], row["answers"]["input_text"]
+        for turn in sorted({0, len(questions) // 2, len(questions) - 1}):
+            if answers[turn].strip():
+                history = "\n".join(f"{q} {a}" for q, a in zip(questions[:turn], answers[:turn]))
+                source = f"Answer in a few words: {questions[turn]}\n\nAsked before:\n{history}\n\n{row['story']}"
+                pairs.append(Pair(source, answers[turn]))
+    return pairs
+
+
+def main() -> None:
+    if DATA.value is None:
+        raise UserError("name CoQA's directory with --data=DIR")
+    workdir = Path(WORKDIR.value)
+    for split in ("train", "validation", "test"):
+        write_pairs(workdir / "data" / f"{split}.jsonl", read(Path(DATA.value) / f"{split}.jsonl"))
+    run_rows(rows(), FIXED, workdir, Path(OUTPUT.value), ONLY.value, "python -m experiments.coqa --data=DIR")
+
+
+if __name__ == "__main__":
+    command.run(main)
