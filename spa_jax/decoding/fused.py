@@ -288,16 +288,25 @@ def check_setting(
     Raises:
         UserError: the plugin is of another backbone, or cannot run in that setting.
     """
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UserError(f"threshold is {threshold}, but must lie between 0 (always ask) and 1 (never ask)")
     if plugin is None:
         if setting not in (None, "base"):
             raise UserError(f"setting '{setting}' needs a plugin: name one with --plugin")
         return "base", 0.5
     plugin.check(backbone)
-    setting = setting or plugin.config.setting
-    _check_parts(setting, plugin.config)
-    return setting, plugin.config.threshold if threshold is None else threshold
+    return check_threshold(plugin.config, setting, threshold)
+
+
+def check_threshold(plugin: PluginConfig, setting: Setting | None, threshold: float | None) -> tuple[Setting, float]:
+    """`check_setting` where the backbone is elsewhere.
+
+    Raises:
+        UserError: the plugin cannot run in that setting, or the threshold is none.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UserError(f"threshold is {threshold}, but must lie between 0 (always ask) and 1 (never ask)")
+    setting = setting or plugin.setting
+    _check_parts(setting, plugin)
+    return setting, plugin.threshold if threshold is None else threshold
 
 
 def _check_parts(setting: Setting, plugin: PluginConfig) -> None:

@@ -1,0 +1,76 @@
+"""The channel between cloud and device, and what it cost.
+
+Messages are bytes of messages.proto. The cloud sends and asks; whatever lies between (nothing, a simulated network, a
+real one) implements `Channel`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+Answer = Callable[[bytes], bytes | None]
+"""The device's side of a channel: answers a message, or takes note of it and answers nothing."""
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What a generation has cost.
+
+    Attributes:
+        exchanges: questions the device was asked, answered or not.
+        lost: those whose answer did not come in time.
+        bytes_down: bytes of questions, cloud to device.
+        bytes_up: bytes of answers, device to cloud.
+        prefill_bytes: bytes of messages that bring a prompt's taps and want no answer, and of opening.
+        network_seconds: time on the wire.
+        device_seconds: time in the device's program.
+    """
+
+    exchanges: int = 0
+    lost: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    prefill_bytes: int = 0
+    network_seconds: float = 0.0
+    device_seconds: float = 0.0
+
+
+class Channel(Protocol):
+    """How the cloud reaches one device."""
+
+    traffic: Traffic
+
+    def send(self, message: bytes) -> None:
+        """Sends what wants no answer."""
+
+    def exchange(self, message: bytes) -> bytes | None:
+        """Asks, and waits for the answer; None when it did not come in time."""
+
+
+class InProcess:
+    """No network: the device is a function call away."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.traffic = Traffic()
+        self._answer = answer
+
+    def send(self, message: bytes) -> None:
+        self._call(message)
+        self.traffic.prefill_bytes += len(message)
+
+    def exchange(self, message: bytes) -> bytes | None:
+        self.traffic.exchanges += 1
+        self.traffic.bytes_down += len(message)
+        reply = self._call(message)
+        if reply is None:
+            self.traffic.lost += 1
+        else:
+            self.traffic.bytes_up += len(reply)
+        return reply
+
+    def _call(self, message: bytes) -> bytes | None:
+        began = time.perf_counter()
+        reply = self._answer(message)
+        self.traffic.device_seconds += time.perf_counter() - began
+        return reply

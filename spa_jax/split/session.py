@@ -1,0 +1,126 @@
+"""A generation by cloud and device: the device opens it, and answers what the cloud asks until it is over."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.fused import check_threshold
+from spa_jax.decoding.hypotheses import Generation
+from spa_jax.decoding.sampling import GREEDY, Sampling
+from spa_jax.models.combine import Setting
+from spa_jax.split import wire
+from spa_jax.split.channel import Answer, Channel, InProcess, Traffic
+from spa_jax.split.cloud import Cloud
+from spa_jax.split.device import Device
+from spa_jax.split.messages_pb2 import Beams as BeamsMessage
+from spa_jax.split.messages_pb2 import Correction, Open, Prompt, Taps
+from spa_jax.split.messages_pb2 import Sampling as SamplingMessage
+from spa_jax.split.wire import Codec
+from spa_jax.weights.plugin import Plugin
+
+Connect = Callable[[Answer], Channel]
+"""Makes a channel to a device that answers so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitResult:
+    """What was generated, and what it cost.
+
+    Attributes:
+        generations: of each prompt.
+        traffic: exchanges, bytes, and time on the network and in the device.
+        degraded: how often a prompt's next token was chosen without an answer that was wanted.
+        cloud_seconds: time in the cloud's programs.
+    """
+
+    generations: list[Generation]
+    traffic: Traffic
+    degraded: int
+    cloud_seconds: float
+
+
+def open_message(
+    plugin: Plugin,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    codec: Codec = "float32",
+    setting: Setting | None = None,
+    threshold: float | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    beams: Beams | None = None,
+) -> Open:
+    """What the device tells the cloud: no side parameter is in it.
+
+    Raises:
+        UserError: the plugin cannot run in that setting, or a value out of range.
+    """
+    config = plugin.config
+    setting, threshold = check_threshold(config, setting, threshold)
+    router = plugin.params.get("router", {}) if config.routed else {}
+    kernel, offset = (
+        np.asarray(router[name], "<f4").tobytes() if name in router else b"" for name in ("kernel", "offset")
+    )
+    request = Open(
+        version=wire.VERSION,
+        backbone=plugin.fingerprint,
+        setting=setting,
+        threshold=threshold,
+        router=kernel,
+        offset=offset,
+        taps=config.side.taps,
+        codec=wire.check_codec(codec),
+        attends=config.side.attends,
+        prompts=[Prompt(tokens=prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingMessage(
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed
+        ),
+    )
+    if beams is not None:
+        stopping = str(beams.early_stopping).lower()
+        request.beams.CopyFrom(
+            BeamsMessage(width=beams.width, length_penalty=beams.length_penalty, early_stopping=stopping)
+        )
+    return request
+
+
+def device_for(plugin: Plugin, request: Open) -> Device:
+    """The device's half of the generation it opens."""
+    rows = len(request.prompts) * (request.beams.width if request.HasField("beams") else 1)
+    slots = max(len(prompt.tokens) for prompt in request.prompts) + request.max_new_tokens
+    return Device(plugin.config, plugin.params["side"], wire.check_codec(request.codec), rows, slots)
+
+
+def generate(cloud: Cloud, plugin: Plugin, request: Open, connect: Connect = InProcess) -> SplitResult:
+    """Generates over a channel, both halves in this process.
+
+    Raises:
+        UserError: the cloud refuses the request.
+    """
+    device = device_for(plugin, request)
+
+    def answer(message: bytes) -> bytes | None:
+        correction = device.receive(Taps.FromString(message))
+        return None if correction is None else correction.SerializeToString()
+
+    channel = connect(answer)
+    began = time.perf_counter()
+    session = cloud.open(request)
+    channel.traffic.prefill_bytes += request.ByteSize()
+    elsewhere = 0.0
+    for message in session.prompt_messages():
+        at = time.perf_counter()
+        channel.send(message.SerializeToString())
+        elsewhere += time.perf_counter() - at
+    while (question := session.wanted()) is not None:
+        at = time.perf_counter()
+        reply = channel.exchange(question.SerializeToString())
+        elsewhere += time.perf_counter() - at
+        session.resume(None if reply is None else Correction.FromString(reply))
+    result = session.result()
+    seconds = time.perf_counter() - began - elsewhere
+    return SplitResult(result, channel.traffic, session.degraded, seconds)

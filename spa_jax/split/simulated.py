@@ -1,0 +1,83 @@
+"""A network that is not there, on a clock that costs no time."""
+
+import dataclasses
+
+import numpy as np
+
+from spa_jax.errors import UserError
+from spa_jax.split.channel import Answer, InProcess
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A link between cloud and device.
+
+    Attributes:
+        tau: seconds of a round trip, the paper's TCP/IP connection latency.
+        down: bandwidth from cloud to device in bits per second.
+        up: bandwidth from device to cloud in bits per second.
+        jitter: mean seconds of an exponentially distributed delay that each message suffers on top.
+        loss: probability that a message does not arrive.
+        deadline: seconds after which an answer is not waited for.
+        seed: of jitter and loss.
+    """
+
+    tau: float = 3.82e-3
+    down: float = 1e9
+    up: float = 1e9
+    jitter: float = 0.0
+    loss: float = 0.0
+    deadline: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.tau, self.jitter) < 0 or min(self.down, self.up, self.deadline) <= 0 or not 0 <= self.loss <= 1:
+            raise UserError(
+                f"a network of {self} makes no sense: times are not negative, bandwidths and the deadline positive, "
+                "and loss lies between 0 and 1"
+            )
+
+
+class Simulated(InProcess):
+    """The device a function call away, and a virtual clock: `traffic.network_seconds` is what the link would take."""
+
+    def __init__(self, answer: Answer, network: Network) -> None:
+        super().__init__(answer)
+        self._network = network
+        self._random = np.random.default_rng(network.seed)
+
+    def send(self, message: bytes) -> None:
+        """Sends what wants no answer; it is sent again until it arrives, as TCP does."""
+        n = self._network
+        while True:
+            self.traffic.network_seconds += n.tau / 2 + 8 * len(message) / n.down + self._random.exponential(n.jitter)
+            if not self._is_lost():
+                break
+            self.traffic.network_seconds += n.tau
+        super().send(message)
+
+    def exchange(self, message: bytes) -> bytes | None:
+        n, before = self._network, self.traffic.device_seconds
+        seconds = n.tau + 8 * len(message) / n.down + self._random.exponential(n.jitter)
+        if self._is_lost():
+            self.traffic.exchanges += 1
+            self.traffic.bytes_down += len(message)
+            self._give_up()
+            return None
+        reply = super().exchange(message)
+        if reply is None or self._is_lost():
+            self._give_up()
+            return None
+        seconds += 8 * len(reply) / n.up + self._random.exponential(n.jitter)
+        if seconds + self.traffic.device_seconds - before > n.deadline:
+            self._give_up()
+            return None
+        self.traffic.network_seconds += seconds
+        return reply
+
+    def _is_lost(self) -> bool:
+        return bool(self._random.random() < self._network.loss)
+
+    def _give_up(self) -> None:
+        self.traffic.lost += 1
+        self.traffic.network_seconds += self._network.deadline
