@@ -1,10 +1,14 @@
 """Generate with a plugin: python -m spa_jax.generate --plugin=DIR/plugin --prompt="..." (or --interactive).
 
-Tokens for which the device was asked are coloured, or [bracketed] where the output is no terminal.
+--channel=none runs everything as one program; in-process and simulated run cloud and device as two, which exchange
+messages through a channel, and say what that cost. Tokens for which the device was asked are coloured, or [bracketed]
+where the output is no terminal.
 """
 
+import functools
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +18,19 @@ from rich.text import Text
 
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
+from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import SETTINGS, Setting
-from spa_jax.weights.plugin import load_plugin
+from spa_jax.split.channel import InProcess
+from spa_jax.split.cloud import Cloud
+from spa_jax.split.session import Connect, generate, open_message
+from spa_jax.split.simulated import Network, Simulated
+from spa_jax.split.wire import CODECS, Codec
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
@@ -32,8 +43,19 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to gen
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy.")
 TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest tokens; 0 is all.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens whose probabilities reach p; 1 is all.")
-SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
-OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and consulted share as JSON.")
+SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of the simulated network.")
+BEAMS = flags.DEFINE_integer("beams", 0, "Beam search with so many beams; 0 is sampling, or greedy.")
+LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Of beam search: above 0 favours longer answers.")
+EARLY_STOPPING = flags.DEFINE_bool("early_stopping", False, "Of beam search: stop when there are as many as beams.")
+CHANNEL = flags.DEFINE_enum("channel", "none", ["none", "in-process", "simulated"], "Between cloud and device.")
+CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "How numbers travel through the channel.")
+TAU = flags.DEFINE_float("tau", Network.tau, "Simulated: seconds of a round trip.")
+DOWN = flags.DEFINE_float("down", Network.down, "Simulated: bits per second from cloud to device.")
+UP = flags.DEFINE_float("up", Network.up, "Simulated: bits per second from device to cloud.")
+JITTER = flags.DEFINE_float("jitter", Network.jitter, "Simulated: mean seconds of random delay a message.")
+LOSS = flags.DEFINE_float("loss", Network.loss, "Simulated: probability that a message is lost.")
+DEADLINE = flags.DEFINE_float("deadline", Network.deadline, "Simulated: seconds to wait for the device.")
+OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and what the channel cost as JSON.")
 
 DEVICE_STYLE = "bold magenta"
 
@@ -77,11 +99,62 @@ class Printer:
         sys.stdout.flush()
 
 
-def answer(model: FusedModel, encoder: Encoder, prompt: str, sampling: Sampling) -> dict[str, Any]:
+Tokens = Iterator[tuple[int, bool]]
+"""Token ids as they come, each with whether the device was asked."""
+
+
+def fused_answer(model: FusedModel, sampling: Sampling, beams: Beams | None, prompt: list[int], cost: Any) -> Tokens:
+    """From one program; there is no channel, so `cost` stays empty."""
+    if beams is None:
+        yield from model.stream(prompt, MAX_NEW_TOKENS.value, sampling, SEED.value)
+        return
+    (generation,) = model.generate([prompt], MAX_NEW_TOKENS.value, sampling, SEED.value, beams)
+    yield from zip(generation.tokens, generation.consulted)
+
+
+def split_answer(
+    cloud: Cloud,
+    plugin: Plugin,
+    connect: Connect,
+    sampling: Sampling,
+    beams: Beams | None,
+    prompt: list[int],
+    cost: Any,
+) -> Tokens:
+    """From two programs; `cost` gets what passed between them."""
+    request = open_message(
+        plugin,
+        [prompt],
+        MAX_NEW_TOKENS.value,
+        cast(Codec, CODEC.value),
+        cast(Setting | None, SETTING.value),
+        THRESHOLD.value,
+        sampling,
+        SEED.value,
+        beams,
+    )
+    result = generate(cloud, plugin, request, connect)
+    (generation,), traffic = result.generations, result.traffic
+    cost |= {
+        "exchanges": traffic.exchanges,
+        "bytes_up": traffic.bytes_up,
+        "bytes_down": traffic.bytes_down,
+        "prefill_bytes": traffic.prefill_bytes,
+        "ratio": traffic.exchanges / len(generation.tokens),
+        "degraded": result.degraded,
+        "cloud_seconds": result.cloud_seconds,
+        "device_seconds": traffic.device_seconds,
+        "network_seconds": traffic.network_seconds,
+    }
+    yield from zip(generation.tokens, generation.consulted)
+
+
+def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
     """Streams the answer to the terminal and returns it as `--output` writes it."""
     printer, tokens, sources = Printer(encoder), [], []
+    cost: dict[str, Any] = {}
     began = time.perf_counter()
-    for token, consulted in model.stream(encoder.prompt(prompt), MAX_NEW_TOKENS.value, sampling, SEED.value):
+    for token, consulted in respond(encoder.prompt(prompt), cost):
         tokens.append(token)
         sources.append("device" if consulted else "cloud")
         printer.add(token, consulted)
@@ -90,7 +163,34 @@ def answer(model: FusedModel, encoder: Encoder, prompt: str, sampling: Sampling)
     seconds = time.perf_counter() - began
     marked = "coloured" if Console().is_terminal else "in brackets"
     print(f"{len(tokens)} tokens in {seconds:.1f} s; consulted share {share:.2f} (tokens from the plugin {marked})")
-    return {"prompt": prompt, "text": text, "tokens": tokens, "sources": sources, "consulted_share": share}
+    if cost:
+        print(
+            f"{cost['exchanges']} exchanges (ratio M {cost['ratio']:.2f}), {cost['bytes_down']:,} bytes down and "
+            f"{cost['bytes_up']:,} up, {cost['prefill_bytes']:,} before the first; {cost['cloud_seconds']:.2f} s in "
+            f"the cloud, {cost['device_seconds']:.2f} s in the device, {cost['network_seconds']:.2f} s on the network"
+        )
+    return {"prompt": prompt, "text": text, "tokens": tokens, "sources": sources, "consulted_share": share, **cost}
+
+
+def responder(
+    backbone: Backbone, plugin: Plugin | None, sampling: Sampling, beams: Beams | None
+) -> Callable[[list[int], Any], Tokens]:
+    """What answers a prompt's tokens, by `--channel`.
+
+    Raises:
+        UserError: a channel without a plugin, or a network that makes no sense.
+    """
+    if CHANNEL.value == "none":
+        model = FusedModel(backbone, plugin, cast(Setting | None, SETTING.value), THRESHOLD.value)
+        return functools.partial(fused_answer, model, sampling, beams)
+    if plugin is None:
+        raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
+    plugin.check(backbone)
+    connect: Connect = InProcess
+    if CHANNEL.value == "simulated":
+        network = Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
+        connect = functools.partial(Simulated, network=network)
+    return functools.partial(split_answer, Cloud(backbone), plugin, connect, sampling, beams)
 
 
 def main() -> None:
@@ -103,13 +203,18 @@ def main() -> None:
     if INTERACTIVE.value and OUTPUT.value:
         raise UserError("--output goes with --prompt, not with --interactive")
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check()
+    if BEAMS.value < 0:
+        raise UserError(f"--beams is {BEAMS.value}, but must be 0 (no beam search) or more")
+    if BEAMS.value and TEMPERATURE.value:
+        raise UserError("--beams searches and --temperature samples: give one of them")
+    beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
     plugin = load_plugin(Path(PLUGIN.value)) if PLUGIN.value is not None else None
     backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
-    model = FusedModel(backbone, plugin, cast(Setting | None, SETTING.value), THRESHOLD.value)
+    respond = responder(backbone, plugin, sampling, beams)
     template = plugin.template if plugin else ("chat" if backbone.tokenizer.chat_template else "plain")
     encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
     if PROMPT.value is not None:
-        result = answer(model, encoder, PROMPT.value, sampling)
+        result = answer(respond, encoder, PROMPT.value)
         if OUTPUT.value:
             write_json(Path(OUTPUT.value), result)
         return
@@ -121,7 +226,7 @@ def main() -> None:
             return
         if prompt:
             try:
-                answer(model, encoder, prompt, sampling)
+                answer(respond, encoder, prompt)
             except UserError as error:  # such as one prompt that is too long: the next may be answered
                 print(f"error: {error}", file=sys.stderr)
 

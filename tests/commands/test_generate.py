@@ -67,6 +67,33 @@ def test_the_threshold_moves_the_share_from_all_to_none(answer):
     assert never["tokens"] == answer("--setting=base")[0]["tokens"]
 
 
+def test_two_programs_say_what_one_does_and_what_it_cost(answer):
+    for search in ((), ("--beams=3",)):
+        one, _ = answer(*search)
+        two, printed = answer("--channel=in-process", *search)
+        assert (two["tokens"], two["sources"]) == (one["tokens"], one["sources"])
+        assert two["exchanges"] >= two["sources"].count("device") > 0
+        assert two["ratio"] == two["exchanges"] / len(two["tokens"])
+        assert min(two["bytes_up"], two["bytes_down"], two["prefill_bytes"], two["device_seconds"]) > 0
+        assert two["network_seconds"] == two["degraded"] == 0
+        assert f"{two['exchanges']} exchanges (ratio M {two['ratio']:.2f})" in printed
+
+
+def test_a_simulated_network_takes_what_its_flags_say(answer):
+    near, _ = answer("--channel=simulated", "--tau=0.5", "--down=1e12", "--up=1e12", "--deadline=9")
+    assert near["network_seconds"] == pytest.approx(0.5 * near["exchanges"], rel=1e-3)
+    assert near["tokens"] == answer()[0]["tokens"]
+    gone, _ = answer("--channel=simulated", "--loss=1")
+    assert gone["degraded"] == gone["exchanges"] == len(gone["tokens"]) > 0
+    assert gone["tokens"] == answer("--setting=base")[0]["tokens"]
+
+
+def test_fewer_bytes_by_a_smaller_codec(answer):
+    full, small = (answer("--channel=in-process", f"--codec={codec}")[0] for codec in ("float32", "int8"))
+    assert small["tokens"] == full["tokens"]
+    assert small["bytes_down"] < 0.5 * full["bytes_down"]
+
+
 def test_a_seed_says_the_same_again(answer):
     hot = ("--temperature=5", "--seed=1")
     assert answer(*hot)[0] == answer.__wrapped__(*hot)[0]
@@ -101,6 +128,10 @@ def test_a_prompt_too_long_does_not_end_an_interactive_session(command, plugin):
 
 
 REFUSED = {
+    "beams and heat": (["--plugin=PLUGIN", PROMPT, "--beams=2", "--temperature=1"], "--beams searches"),
+    "negative beams": (["--plugin=PLUGIN", PROMPT, "--beams=-1"], "--beams is -1"),
+    "network": (["--plugin=PLUGIN", PROMPT, "--channel=simulated", "--loss=2"], "makes no sense"),
+    "no device": (["--backbone=BACKBONE", PROMPT, "--channel=in-process"], "needs a plugin"),
     "no prompt": (["--plugin=PLUGIN"], "give either --prompt='...' or --interactive"),
     "two prompts": (["--plugin=PLUGIN", PROMPT, "--interactive"], "give either --prompt='...' or --interactive"),
     "empty prompt": (["--plugin=PLUGIN", "--prompt= "], "the prompt is empty"),
@@ -127,7 +158,7 @@ REFUSED = {
         "do not fit the backbone's context of 128",
     ),
     "another backbone": (["--plugin=PLUGIN", PROMPT, "--backbone=OTHER"], "this plugin was trained on the backbone"),
-    "unknown flag": (["--plugin=PLUGIN", PROMPT, "--beams=3"], "Unknown command line flag 'beams'"),
+    "unknown flag": (["--plugin=PLUGIN", PROMPT, "--bems=3"], "Unknown command line flag 'bems'"),
 }
 
 
