@@ -119,7 +119,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the given tokens, or over the cache after adding them to it."""
+    """Grouped-query attention over the given tokens, or over the cache after adding them to it.
+
+    `deltas`, what an adapter elsewhere adds to queries and values before rotation, are `[B,T,N,H]` and `[B,T,K,H]`.
+    """
 
     config: LlamaConfig
     dtype: jnp.dtype
@@ -133,15 +136,17 @@ class Attention(nn.Module):
         mask: Bool[Array, "B 1 T S"],
         cache: Cache | None,
         layer: Int[Array, ""],
+        deltas: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
 
         def heads(name: str, count: int) -> jax.Array:
             return nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)(x)
 
-        q = rotate(heads("q", c.num_heads), angles)
-        k = rotate(heads("k", c.num_kv_heads), angles)
-        v = heads("v", c.num_kv_heads)
+        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        if deltas is not None:
+            q, v = q + deltas[0], v + deltas[1]
+        q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
             cache = {

@@ -90,6 +90,20 @@ class Taps(_message.Message):
     prompt: bool
     def __init__(self, step: _Optional[int] = ..., base: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., origins: _Optional[_Iterable[int]] = ..., taps: _Optional[_Union[Tensor, _Mapping]] = ..., prompt: bool = ...) -> None: ...
 
+class Layer(_message.Message):
+    __slots__ = ("step", "layer", "place", "count", "x")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    layer: int
+    place: int
+    count: int
+    x: Tensor
+    def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., place: _Optional[int] = ..., count: _Optional[int] = ..., x: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
 class Correction(_message.Message):
     __slots__ = ("step", "g")
     STEP_FIELD_NUMBER: _ClassVar[int]

@@ -1,0 +1,211 @@
+"""LoRA and Adapter as the paper's Table 2 has them: their parameters on the device, the layers in the cloud.
+
+Every layer then is an exchange: one for LoRA (Hu et al. 2022), where the attention's input goes down and what the
+device adds to queries and values comes up; two for Adapter (Houlsby et al. 2019), where the output of attention and of
+the feed-forward layer each goes down and what the device adds to it comes up. Greedy, one prompt.
+
+Shape letters: T query length, D width, L blocks, N query heads, K key/value heads, H head width, E adapter width.
+"""
+
+import dataclasses
+import functools
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from spa_jax.data.pipeline import bucket
+from spa_jax.decoding.cache import init_cache
+from spa_jax.models.llama import MLP, PADDING, Attention, Cache, Llama, LlamaConfig, Params, rms_norm, rope_frequencies
+from spa_jax.split import wire
+from spa_jax.split.channel import Channel, Traffic
+from spa_jax.split.messages_pb2 import Correction, Layer
+from spa_jax.split.wire import Codec, Encoded
+from spa_jax.weights.backbone import Backbone
+
+Method = Literal["lora", "adapter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseConfig:
+    """An adapter in every layer.
+
+    Attributes:
+        method: `lora` adds x A B to queries and values; `adapter` adds relu(x A) B to the outputs of attention and of
+            the feed-forward layer.
+        rank: E.
+        backbone: shape of the backbone.
+    """
+
+    method: Method
+    rank: int
+    backbone: LlamaConfig
+
+    @property
+    def places(self) -> tuple[tuple[str, ...], ...]:
+        """The adapters of each exchange of a layer."""
+        return (("q", "v"),) if self.method == "lora" else (("attention",), ("mlp",))
+
+    def width(self, name: str) -> int:
+        """Numbers an adapter of that name adds to a position."""
+        c = self.backbone
+        return {"q": c.num_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}.get(name, c.hidden_size)
+
+
+def init_adapters(config: LayerwiseConfig, seed: int = 0) -> Params:
+    """Random float32 adapters `{name: {"a": [L,D,E], "b": [L,E,width]}}`; both factors random, so that they say
+    something."""
+    c, keys = config.backbone, iter(jax.random.split(jax.random.key(seed), 4))
+    names = [name for place in config.places for name in place]
+    shapes = {
+        name: {"a": (c.num_layers, c.hidden_size, config.rank), "b": (c.num_layers, config.rank, config.width(name))}
+        for name in names
+    }
+    return {
+        name: {factor: 0.5 * shape[1] ** -0.5 * jax.random.normal(next(keys), shape) for factor, shape in pair.items()}
+        for name, pair in shapes.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def adapt(
+    config: LayerwiseConfig, codec: Codec, place: int, adapters: Params, layer: Int[Array, ""], x: Encoded
+) -> Encoded:
+    """The device's part of an exchange: what its adapters add, side by side, for x `[T,D]`."""
+    decoded = wire.decode(x, jnp.float32)
+    added = []
+    for name in config.places[place]:
+        inner = decoded @ adapters[name]["a"][layer]
+        inner = jax.nn.relu(inner) if config.method == "adapter" else inner
+        added.append(inner @ adapters[name]["b"][layer])
+    return wire.encode(codec, jnp.concatenate(added, axis=-1))
+
+
+class LayerwiseDevice:
+    """Adapters that answer the layers of a cloud."""
+
+    def __init__(self, config: LayerwiseConfig, adapters: Params, codec: Codec) -> None:
+        self._config, self._adapters, self._codec = config, adapters, codec
+
+    def answer(self, message: bytes) -> bytes:
+        """Raises:
+        WireError: the bytes are no such message."""
+        asked = Layer.FromString(message)
+        config = self._config
+        if asked.layer >= config.backbone.num_layers or asked.place >= len(config.places):
+            raise wire.WireError(f"there is no adapter {asked.place} in layer {asked.layer}")
+        x = wire.unpack(self._codec, asked.x, (asked.count, config.backbone.hidden_size))
+        added = adapt(config, self._codec, asked.place, self._adapters, np.int32(asked.layer), x)
+        return Correction(step=asked.step, g=wire.pack(wire.to_host(added))).SerializeToString()
+
+
+class LayerwiseCloud:
+    """A backbone that asks a device at every layer."""
+
+    def __init__(self, backbone: Backbone, config: LayerwiseConfig, codec: Codec, channel: Channel) -> None:
+        self._backbone, self._config, self._codec, self._channel = backbone, config, codec, channel
+        self._step = 0
+
+    def generate(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], Traffic]:
+        """Greedy tokens, EOS not heeded, and the traffic of the steps after the prompt."""
+        c = self._backbone.config
+        cache = init_cache(c, 1, bucket(len(prompt) + max_new_tokens, 64), jnp.dtype(jnp.float32))
+        width = bucket(len(prompt), 32)
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        positions = np.where(np.arange(width) < len(prompt), np.arange(width), PADDING)[None].astype(np.int32)
+        token, cache = self._run(tokens, positions, len(prompt), cache)
+        new, before = [token], dataclasses.replace(self._channel.traffic)
+        for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
+            token, cache = self._run(np.array([[token]], np.int32), np.array([[position]], np.int32), 1, cache)
+            new.append(token)
+        after = dataclasses.asdict(self._channel.traffic)
+        return new, Traffic(**{name: value - getattr(before, name) for name, value in after.items()})
+
+    def _run(self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache) -> tuple[int, Cache]:
+        c, frozen = self._backbone.config, self._backbone.params
+        h = frozen["embed"]["embedding"][jnp.asarray(tokens)]
+        for layer in range(c.num_layers):
+            at = np.int32(layer)
+            if self._config.method == "lora":
+                added = self._ask(layer, 0, _normed(c, frozen, at, h), count)
+                h, cache = _lora_block(c, frozen, at, h, added, positions, cache)
+            else:
+                mixed, cache = _attention(c, frozen, at, h, positions, cache)
+                h = h + mixed + self._ask(layer, 0, mixed, count)
+                wide = _mlp(c, frozen, at, h)
+                h = h + wide + self._ask(layer, 1, wide, count)
+        return int(_next_token(c, frozen, h, np.int32(count - 1))), cache
+
+    def _ask(self, layer: int, place: int, x: Float[Array, "1 T D"], count: int) -> Float[Array, "1 T W"]:
+        self._step += 1
+        encoded = wire.to_host(wire.encode(self._codec, x[0, :count]))
+        message = Layer(step=self._step, layer=layer, place=place, count=count, x=wire.pack(encoded))
+        reply = self._channel.exchange(message.SerializeToString())
+        width = sum(map(self._config.width, self._config.places[place]))
+        if reply is None:  # a layer cannot do without
+            return jnp.zeros((1, x.shape[1], width))
+        told = wire.unpack(self._codec, Correction.FromString(reply).g, (count, width))
+        added = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, told)), jnp.dtype(jnp.float32))
+        return jnp.pad(added, ((0, x.shape[1] - count), (0, 0)))[None]
+
+
+def _block(frozen: Params, layer: Int[Array, ""]) -> Params:
+    return jax.tree.map(lambda leaf: leaf[layer], frozen["blocks"])
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _normed(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
+    return rms_norm(h, frozen["blocks"]["attention_norm"]["scale"][layer], c.rms_norm_eps)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(5,))
+def _attention(
+    c: LlamaConfig,
+    frozen: Params,
+    layer: Int[Array, ""],
+    h: Float[Array, "1 T D"],
+    positions: Int[Array, "1 T"],
+    cache: Cache,
+    deltas: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[Float[Array, "1 T D"], Cache]:
+    params = _block(frozen, layer)
+    x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
+    angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
+    mask = jnp.arange(cache["k"].shape[2])[None, None, None, :] <= positions[:, None, :, None]
+    attention = Attention(c, jnp.float32)
+    return attention.apply({"params": params["attention"]}, x, positions, angles, mask, cache, layer, deltas)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _mlp(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
+    params = _block(frozen, layer)
+    return MLP(c, jnp.float32).apply(
+        {"params": params["mlp"]}, rms_norm(h, params["mlp_norm"]["scale"], c.rms_norm_eps)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(6,))
+def _lora_block(
+    c: LlamaConfig,
+    frozen: Params,
+    layer: Int[Array, ""],
+    h: Float[Array, "1 T D"],
+    added: Float[Array, "1 T W"],
+    positions: Int[Array, "1 T"],
+    cache: Cache,
+) -> tuple[Float[Array, "1 T D"], Cache]:
+    split = c.num_heads * c.head_dim
+    queries = added[..., :split].reshape(*added.shape[:2], c.num_heads, c.head_dim)
+    values = added[..., split:].reshape(*added.shape[:2], c.num_kv_heads, c.head_dim)
+    mixed, cache = _attention(c, frozen, layer, h, positions, cache, (queries, values))
+    h = h + mixed
+    return h + _mlp(c, frozen, layer, h), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _next_token(c: LlamaConfig, frozen: Params, h: Float[Array, "1 T D"], last: Int[Array, ""]) -> Int[Array, ""]:
+    f = rms_norm(h[:, last], frozen["norm"]["scale"], c.rms_norm_eps)
+    return jnp.argmax(Llama(c).apply({"params": frozen}, f, method="logits")[0])
