@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
             "side": {"kind": "tokenwise", "width": 32, "taps": "every:6", "heads": 4, "init": "random"},
             "router": {
                 "objective": "improvement",
-                "margin": 0.0,
+                "margin": 0.5,
                 "weighted": True,
                 "cross_fit": False,
                 "offset": False,

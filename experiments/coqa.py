@@ -29,12 +29,9 @@ def rows() -> dict[str, dict[str, Any]]:
     """Name of each row -> the keys it sets."""
     return {
         "s1": {"setting": "s1"},
-        "s2": {"setting": "s2"},
-        "s3": {"setting": "s3"},
         "spa": {},
-        "spa offset": {"router.offset": True},
-        "spa cross-fitted": {"router.cross_fit": True},
-        "spa offset cross-fitted": {"router.cross_fit": True, "router.offset": True},
+        "spa offset cross-fitted": {"router.offset": True, "router.cross_fit": True, "router.margin": 0.25},
+        "s3": {"setting": "s3"},
     }
 
 

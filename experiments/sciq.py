@@ -30,31 +30,29 @@ SEEDS = 3
 def rows() -> dict[str, dict[str, Any]]:
     """Name of each row -> the keys it sets."""
     table: dict[str, dict[str, Any]] = {}
+    ours = {"router.offset": True, "router.cross_fit": True, "router.margin": 0.25}
     for seed in range(SEEDS):
         table[f"s1 seed {seed}"] = {"setting": "s1", "seed": seed}
         table[f"spa seed {seed}"] = {"seed": seed}
-        table[f"spa offset seed {seed}"] = {"router.offset": True, "seed": seed}
-    table["s2"] = {"setting": "s2"}
+        table[f"spa offset cross-fitted seed {seed}"] = {**ours, "seed": seed}
+    table["s2 margin 0.0"] = {"setting": "s2", "router.margin": 0.0}
     table["s3"] = {"setting": "s3"}
-    for margin in (0.25, 0.5, 1.0):
+    for margin in (0.0, 0.25, 1.0):
         table[f"spa margin {margin}"] = {"router.margin": margin}
+    table["spa unweighted margin 0.0"] = {"router.weighted": False, "router.margin": 0.0}
     table["spa unweighted"] = {"router.weighted": False}
-    table["spa unweighted margin 0.5"] = {"router.weighted": False, "router.margin": 0.5}
     table["spa cross-fitted"] = {"router.cross_fit": True}
-    table["spa cross-fitted margin 0.5"] = {"router.cross_fit": True, "router.margin": 0.5}
-    table["spa offset cross-fitted"] = {"router.cross_fit": True, "router.offset": True}
-    table["spa offset cross-fitted margin 0.25"] = {
-        "router.cross_fit": True, "router.offset": True, "router.margin": 0.25,
-    }  # fmt: skip
     table["spa soft"] = {"router.objective": "soft"}
     table["spa straight-through"] = {"router.objective": "straight_through"}
+    table["spa offset margin 0.0"] = {"router.offset": True, "router.margin": 0.0}
+    table["spa offset"] = {"router.offset": True}
     for width in (16, 64):
         table[f"spa E {width}"] = {"side.width": width}
     for taps in ("every:3", "last:4", "all"):
         table[f"spa taps {taps}"] = {"side.taps": taps, "side.width": 0}
     transformer = {"side.kind": "transformer", "side.width": 0, "side.heads": 2}
     for init in ("random", "pruned"):
-        for setting in ("spa", "s1", "s3"):
+        for setting in ("spa", "s3"):
             table[f"{setting} transformer {init}"] = {"setting": setting, "side.init": init, **transformer}
     return table
 
