@@ -68,8 +68,12 @@ def run_rows(table: Mapping[str, Keys], fixed: Keys, workdir: Path, output: Path
     for name, row in results.items():
         shown.add_row(name, f"{row['params/trainable']:,}", *(f"{row[c]:.3f}" if c in row else "" for c in COLUMNS))
     Console(width=160).print(shown)
-    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].platform}"
-    write_json(output, {"command": command, "hardware": hardware, "fixed": _portable(fixed), "rows": results})
+    write_json(output, {"command": command, "hardware": hardware(), "fixed": _portable(fixed), "rows": results})
+
+
+def hardware() -> str:
+    """What a measurement was made on."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].platform}"
 
 
 def write_pairs(path: Path, pairs: list[Pair]) -> None:

@@ -48,7 +48,7 @@ def rows() -> dict[str, dict[str, Any]]:
     table["spa offset"] = {"router.offset": True}
     for width in (16, 64):
         table[f"spa E {width}"] = {"side.width": width}
-    for taps in ("every:3", "last:4", "all"):
+    for taps in ("all", "every:3", "last:4", "last:2", "last:1"):
         table[f"spa taps {taps}"] = {"side.taps": taps, "side.width": 0}
     transformer = {"side.kind": "transformer", "side.width": 0, "side.heads": 2}
     for init in ("random", "pruned"):
