@@ -100,7 +100,7 @@ def prefill(
     slots: int,
     room: int,
 ) -> tuple[CloudState, Encoded | None]:
-    """Runs the prompts, and on until the device is needed.
+    """Runs the prompts, and chooses the first tokens that need nobody.
 
     Returns:
         The state, and the taps of all prompt positions `[G,T,P,D]` for a side network that attends.
@@ -145,29 +145,31 @@ def advance(
     frozen: Params,
     state: CloudState,
     g: Encoded,
+    over: Bool[Array, " G"],
     answered: Bool[Array, " G"],
     sampling: Sampling,
 ) -> CloudState:
-    """Finishes what waits, then runs on in one loop until every group waits or is done.
+    """Finishes tokens whose wait is over, then runs on in one loop until every group waits or is done.
 
     Args:
         config: what the program is compiled for.
         frozen: the backbone.
         state: donated.
         g: what the device says, `[R,D]`; read at consulted rows of answered groups.
-        answered: groups that g is for; a waiting group that is none gets its token from f alone.
+        over: waiting groups that do not wait any more.
+        answered: those that g is for; the others get their token from f alone.
         sampling: how to choose where there is no beam search.
     """
     width = config.width
-    waiting, told = state.waiting, jnp.repeat(answered, width)
+    told = jnp.repeat(answered, width)
     use = state.consulted & told
     arange = jnp.arange(use.shape[0], dtype=state.origin.dtype)
     state = state._replace(
-        waiting=jnp.zeros_like(waiting),
+        waiting=state.waiting & ~over,
         unsent=state.unsent & ~use[:, None],
         origin=jnp.where(told, arange, state.origin),
     )
-    state = _finish(config, frozen, state, waiting, use, wire.decode(g, state.hidden.dtype), sampling)
+    state = _finish(config, frozen, state, over, use, wire.decode(g, state.hidden.dtype), sampling)
 
     def runs(s: CloudState) -> jax.Array:
         return ~s.waiting & ~s.hypotheses.done
@@ -270,7 +272,7 @@ class Session:
         self.id = uuid.uuid4().hex
         self.config = config
         self.degraded = 0
-        """Exchanges that were not answered in time: tokens finished from f alone."""
+        """How often a prompt's next token was chosen without an answer that was wanted."""
         self._frozen = frozen
         prompts = [list(prompt.tokens) for prompt in request.prompts]
         room = request.max_new_tokens
@@ -293,6 +295,8 @@ class Session:
         rows = groups * config.width
         self._nothing = wire.encode(config.codec, jnp.zeros((rows, d)))
         self._asked: np.ndarray = np.array([], np.int64)
+        self._waiting = np.zeros(groups, bool)
+        self._go_on(self._nothing, self._waiting)
 
     def prompt_messages(self) -> list[Taps]:
         """The taps of all prompt positions but the last, in chunks; none for a side network without attention."""
@@ -326,7 +330,7 @@ class Session:
         chosen[self._asked] = unsent[self._asked]
         rows, slots = np.nonzero(chosen)
         first = np.repeat(start, width) if self.config.attends else np.repeat(position - 1, width)
-        size = bucket(len(rows), 1)
+        size = bucket(len(rows), len(origin))
         padded = np.zeros((2, size), np.int32)
         padded[:, : len(rows)] = rows, slots
         taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(_select(size, s.taps, *padded)))
@@ -358,7 +362,10 @@ class Session:
             rows = len(self._waiting) * self.config.width
             g, answered = jax.tree.map(lambda part: _scatter(part, self._asked, rows), told), self._waiting
             self._base = self._step
-        self._state = advance(self.config, self._frozen, self._state, g, answered, self._sampling)
+        self._go_on(g, answered)
+
+    def _go_on(self, g: Encoded, answered: np.ndarray) -> None:
+        self._state = advance(self.config, self._frozen, self._state, g, self._waiting, answered, self._sampling)
 
     def result(self) -> list[Generation]:
         """What was generated."""
@@ -398,7 +405,7 @@ class Cloud:
         if request.setting not in SETTINGS or not request.prompts or not 0 <= request.threshold <= 1:
             raise UserError("the device asks for an unknown setting, a threshold out of range, or without a prompt")
         taps = tuple(request.taps)
-        if list(taps) != sorted(set(taps)) or (taps and taps[-1] > backbone.config.num_layers):
+        if not taps or list(taps) != sorted(set(taps)) or taps[-1] > backbone.config.num_layers:
             raise UserError(f"the device asks for taps {taps}, which this backbone has not")
         if any(token >= backbone.config.vocab_size for prompt in request.prompts for token in prompt.tokens):
             raise UserError("the prompt holds tokens that this backbone has not")

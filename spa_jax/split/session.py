@@ -10,7 +10,8 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import check_threshold
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.decoding.sampling import GREEDY, Sampling
-from spa_jax.models.combine import Setting
+from spa_jax.errors import UserError
+from spa_jax.models.combine import ROUTED, Setting
 from spa_jax.split import wire
 from spa_jax.split.channel import Answer, Channel, InProcess, Traffic
 from spa_jax.split.cloud import Cloud
@@ -60,32 +61,36 @@ def open_message(
     """
     config = plugin.config
     setting, threshold = check_threshold(config, setting, threshold)
-    router = plugin.params.get("router", {}) if config.routed else {}
+    router = plugin.params["router"] if setting in ROUTED else {}
     kernel, offset = (
         np.asarray(router[name], "<f4").tobytes() if name in router else b"" for name in ("kernel", "offset")
     )
-    request = Open(
-        version=wire.VERSION,
-        backbone=plugin.fingerprint,
-        setting=setting,
-        threshold=threshold,
-        router=kernel,
-        offset=offset,
-        taps=config.side.taps,
-        codec=wire.check_codec(codec),
-        attends=config.side.attends,
-        prompts=[Prompt(tokens=prompt) for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        sampling=SamplingMessage(
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed
-        ),
-    )
-    if beams is not None:
-        stopping = str(beams.early_stopping).lower()
-        request.beams.CopyFrom(
-            BeamsMessage(width=beams.width, length_penalty=beams.length_penalty, early_stopping=stopping)
+    try:
+        return Open(
+            version=wire.VERSION,
+            backbone=plugin.fingerprint,
+            setting=setting,
+            threshold=threshold,
+            router=kernel,
+            offset=offset,
+            taps=config.side.taps,
+            codec=wire.check_codec(codec),
+            attends=config.side.attends and setting != "base",
+            prompts=[Prompt(tokens=prompt) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingMessage(
+                temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed
+            ),
+            beams=None
+            if beams is None
+            else BeamsMessage(
+                width=beams.width,
+                length_penalty=beams.length_penalty,
+                early_stopping=str(beams.early_stopping).lower(),
+            ),
         )
-    return request
+    except ValueError as error:
+        raise UserError(f"the cloud cannot be asked for that: {error}") from error
 
 
 def device_for(plugin: Plugin, request: Open) -> Device:

@@ -17,8 +17,9 @@ class Network:
         down: bandwidth from cloud to device in bits per second.
         up: bandwidth from device to cloud in bits per second.
         jitter: mean seconds of an exponentially distributed delay that each message suffers on top.
-        loss: probability that a message does not arrive.
-        deadline: seconds after which an answer is not waited for.
+        loss: probability that a message does not arrive, below 1.
+        deadline: seconds on the network after which an answer is not waited for; those in the device's program are
+            real ones and depend on the machine.
         seed: of jitter and loss.
     """
 
@@ -31,10 +32,11 @@ class Network:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.tau, self.jitter) < 0 or min(self.down, self.up, self.deadline) <= 0 or not 0 <= self.loss <= 1:
+        positive = all(value > 0 for value in (self.down, self.up, self.deadline))
+        if not (positive and self.tau >= 0 and self.jitter >= 0 and 0 <= self.loss < 1):
             raise UserError(
                 f"a network of {self} makes no sense: times are not negative, bandwidths and the deadline positive, "
-                "and loss lies between 0 and 1"
+                "and loss is at least 0 and below 1"
             )
 
 
@@ -57,27 +59,22 @@ class Simulated(InProcess):
         super().send(message)
 
     def exchange(self, message: bytes) -> bytes | None:
-        n, before = self._network, self.traffic.device_seconds
+        n = self._network
         seconds = n.tau + 8 * len(message) / n.down + self._random.exponential(n.jitter)
-        if self._is_lost():
-            self.traffic.exchanges += 1
-            self.traffic.bytes_down += len(message)
-            self._give_up()
-            return None
-        reply = super().exchange(message)
-        if reply is None or self._is_lost():
-            self._give_up()
-            return None
-        seconds += 8 * len(reply) / n.up + self._random.exponential(n.jitter)
-        if seconds + self.traffic.device_seconds - before > n.deadline:
-            self._give_up()
+        reply = None
+        self.traffic.exchanges += 1
+        self.traffic.bytes_down += len(message)
+        if not self._is_lost():
+            reply = self._call(message)
+        if reply is not None:
+            self.traffic.bytes_up += len(reply)
+            seconds += 8 * len(reply) / n.up + self._random.exponential(n.jitter)
+        if reply is None or self._is_lost() or seconds > n.deadline:
+            self.traffic.lost += 1
+            self.traffic.network_seconds += n.deadline
             return None
         self.traffic.network_seconds += seconds
         return reply
 
     def _is_lost(self) -> bool:
         return bool(self._random.random() < self._network.loss)
-
-    def _give_up(self) -> None:
-        self.traffic.lost += 1
-        self.traffic.network_seconds += self._network.deadline
