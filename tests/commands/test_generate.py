@@ -83,7 +83,7 @@ def test_a_simulated_network_takes_what_its_flags_say(answer):
     near, _ = answer("--channel=simulated", "--tau=0.5", "--down=1e12", "--up=1e12", "--deadline=9")
     assert near["network_seconds"] == pytest.approx(0.5 * near["exchanges"], rel=1e-3)
     assert near["tokens"] == answer()[0]["tokens"]
-    gone, _ = answer("--channel=simulated", "--loss=1")
+    gone, _ = answer("--channel=simulated", "--deadline=0.001")
     assert gone["degraded"] == gone["exchanges"] == len(gone["tokens"]) > 0
     assert gone["tokens"] == answer("--setting=base")[0]["tokens"]
 
