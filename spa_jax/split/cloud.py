@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from spa_jax.data.encoding import Encoder
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import init_cache, reorder
@@ -29,7 +30,7 @@ from spa_jax.models.combine import ROUTED, SETTINGS, Setting, always, skipped
 from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps, positions_from_mask
 from spa_jax.models.router import consult
 from spa_jax.split import wire
-from spa_jax.split.messages_pb2 import Correction, Open, Taps
+from spa_jax.split.messages_pb2 import Correction, Open, Prompt, Taps
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
 
@@ -268,13 +269,14 @@ def _select(size: int, taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, 
 class Session:
     """One generation in the cloud: `wanted` says what the device is asked, `resume` takes its answer."""
 
-    def __init__(self, config: CloudConfig, frozen: Params, limit: int, request: Open) -> None:
+    def __init__(
+        self, config: CloudConfig, frozen: Params, limit: int, request: Open, prompts: list[list[int]]
+    ) -> None:
         self.id = uuid.uuid4().hex
         self.config = config
         self.degraded = 0
         """How often a prompt's next token was chosen without an answer that was wanted."""
         self._frozen = frozen
-        prompts = [list(prompt.tokens) for prompt in request.prompts]
         room = request.max_new_tokens
         tokens, self._lengths = pad_prompts(prompts, room, limit)
         groups, d = len(prompts), config.model.config.hidden_size
@@ -297,6 +299,11 @@ class Session:
         self._asked: np.ndarray = np.array([], np.int64)
         self._waiting = np.zeros(groups, bool)
         self._go_on(self._nothing, self._waiting)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(self._lengths.max())
 
     def prompt_messages(self) -> list[Taps]:
         """The taps of all prompt positions but the last, in chunks; none for a side network without attention."""
@@ -368,8 +375,12 @@ class Session:
         self._state = advance(self.config, self._frozen, self._state, g, self._waiting, answered, self._sampling)
 
     def result(self) -> list[Generation]:
-        """What was generated."""
+        """What was generated so far."""
         return generations(self._state.hypotheses, self.config.eos_ids)
+
+    def forget(self) -> None:
+        """Gives the state's memory back; the session is over."""
+        del self._state
 
 
 def _scatter(part: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
@@ -407,7 +418,8 @@ class Cloud:
         taps = tuple(request.taps)
         if not taps or list(taps) != sorted(set(taps)) or taps[-1] > backbone.config.num_layers:
             raise UserError(f"the device asks for taps {taps}, which this backbone has not")
-        if any(token >= backbone.config.vocab_size for prompt in request.prompts for token in prompt.tokens):
+        prompts = [self._tokens_of(prompt, request.template) for prompt in request.prompts]
+        if any(token >= backbone.config.vocab_size for prompt in prompts for token in prompt):
             raise UserError("the prompt holds tokens that this backbone has not")
         beams = None
         if request.HasField("beams"):
@@ -420,7 +432,17 @@ class Cloud:
         config = CloudConfig(
             model, request.setting, wire.check_codec(request.codec), request.attends, beams, backbone.eos_ids
         )
-        return Session(config, backbone.params, backbone.config.max_position_embeddings, request)
+        return Session(config, backbone.params, backbone.config.max_position_embeddings, request, prompts)
+
+    def text(self, generation: Generation) -> str:
+        """What was generated, as text."""
+        return self._backbone.tokenizer.decode(generation.tokens, skip_special_tokens=True)
+
+    def _tokens_of(self, prompt: Prompt, template: str) -> list[int]:
+        if not prompt.text:
+            return list(prompt.tokens)
+        backbone = self._backbone
+        return Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings).prompt(prompt.text)
 
 
 def _floats(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:

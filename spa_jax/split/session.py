@@ -45,7 +45,7 @@ class SplitResult:
 
 def open_message(
     plugin: Plugin,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | str],
     max_new_tokens: int,
     codec: Codec = "float32",
     setting: Setting | None = None,
@@ -76,7 +76,8 @@ def open_message(
             taps=config.side.taps,
             codec=wire.check_codec(codec),
             attends=config.side.attends and setting != "base",
-            prompts=[Prompt(tokens=prompt) for prompt in prompts],
+            prompts=[Prompt(text=p) if isinstance(p, str) else Prompt(tokens=p) for p in prompts],
+            template=plugin.template,
             max_new_tokens=max_new_tokens,
             sampling=SamplingMessage(
                 temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed
@@ -93,10 +94,10 @@ def open_message(
         raise UserError(f"the cloud cannot be asked for that: {error}") from error
 
 
-def device_for(plugin: Plugin, request: Open) -> Device:
-    """The device's half of the generation it opens."""
+def device_for(plugin: Plugin, request: Open, longest: int) -> Device:
+    """The device's half of the generation it opens, whose longest prompt has so many tokens."""
     rows = len(request.prompts) * (request.beams.width if request.HasField("beams") else 1)
-    slots = max(len(prompt.tokens) for prompt in request.prompts) + request.max_new_tokens
+    slots = longest + request.max_new_tokens
     return Device(plugin.config, plugin.params["side"], wire.check_codec(request.codec), rows, slots)
 
 
@@ -106,17 +107,17 @@ def generate(cloud: Cloud, plugin: Plugin, request: Open, connect: Connect = InP
     Raises:
         UserError: the cloud refuses the request.
     """
-    device = device_for(plugin, request)
+    began = time.perf_counter()
+    session = cloud.open(request)
+    elsewhere = 0.0
+    device = device_for(plugin, request, session.longest)
 
     def answer(message: bytes) -> bytes | None:
         correction = device.receive(Taps.FromString(message))
         return None if correction is None else correction.SerializeToString()
 
     channel = connect(answer)
-    began = time.perf_counter()
-    session = cloud.open(request)
     channel.traffic.prefill_bytes += request.ByteSize()
-    elsewhere = 0.0
     for message in session.prompt_messages():
         at = time.perf_counter()
         channel.send(message.SerializeToString())

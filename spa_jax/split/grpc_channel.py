@@ -1,0 +1,92 @@
+"""What both ends of the gRPC connection agree on: method, limits, keepalive and credentials."""
+
+import dataclasses
+import ipaddress
+from pathlib import Path
+
+import grpc
+
+from spa_jax.errors import UserError
+
+SERVICE, METHOD = "spa_jax.Cloud", "Generate"
+MAX_MESSAGE_BYTES = 64 * 2**20
+OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSecurity:
+    """How a cloud proves itself, and whom it serves.
+
+    Attributes:
+        cert: PEM file of the certificate chain; with `key`, TLS.
+        key: PEM file of its private key.
+        tokens: file with one device token a line; without one everybody is served.
+    """
+
+    cert: str = ""
+    key: str = ""
+    tokens: str = ""
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """None without TLS.
+
+        Raises:
+            UserError: one file without the other, or one that cannot be read.
+        """
+        if bool(self.cert) != bool(self.key):
+            raise UserError("TLS needs both --tls_cert and --tls_key")
+        if not self.cert:
+            return None
+        return grpc.ssl_server_credentials([(_read(self.key), _read(self.cert))])
+
+    def device_tokens(self) -> frozenset[str] | None:
+        """None where everybody is served.
+
+        Raises:
+            UserError: the file cannot be read, or is empty.
+        """
+        if not self.tokens:
+            return None
+        found = frozenset(line.strip() for line in _read(self.tokens).decode().splitlines() if line.strip())
+        if not found:
+            raise UserError(f"the token file '{self.tokens}' is empty: write one token a line")
+        return found
+
+
+def check_address(address: str, tls: bool, insecure: bool) -> str:
+    """Refuses to speak in the clear with anything but this machine, unless told so.
+
+    Raises:
+        UserError: not `host:port`, or no TLS to another machine.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) < 2**16:
+        raise UserError(f"'{address}' is no address: write host:port")
+    if not tls and not insecure and not _is_loopback(host):
+        raise UserError(
+            f"without TLS prompts and tokens would cross the network to {host} in the clear: give certificates "
+            "(--tls_cert and --tls_key on the cloud, --tls on the device), or insist with --insecure"
+        )
+    return address
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
