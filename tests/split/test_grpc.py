@@ -1,0 +1,347 @@
+"""Cloud and device over gRPC: what they say, and what happens when one of them misbehaves or is gone."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spa_jax.decoding.beam import Beams
+from spa_jax.errors import UserError
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.side import SideConfig
+from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.cloud import Cloud
+from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity, check_address
+from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Reopen, Tensor
+from spa_jax.split.server import Limits, serving
+from spa_jax.split.session import device_for, open_message
+from spa_jax.split.session import generate as in_process
+from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.registry import load_backbone
+
+ROOT = Path(__file__).parents[2]
+PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone_directory):
+    return load_backbone(str(tiny_backbone_directory))
+
+
+@pytest.fixture(scope="module")
+def plugin(backbone):
+    """Random, always asked, so that every token is an exchange."""
+    config = PluginConfig("s1", SideConfig("tokenwise", 6, (0, 2, 3)), 32)
+    rng = np.random.default_rng(4)
+    shapes = init_plugin(config, abstract=True)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    return Plugin(config, params, backbone.name, backbone.fingerprint, "chat")
+
+
+@pytest.fixture(scope="module")
+def cloud(backbone):
+    return Cloud(backbone)
+
+
+@pytest.fixture(scope="module")
+def request_of(plugin):
+    return lambda beams=None, new=NEW: open_message(plugin, PROMPTS, new, beams=beams)
+
+
+def run(cloud, scenario, limits=None, security=None):
+    """Runs `scenario(port)` beside a server in this process."""
+
+    async def main():
+        async with serving(cloud, "127.0.0.1:0", limits or Limits(deadline=30), security or ServerSecurity()) as (
+            _,
+            port,
+        ):
+            return await asyncio.wait_for(scenario(port), 120)
+
+    return asyncio.run(main())
+
+
+class Stream:
+    """A device by hand."""
+
+    def __init__(self, channel, first, metadata=None):
+        self.outbox = asyncio.Queue()
+        self.say(first)
+        self.call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._drain(), metadata=metadata)
+
+    def say(self, message):
+        self.outbox.put_nowait(message if isinstance(message, bytes) else message.SerializeToString())
+
+    async def hear(self):
+        data = await self.call.read()
+        return None if data is grpc.aio.EOF else FromCloud.FromString(data)
+
+    async def _drain(self):
+        while True:
+            yield await self.outbox.get()
+
+
+@contextlib.asynccontextmanager
+async def connected(port):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+
+
+async def by_hand(port, plugin, request, answer, other=None):
+    """Answers each question with what `answer(taps, honest correction)` makes of it; returns the last progress."""
+    async with connected(port) as channel:
+        stream, device = Stream(channel, FromDevice(open=request)), None
+        while (message := await stream.hear()) is not None:
+            if message.HasField("opened"):
+                device = device_for(plugin, request, message.opened.longest)
+            if message.HasField("taps"):
+                honest = device.receive(message.taps)
+                for reply in answer(message.taps, honest):
+                    stream.say(reply)
+            if message.HasField("progress") and message.progress.done:
+                return message.progress
+            assert not message.HasField("refusal"), message.refusal.reason
+    return None
+
+
+def tokens_of(progress):
+    return [list(generated.tokens) for generated in progress.generated]
+
+
+@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
+def test_over_the_network_it_says_what_it_says_in_one_process(beams, cloud, plugin, request_of):
+    here = in_process(cloud, plugin, request_of(beams))
+    seen = []
+
+    async def scenario(port):
+        return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of(beams), seen.append)
+
+    there = run(cloud, scenario)
+    assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
+    assert [g.consulted for g in there.generations] == [g.consulted for g in here.generations]
+    assert (there.degraded, there.traffic.exchanges) == (0, here.traffic.exchanges)
+    assert there.texts == [cloud.text(g) for g in here.generations]
+    assert seen[-1].done
+
+
+BAD = {
+    "wrong shape": lambda taps, honest: [dataclass_reply(honest, g=Tensor(values=b"123"))],
+    "nan": lambda taps, honest: [dataclass_reply(honest, g=Tensor(values=b"\xff" * len(honest.g.values)))],
+}
+
+
+def dataclass_reply(honest, **changed):
+    copy = type(honest)()
+    copy.CopyFrom(honest)
+    for name, value in changed.items():
+        getattr(copy, name).CopyFrom(value)
+    return FromDevice(correction=copy)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_answer_that_makes_no_sense_is_done_without(case, cloud, plugin, request_of):
+    base = in_process(cloud, plugin, open_message(plugin, PROMPTS, NEW, setting="base"))
+    progress = run(cloud, lambda port: by_hand(port, plugin, request_of(), BAD[case]))
+    assert tokens_of(progress) == [g.tokens for g in base.generations]
+    assert progress.degraded == sum(map(len, tokens_of(progress)))
+
+
+def test_late_double_and_foreign_messages_are_dropped(cloud, plugin, request_of):
+    here = in_process(cloud, plugin, request_of())
+
+    def noisy(taps, honest):
+        reply = FromDevice(correction=honest).SerializeToString()
+        early = type(honest)(step=honest.step + 7, g=honest.g)
+        return [b"\x07nonsense", FromDevice(correction=early), reply, reply]
+
+    progress = run(cloud, lambda port: by_hand(port, plugin, request_of(), noisy))
+    assert tokens_of(progress) == [g.tokens for g in here.generations]
+    assert progress.degraded == 0
+
+
+def test_a_slow_device_costs_its_deadline_and_another_one_nothing(cloud, plugin, request_of):
+    here = in_process(cloud, plugin, request_of())
+
+    async def scenario(port):
+        silent = by_hand(port, plugin, request_of(new=4), lambda taps, honest: [])
+        honest = generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
+        return await asyncio.gather(silent, honest)
+
+    silent, honest = run(cloud, scenario, Limits(deadline=1.0))
+    assert silent.degraded == sum(map(len, tokens_of(silent))) > 0
+    assert [g.tokens for g in honest.generations] == [g.tokens for g in here.generations]
+    assert honest.degraded == 0
+
+
+def test_a_device_that_lost_its_line_comes_back_and_goes_on(cloud, plugin, request_of):
+    here = in_process(cloud, plugin, request_of())
+
+    async def scenario(port):
+        request = request_of()
+        async with connected(port) as channel:
+            stream = Stream(channel, FromDevice(open=request))
+            opened = (await stream.hear()).opened
+            device = device_for(plugin, request, opened.longest)
+            for _ in range(3):
+                while not (message := await stream.hear()).HasField("taps"):
+                    pass
+                stream.say(FromDevice(correction=device.receive(message.taps)))
+        async with connected(port) as channel:
+            stream = Stream(channel, FromDevice(reopen=Reopen(session=opened.session)))
+            while True:
+                message = await stream.hear()
+                if message.HasField("taps"):
+                    stream.say(FromDevice(correction=device.receive(message.taps)))
+                if message.HasField("progress") and message.progress.done:
+                    return message.progress
+
+    progress = run(cloud, scenario)
+    assert tokens_of(progress) == [g.tokens for g in here.generations]
+    assert progress.degraded == 0
+
+
+def test_cancelling_ends_the_session(cloud, plugin, request_of):
+    async def scenario(port):
+        async with connected(port) as channel:
+            stream = Stream(channel, FromDevice(open=request_of()))
+            session = (await stream.hear()).opened.session
+            stream.say(FromDevice(cancel=Cancel()))
+            while await stream.hear() is not None:
+                pass
+            again = Stream(channel, FromDevice(reopen=Reopen(session=session)))
+            return await again.hear()
+
+    assert run(cloud, scenario).refusal.kind == "unknown-session"
+
+
+def test_more_sessions_than_there_is_room_for_are_refused_by_kind(cloud, plugin, request_of):
+    async def scenario(port):
+        async with connected(port) as channel:
+            first = Stream(channel, FromDevice(open=request_of()))
+            assert (await first.hear()).HasField("opened")
+            second = await Stream(channel, FromDevice(open=request_of())).hear()
+            first.say(FromDevice(cancel=Cancel()))
+            return second
+
+    assert run(cloud, scenario, Limits(sessions=1, deadline=30)).refusal.kind == "overloaded"
+
+
+@pytest.mark.parametrize("first", [b"\xff\xffgarbage", b"", FromDevice(cancel=Cancel()).SerializeToString()])
+def test_a_stream_that_begins_with_something_else_is_refused(first, cloud):
+    async def scenario(port):
+        async with connected(port) as channel:
+            return await Stream(channel, first).hear()
+
+    assert run(cloud, scenario).refusal.kind == "refused"
+
+
+def test_what_the_cloud_refuses_the_device_says(cloud, plugin, request_of):
+    request = request_of()
+    request.version = 99
+
+    async def scenario(port):
+        await generate(Connection(f"127.0.0.1:{port}"), plugin, request)
+
+    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 1"):
+        run(cloud, scenario)
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("cloud", "no address"),
+        ("10.0.0.1:80", "in the clear"),
+        ("example.com:443", "in the clear"),
+        ("x:99999", "no address"),
+    ],
+)
+def test_addresses_that_will_not_do(address, named):
+    with pytest.raises(UserError, match=named):
+        check_address(address, tls=False, insecure=False)
+
+
+def test_loopback_and_tls_and_those_who_insist_may_pass():
+    for address, tls, insecure in (
+        ("127.0.0.1:1", False, False), ("localhost:1", False, False), ("[::1]:1", False, False),
+        ("10.0.0.1:1", True, False), ("10.0.0.1:1", False, True),
+    ):  # fmt: skip
+        assert check_address(address, tls, insecure) == address
+
+
+@pytest.fixture(scope="module")
+def served(tiny_backbone_directory, tmp_path_factory):
+    """A cloud in a process of its own, with TLS and tokens: (process, port, authorities, folder)."""
+    trustme = pytest.importorskip("trustme")
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    (folder / "tokens").write_text("good-token\n")
+    command = [
+        sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={tiny_backbone_directory}", "--port=0",
+        f"--tls_cert={folder}/cert.pem", f"--tls_key={folder}/key.pem", f"--tokens={folder}/tokens", "--deadline=30",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    line = process.stdout.readline()
+    assert line.startswith("serving on port "), (folder / "log").read_text()
+    yield process, int(line.split()[-1]), folder / "ca.pem", folder
+    process.kill()
+    process.wait()
+
+
+def connect(served, token="good-token", **changed):
+    _, port, ca, _ = served
+    connection = Connection(f"127.0.0.1:{port}", tls=True, ca=str(ca), token=token, patience=1.0)
+    return dataclasses.replace(connection, **changed)
+
+
+@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
+def test_two_processes_over_tls_say_what_one_says(beams, served, cloud, plugin, request_of):
+    here = in_process(cloud, plugin, request_of(beams))
+    there = asyncio.run(generate(connect(served), plugin, request_of(beams)))
+    assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
+    assert there.degraded == 0
+
+
+def test_a_device_without_its_token_is_refused(served, plugin, request_of):
+    with pytest.raises(UserError, match="does not know this device"):
+        asyncio.run(generate(connect(served, token="bad"), plugin, request_of()))
+
+
+def test_a_cloud_with_a_certificate_nobody_signed_is_not_spoken_to(served, plugin, request_of, tmp_path):
+    trustme = pytest.importorskip("trustme")
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    with pytest.raises(CloudGone, match="is gone"):
+        asyncio.run(generate(connect(served, ca=str(tmp_path / "other.pem")), plugin, request_of()))
+
+
+def test_a_cloud_that_is_killed_leaves_what_was_generated(served, plugin, request_of):
+    process, *_, folder = served
+    seen = []
+
+    def watch(progress):
+        seen.append(tokens_of(progress))
+        if len(seen) == 3:
+            process.send_signal(signal.SIGKILL)
+
+    with pytest.raises(CloudGone, match="tokens had been generated") as gone:
+        asyncio.run(generate(connect(served), plugin, request_of(), watch))
+    assert [g.tokens for g in gone.value.generations] == seen[-1]
+    assert all(seen[-1])
+    logged = (folder / "log").read_text()
+    assert "What is thing" not in logged
+    assert '"message": "session ' in logged
