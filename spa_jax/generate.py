@@ -1,11 +1,14 @@
 """Generate with a plugin: python -m spa_jax.generate --plugin=DIR/plugin --prompt="..." (or --interactive).
 
---channel=none runs everything as one program; in-process and simulated run cloud and device as two, which exchange
-messages through a channel, and say what that cost. Tokens for which the device was asked are coloured, or [bracketed]
-where the output is no terminal.
+--channel=none runs everything as one program. The others run cloud and device as two, which exchange messages, and say
+what that cost: in-process and simulated in this process, grpc in two. Tokens for which the device was asked are
+coloured, or [bracketed] where the output is no terminal.
 """
 
+import asyncio
+import contextlib
 import functools
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +27,12 @@ from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import SETTINGS, Setting
-from spa_jax.split.channel import InProcess
+from spa_jax.split import client
+from spa_jax.split.channel import InProcess, Traffic
+from spa_jax.split.client import Connection, read_token
 from spa_jax.split.cloud import Cloud
+from spa_jax.split.grpc_channel import check_address
+from spa_jax.split.messages_pb2 import Open
 from spa_jax.split.session import Connect, generate, open_message
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import CODECS, Codec
@@ -47,7 +54,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of the simulated networ
 BEAMS = flags.DEFINE_integer("beams", 0, "Beam search with so many beams; 0 is sampling, or greedy.")
 LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Of beam search: above 0 favours longer answers.")
 EARLY_STOPPING = flags.DEFINE_bool("early_stopping", False, "Of beam search: stop when there are as many as beams.")
-CHANNEL = flags.DEFINE_enum("channel", "none", ["none", "in-process", "simulated"], "Between cloud and device.")
+CHANNEL = flags.DEFINE_enum("channel", "none", ["none", "in-process", "simulated", "grpc"], "Between cloud and device.")
 CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "How numbers travel through the channel.")
 TAU = flags.DEFINE_float("tau", Network.tau, "Simulated: seconds of a round trip.")
 DOWN = flags.DEFINE_float("down", Network.down, "Simulated: bits per second from cloud to device.")
@@ -55,6 +62,10 @@ UP = flags.DEFINE_float("up", Network.up, "Simulated: bits per second from devic
 JITTER = flags.DEFINE_float("jitter", Network.jitter, "Simulated: mean seconds of random delay a message.")
 LOSS = flags.DEFINE_float("loss", Network.loss, "Simulated: probability that a message is lost.")
 DEADLINE = flags.DEFINE_float("deadline", Network.deadline, "Simulated: seconds to wait for the device.")
+CLOUD = flags.DEFINE_string("cloud", None, "grpc: host:port of a cloud; by default one is started on this machine.")
+TLS = flags.DEFINE_bool("tls", False, "grpc: speak TLS.")
+CA = flags.DEFINE_string("ca", "", "grpc: PEM file of the authorities to trust; the system's by default.")
+TOKEN_FILE = flags.DEFINE_string("token_file", "", "grpc: file with this device's token.")
 OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and what the channel cost as JSON.")
 
 DEVICE_STYLE = "bold magenta"
@@ -122,7 +133,15 @@ def split_answer(
     cost: Any,
 ) -> Tokens:
     """From two programs; `cost` gets what passed between them."""
-    request = open_message(
+    result = generate(cloud, plugin, request_for(plugin, sampling, beams, prompt), connect)
+    (generation,) = result.generations
+    cost |= costs(result.traffic, len(generation.tokens), result.degraded, result.cloud_seconds)
+    yield from zip(generation.tokens, generation.consulted)
+
+
+def request_for(plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt: list[int]) -> Open:
+    """What the device asks the cloud for, by the flags."""
+    return open_message(
         plugin,
         [prompt],
         MAX_NEW_TOKENS.value,
@@ -133,20 +152,57 @@ def split_answer(
         SEED.value,
         beams,
     )
-    result = generate(cloud, plugin, request, connect)
-    (generation,), traffic = result.generations, result.traffic
-    cost |= {
+
+
+def costs(traffic: Traffic, tokens: int, degraded: int, cloud_seconds: float) -> dict[str, Any]:
+    """What `--output` says of a generation over a channel."""
+    return {
         "exchanges": traffic.exchanges,
         "bytes_up": traffic.bytes_up,
         "bytes_down": traffic.bytes_down,
         "prefill_bytes": traffic.prefill_bytes,
-        "ratio": traffic.exchanges / len(generation.tokens),
-        "degraded": result.degraded,
-        "cloud_seconds": result.cloud_seconds,
+        "ratio": traffic.exchanges / tokens,
+        "degraded": degraded,
+        "cloud_seconds": cloud_seconds,
         "device_seconds": traffic.device_seconds,
         "network_seconds": traffic.network_seconds,
     }
+
+
+def remote_answer(
+    connection: Connection, plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt: list[int], cost: Any
+) -> Tokens:
+    """From a cloud in another process; `cost` gets what passed between them, the network's time with the cloud's."""
+    request = request_for(plugin, sampling, beams, prompt)
+    began = time.perf_counter()
+    result = asyncio.run(client.generate(connection, plugin, request))
+    (generation,), traffic = result.generations, result.traffic
+    seconds = time.perf_counter() - began - traffic.device_seconds
+    cost |= costs(traffic, len(generation.tokens), result.degraded, seconds)
     yield from zip(generation.tokens, generation.consulted)
+
+
+CHILDREN = contextlib.ExitStack()
+"""Processes that end with this one."""
+
+
+@contextlib.contextmanager
+def local_cloud(backbone: str) -> Iterator[str]:
+    """The address of a cloud that runs in a child process while this lasts.
+
+    Raises:
+        UserError: it does not come up.
+    """
+    command_line = [sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line.startswith("serving on port "):
+                raise UserError("the cloud did not start on this machine: its own message is above")
+            yield f"127.0.0.1:{line.split()[-1]}"
+        finally:
+            process.terminate()
 
 
 def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
@@ -186,6 +242,10 @@ def responder(
     if plugin is None:
         raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
     plugin.check(backbone)
+    if CHANNEL.value == "grpc":
+        address = check_address(CLOUD.value or CHILDREN.enter_context(local_cloud(backbone.name)), TLS.value, False)
+        connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
+        return functools.partial(remote_answer, connection, plugin, sampling, beams)
     connect: Connect = InProcess
     if CHANNEL.value == "simulated":
         network = Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
@@ -210,7 +270,12 @@ def main() -> None:
     beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
     plugin = load_plugin(Path(PLUGIN.value)) if PLUGIN.value is not None else None
     backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
-    respond = responder(backbone, plugin, sampling, beams)
+    with CHILDREN:
+        answer_all(responder(backbone, plugin, sampling, beams), backbone, plugin)
+
+
+def answer_all(respond: Callable[[list[int], Any], Tokens], backbone: Backbone, plugin: Plugin | None) -> None:
+    """Answers the prompt of the flags, or those typed in."""
     template = plugin.template if plugin else ("chat" if backbone.tokenizer.chat_template else "plain")
     encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
     if PROMPT.value is not None:

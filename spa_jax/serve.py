@@ -21,7 +21,7 @@ from spa_jax import command
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate
+from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
 from spa_jax.split.cloud import Cloud
 from spa_jax.split.grpc_channel import ServerSecurity, check_address
 from spa_jax.split.messages_pb2 import Progress
@@ -126,8 +126,7 @@ def run_device() -> None:
         raise UserError("give either --prompt='...' or --interactive")
     plugin = load_plugin(Path(PLUGIN.value))
     address = check_address(CLOUD.value, TLS.value, INSECURE.value)
-    token = _token(TOKEN_FILE.value) if TOKEN_FILE.value else ""
-    connection = Connection(address, TLS.value, CA.value, token)
+    connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
     if PROMPT.value is not None:
         if not PROMPT.value.strip():
             raise UserError("the prompt is empty")
@@ -146,13 +145,6 @@ def run_device() -> None:
                 raise
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-
-
-def _token(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the token file '{path}': {error}") from error
 
 
 def main() -> None:

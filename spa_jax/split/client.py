@@ -69,6 +69,18 @@ class RemoteResult:
     degraded: int
 
 
+def read_token(path: str) -> str:
+    """The token in a file; of no file, none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the token file '{path}': {error}") from error
+
+
 async def generate(connection: Connection, plugin: Plugin, request: Open, watch: Watch | None = None) -> RemoteResult:
     """Opens a generation at the cloud and answers its questions to the end.
 

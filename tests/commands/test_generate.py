@@ -79,6 +79,19 @@ def test_two_programs_say_what_one_does_and_what_it_cost(answer):
         assert f"{two['exchanges']} exchanges (ratio M {two['ratio']:.2f})" in printed
 
 
+def test_two_processes_say_what_one_does(plugin, tmp_path, environment):
+    said = {}
+    for channel in ("none", "grpc"):
+        output = tmp_path / f"{channel}.json"
+        arguments = ["-m", GENERATE, f"--plugin={plugin}", PROMPT, "--max_new_tokens=12", f"--output={output}"]
+        command = [sys.executable, *arguments, f"--channel={channel}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        said[channel] = json.loads(output.read_text())
+    assert (said["grpc"]["tokens"], said["grpc"]["sources"]) == (said["none"]["tokens"], said["none"]["sources"])
+    assert said["grpc"]["exchanges"] == said["grpc"]["sources"].count("device")
+
+
 def test_a_simulated_network_takes_what_its_flags_say(answer):
     near, _ = answer("--channel=simulated", "--tau=0.5", "--down=1e12", "--up=1e12", "--deadline=9")
     assert near["network_seconds"] == pytest.approx(0.5 * near["exchanges"], rel=1e-3)
