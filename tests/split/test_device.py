@@ -1,0 +1,184 @@
+"""What crosses to the device, in which order, and what comes of messages that are lost, repeated or wrong."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from tiny_split import NEW, SIDES, TIE, generate_over_line, judge, make_plugin, make_prompts, tokens_asked
+
+from spa_jax.decoding.beam import Beams
+from spa_jax.split import cloud as cloud_module
+from spa_jax.split import device as device_module
+from spa_jax.split.cloud import CHUNK_POSITIONS
+from spa_jax.split.device import Device
+from spa_jax.split.messages_pb2 import Correction, Taps
+from spa_jax.split.session import generate, open_message
+from spa_jax.split.wire import WireError
+
+PROMPTS = make_prompts(19)
+KINDS = [("tokenwise", None), ("transformer", None), ("transformer", 4)]
+
+
+def _request(kind, width, **how):
+    plugin = make_plugin("spa", kind)
+    return plugin, open_message(plugin, PROMPTS, NEW, beams=Beams(width) if width else None, **how)
+
+
+def _said(result):
+    return [(generation.tokens, generation.consulted) for generation in result.generations]
+
+
+def _some_lost(exchange):
+    return {1: "question lost", 2: "answer lost", 5: "answer lost", 6: "question lost"}.get(exchange % 8, "arrives")
+
+
+def test_every_position_is_sent_once_and_none_is_left_out(cloud):
+    plugin, request = _request("transformer", None)
+    result, line = generate_over_line(cloud, plugin, request)
+    sent, asked = ([Taps.FromString(message) for message in part] for part in (line.sent, next(zip(*line.asked))))
+    before = [(group, position) for taps in sent for group, position in zip(taps.rows, taps.positions)]
+    assert before == [(group, position) for group, prompt in enumerate(PROMPTS) for position in range(len(prompt) - 1)]
+    assert all(taps.prompt and (taps.step, taps.base, len(taps.origins)) == (0, 0, 0) for taps in sent)
+    assert [(taps.step, taps.base) for taps in asked] == [(step + 1, step) for step in range(len(asked))]
+    assert not any(taps.prompt or taps.origins for taps in asked)
+    for group, (prompt, generation) in enumerate(zip(PROMPTS, result.generations)):
+        positions = [p for taps in asked for row, p in zip(taps.rows, taps.positions) if row == group]
+        last = max((at for at, flag in enumerate(generation.consulted) if flag), default=-1)
+        assert positions == list(range(len(prompt) - 1, len(prompt) + last))
+    asked_at = [np.flatnonzero(generation.consulted) for generation in result.generations]
+    assert any(later - earlier > 1 for at in asked_at for earlier, later in pairwise(at)), "nothing to catch up"
+
+
+def test_the_token_wise_kind_is_sent_what_is_asked_for(cloud):
+    plugin, request = _request("tokenwise", None)
+    result, line = generate_over_line(cloud, plugin, request)
+    asked = [which for message, _ in line.asked for which in tokens_asked(message, PROMPTS, 1)]
+    assert not line.sent
+    assert sum(len(Taps.FromString(message).rows) for message, _ in line.asked) == len(asked) == len(set(asked))
+    for group, generation in enumerate(result.generations):
+        tokens = [token for row, _, token in asked if row == group]
+        assert tokens == np.flatnonzero(generation.consulted).tolist()
+
+
+def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
+    plugin, request = _request("transformer", None)
+    whole, line = generate_over_line(cloud, plugin, request)
+    assert max(len(prompt) for prompt in PROMPTS) < CHUNK_POSITIONS
+    assert len(line.sent) == len(PROMPTS)
+    monkeypatch.setattr(cloud_module, "CHUNK_POSITIONS", 7)
+    parts, line = generate_over_line(cloud, plugin, request)
+    assert _said(parts) == _said(whole)
+    assert [len(Taps.FromString(message).rows) for message in line.sent] == [
+        min(7, len(prompt) - 1 - begin) for prompt in PROMPTS for begin in range(0, len(prompt) - 1, 7)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "width"), KINDS)
+def test_messages_that_come_twice_mean_what_they_mean_once(kind, width, cloud):
+    plugin, request = _request(kind, width)
+    once, line = generate_over_line(cloud, plugin, request)
+    twice, again = generate_over_line(cloud, plugin, request, times=2)
+    assert twice.generations == once.generations
+    assert again.asked == line.asked
+
+
+@pytest.mark.parametrize(("kind", "width"), KINDS)
+def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, backbone, cloud):
+    plugin, request = _request(kind, width)
+    result, line = generate_over_line(cloud, plugin, request, _some_lost)
+    assert result.degraded == len(line.lost) > 3
+    beams = Beams(width) if width else None
+    verdicts = []
+    for group, prompt in enumerate(PROMPTS):
+        verdicts.append(judge(backbone, plugin, "spa", prompt, beams, lost={t for g, t in line.lost if g == group}))
+        assert min(verdicts[-1].gaps) > TIE, "float noise could decide this case: choose another seed"
+    assert _said(result) == [(verdict.generation.tokens, verdict.generation.consulted) for verdict in verdicts]
+    undisturbed = generate(cloud, plugin, request)
+    assert _said(undisturbed) != _said(result)
+    compared = 0
+    for message, answer in line.asked:
+        asked = tokens_asked(message, PROMPTS, width or 1)
+        if answer is None:
+            continue
+        g = np.frombuffer(Correction.FromString(answer).g.values, np.float32).reshape(-1, 32)
+        for (group, row, token), said in zip(asked, g, strict=True):
+            np.testing.assert_allclose(said, verdicts[group].corrections[token][row % (width or 1)], atol=1e-4)
+            compared += 1
+    assert compared > 10
+
+
+@pytest.mark.parametrize(("kind", "width"), KINDS)
+def test_a_device_that_never_answers_is_one_that_is_never_asked(kind, width, cloud):
+    plugin, request = _request(kind, width)
+    silent, line = generate_over_line(cloud, plugin, request, lambda exchange: "question lost")
+    never = generate(cloud, plugin, _request(kind, width, threshold=1.0)[1])
+    assert silent.generations == never.generations
+    assert silent.degraded == len(line.lost) > 0
+    assert (never.degraded, never.traffic.exchanges) == (0, 0)
+
+
+def test_the_device_compiles_once_for_the_token_wise_kind_and_seldom_for_the_other(cloud):
+    for kind, most in (("tokenwise", 1), ("transformer", 4)):
+        plugin, request = _request(kind, None)
+        device_module.correct.clear_cache()
+        generate(cloud, plugin, request)
+        assert 1 <= device_module.correct._cache_size() <= most
+
+
+@pytest.fixture
+def question():
+    """A device that attends, with the rows and slots of the generations above, and its first question."""
+    taps = np.random.default_rng(0).standard_normal((3, 3, 32)).astype(np.float32)
+    message = Taps(step=1, rows=[0, 0, 2], positions=[4, 5, 7], taps={"values": taps.tobytes()})
+    return _device(), message
+
+
+def _device():
+    plugin = make_plugin("spa", "transformer")
+    assert plugin.config.side == SIDES["transformer"]
+    return Device(plugin.config, plugin.params["side"], "float32", rows=4, slots=40)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"rows": [0, 2, 0]}, "rows .0, 2, 0. at positions .4, 5, 7. make no sense"),
+        ({"positions": [5, 4, 7]}, "make no sense"),
+        ({"positions": [4, 4, 7]}, "make no sense"),
+        ({"rows": [0, 0, 4]}, "make no sense"),
+        ({"rows": [0, 0, 2**31]}, "make no sense"),
+        ({"positions": [4, 5, 40]}, "make no sense"),
+        ({"positions": [4, 5]}, "make no sense"),
+        ({"rows": [0, 0]}, r"1152 bytes .* \(2, 3, 32\) has 768"),
+        ({"rows": [], "positions": [], "taps": {}}, "make no sense"),
+        ({"origins": [0, 1, 2]}, "descend from .0, 1, 2., and there are 4"),
+        ({"origins": [0, 1, 2, 4]}, "descend from"),
+        ({"base": 3}, r"step 1 builds upon step 3, and this device keeps \[0\]"),
+        ({"taps": {"values": np.full((3, 3, 32), np.nan, np.float32).tobytes()}}, "not finite"),
+    ],
+)
+def test_a_message_that_makes_no_sense_is_refused_and_changes_nothing(wrong, says, question):
+    device, message = question
+    fields = {descriptor.name: value for descriptor, value in message.ListFields()}
+    with pytest.raises(WireError, match=says):
+        device.receive(Taps(**(fields | wrong)))
+    assert device.receive(message) == _device().receive(message)
+
+
+def test_a_wrong_answer_is_refused_and_the_right_one_still_taken(cloud):
+    plugin, request = _request("tokenwise", None)
+    device = Device(plugin.config, plugin.params["side"], "float32", 4, CHUNK_POSITIONS)
+    session = cloud.open(request)
+    right = device.receive(session.wanted())
+    for wrong, says in [
+        (Correction(step=7, g=right.g), "step 7 came where one of step 1 is due"),
+        (Correction(step=1, g={"values": right.g.values[4:]}), "bytes"),
+        (Correction(step=1, g={"values": b"\xff" * len(right.g.values)}), "not finite"),
+    ]:
+        with pytest.raises(WireError, match=says):
+            session.resume(wrong)
+    session.resume(right)
+    while (question := session.wanted()) is not None:
+        session.resume(device.receive(question))
+    assert session.result() == generate(cloud, plugin, request).generations
+    assert session.degraded == 0

@@ -1,0 +1,194 @@
+"""What the tests of cloud and device share: random plugins and prompts, a channel that listens, and the judge, which
+reruns backbone and side network over the whole text for every token."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spa_jax.decoding import beam
+from spa_jax.decoding.hypotheses import IMPOSSIBLE, Generation, begin, generations
+from spa_jax.models.combine import ROUTED, always, skipped
+from spa_jax.models.llama import PADDING, Llama, normalize_taps
+from spa_jax.models.plugin import PluginConfig, correction, init_plugin, offset_of, router_logits
+from spa_jax.models.router import consult_probability
+from spa_jax.models.side import SideConfig
+from spa_jax.split.channel import InProcess
+from spa_jax.split.messages_pb2 import Taps
+from spa_jax.split.session import generate
+from spa_jax.weights.plugin import Plugin
+
+TAPS, CONTEXT, NEW, FINGERPRINT = (0, 2, 3), 64, 10, "f" * 32
+EOS = (5, 51, 77, 96)
+SIDES = {"tokenwise": SideConfig("tokenwise", 6, TAPS), "transformer": SideConfig("transformer", 8, TAPS, heads=2)}
+TIE = 1e-4
+"""Scores that are closer than this may be told apart by float noise."""
+
+shapes_of = functools.cache(functools.partial(init_plugin, abstract=True))
+
+
+def make_plugin(setting, kind="tokenwise", seed=4):
+    """A plugin with random parameters, as loud as f, and a router that is of two minds; one of the two kinds comes
+    with an offset."""
+    config = PluginConfig(setting, SIDES[kind], 32, 0.5, offset=kind == "tokenwise")
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes_of(config)
+    )
+    return Plugin(config, params, "tiny", FINGERPRINT, "plain")
+
+
+def make_prompts(seed):
+    """Four prompts of unequal lengths, all of one bucket."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 97, length).tolist() for length in rng.choice(30, 4, replace=False) + 1]
+
+
+class Line(InProcess):
+    """The device a function call away; every message is kept, and some are lost or come twice.
+
+    Attributes:
+        sent: messages that want no answer.
+        asked: questions, with the answers that came back.
+        lost: (group, token) pairs that were asked for in vain.
+    """
+
+    def __init__(self, answer, prompts, width, fate, times):
+        super().__init__(answer)
+        self.sent, self.asked, self.lost = [], [], set()
+        self._prompts, self._width, self._fate, self._times = prompts, width, fate, times
+
+    def send(self, message):
+        self.sent.append(message)
+        for _ in range(self._times):
+            super().send(message)
+
+    def exchange(self, message):
+        """The fate of an exchange, counted from 0, is `arrives`, `question lost` or `answer lost`."""
+        fate = self._fate(self.traffic.exchanges)
+        self.traffic.exchanges += 1
+        reply = None if fate == "question lost" else [self._call(message) for _ in range(self._times)][-1]
+        if fate != "arrives":
+            reply = None
+            self.lost |= {(group, token) for group, _, token in tokens_asked(message, self._prompts, self._width)}
+        self.asked.append((message, reply))
+        return reply
+
+
+def tokens_asked(message, prompts, width):
+    """(group, row, index of the new token) of each answer a message asks for."""
+    taps = Taps.FromString(message)
+    last = dict(zip(taps.rows, taps.positions))
+    return [(row // width, row, position - len(prompts[row // width]) + 1) for row, position in last.items()]
+
+
+def generate_over_line(cloud, plugin, request, fate=lambda exchange: "arrives", times=1):
+    """What comes of a request over a `Line`, and the line."""
+    lines = []
+
+    def connect(answer):
+        prompts = [list(prompt.tokens) for prompt in request.prompts]
+        lines.append(Line(answer, prompts, request.beams.width or 1, fate, times))
+        return lines[0]
+
+    return generate(cloud, plugin, request, connect), lines[0]
+
+
+class Verdict(NamedTuple):
+    """What the judge would have generated.
+
+    Attributes:
+        generation: of one prompt.
+        gaps: for each token, the distance between scores that decided it.
+        corrections: for each token, g of each row `[K,D]`.
+    """
+
+    generation: Generation
+    gaps: list[float]
+    corrections: list[np.ndarray]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rerun(model, config, setting, frozen, params, tokens, lengths, threshold, answered):
+    """Logits, sigma, |p - threshold| and g of the last of each row's tokens, by the fused maths without any cache."""
+    arange = jnp.arange(tokens.shape[1])[None, :]
+    positions = jnp.where(arange < lengths[:, None], arange, PADDING)
+    out = model.apply({"params": frozen}, tokens, positions)
+    g, _ = correction(config, params, normalize_taps(frozen, model.config, TAPS, out.taps), positions)
+    each = jnp.arange(tokens.shape[0])
+    f, g = out.hidden[each, lengths - 1], g[each, lengths - 1]
+    if setting in ROUTED:
+        p = consult_probability(router_logits(params, f))
+        sigma, distance = p > threshold, jnp.abs(p - threshold)
+    else:
+        sigma, distance = jnp.full(len(f), setting != "base"), jnp.ones(len(f))
+    sigma &= answered
+    alone = skipped(f, offset_of(params)) if setting in ROUTED else f
+    state = jnp.where(sigma[:, None], always(setting, f, g), alone)
+    return model.apply({"params": frozen}, state, method="logits"), sigma, distance, g
+
+
+_extend = jax.jit(beam.extend, static_argnums=(0, 5))
+
+
+def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=()):
+    """A `Verdict` on one prompt; the device does not answer for tokens, by their index, that are in `lost`."""
+    width = beams.width if beams else 1
+    hypotheses = begin(1, width, NEW, 0, search=beams is not None)
+    texts, tokens, asked, gaps, corrections = [list(prompt)] * width, [], [], [], []
+    for made in range(NEW):
+        padded = np.zeros((width, 48), np.int32)
+        for row, text in enumerate(texts):
+            padded[row, : len(text)] = text
+        lengths = np.full(width, len(prompt) + made)
+        model = Llama(backbone.config, TAPS)
+        logits, sigma, distance, g = _rerun(
+            model, plugin.config, setting, backbone.params, plugin.params, padded, lengths, threshold, made not in lost
+        )
+        corrections.append(np.asarray(g))
+        live = hypotheses.scores[0] > IMPOSSIBLE / 2
+        gap = float(distance[live].min())
+        if beams is None:
+            first, second = np.sort(np.asarray(logits[0]))[[-1, -2]]
+            gaps.append(min(gap, float(first - second)))
+            tokens.append(int(logits[0].argmax()))
+            asked.append(bool(sigma[0]))
+            texts = [[*prompt, *tokens]]
+            if tokens[-1] in EOS:
+                break
+            continue
+        before = np.asarray(hypotheses.scores[0][:, None] + jax.nn.log_softmax(logits))
+        hypotheses, _ = _extend(beams, hypotheses, logits[None], sigma[None], jnp.ones(1, bool), EOS)
+        gaps.append(min(gap, _closest(before, width, made + 1 == NEW)))
+        if hypotheses.done[0]:
+            best = hypotheses.finished.scores[0]
+            gaps.append(float(best[0] - best[1]))
+            return Verdict(generations(hypotheses, EOS)[0], gaps, corrections)
+        texts = [[*prompt, *new] for new in np.asarray(hypotheses.tokens[0, :, : made + 1]).tolist()]
+    return Verdict(Generation(tokens, asked), gaps, corrections)
+
+
+def _closest(scores, width, last):
+    """Between the last continuation that is taken and the first that is not, of those that go on, and of all where one
+    of the two ends."""
+    ends = np.full(scores.shape, last)
+    ends[:, list(EOS)] = True
+    order = np.argsort(-scores, axis=None)
+    ranked, ending = scores.ravel()[order], ends.ravel()[order]
+    going = ranked[~ending]
+    gaps = [going[width - 1] - going[width]] if len(going) else []
+    if ending[width - 1] or ending[width]:
+        gaps.append(ranked[width - 1] - ranked[width])
+    return float(min(gaps, default=np.inf))
+
+
+def explained(backbone, plugin, setting, prompt, beams, threshold, fused, split):
+    """Whether scores were closer than `TIE` where the two generations part."""
+    gaps = judge(backbone, plugin, setting, prompt, beams, threshold).gaps
+    if beams is None:
+        pairs = zip([*zip(fused.tokens, fused.consulted), None], [*zip(split.tokens, split.consulted), None])
+        parting = next(at for at, (a, b) in enumerate(pairs) if a != b)
+        gaps = gaps[parting : parting + 1]
+    return min(gaps) < TIE
