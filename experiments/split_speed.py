@@ -25,8 +25,8 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.split.cloud import Cloud
-from spa_jax.split.session import generate, open_message
+from spa_jax.split.generation import generate, open_message
+from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 

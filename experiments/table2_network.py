@@ -21,11 +21,11 @@ from spa_jax.models.llama import LlamaConfig, init_params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split.channel import Answer, Traffic
-from spa_jax.split.cloud import Cloud
+from spa_jax.split.generation import generate, open_message
 from spa_jax.split.latency import network_seconds
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseConfig, LayerwiseDevice, Method, init_adapters
 from spa_jax.split.messages_pb2 import Correction, Layer, Taps
-from spa_jax.split.session import generate, open_message
+from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import Codec
 from spa_jax.weights.backbone import Backbone

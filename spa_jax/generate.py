@@ -30,10 +30,10 @@ from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.split import client
 from spa_jax.split.channel import InProcess, Traffic
 from spa_jax.split.client import Connection, read_token
-from spa_jax.split.cloud import Cloud
+from spa_jax.split.generation import Connect, generate, open_message
 from spa_jax.split.grpc_channel import check_address
 from spa_jax.split.messages_pb2 import Open
-from spa_jax.split.session import Connect, generate, open_message
+from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import CODECS, Codec
 from spa_jax.weights.backbone import Backbone

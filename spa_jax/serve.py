@@ -22,11 +22,11 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
-from spa_jax.split.cloud import Cloud
+from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import ServerSecurity, check_address
 from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.server import Limits, serving
-from spa_jax.split.session import open_message
+from spa_jax.split.session import Cloud
 from spa_jax.split.wire import CODECS, check_codec
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone

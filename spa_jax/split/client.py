@@ -12,9 +12,9 @@ from google.protobuf.message import DecodeError
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Traffic
+from spa_jax.split.generation import device_for
 from spa_jax.split.grpc_channel import METHOD, OPTIONS, SERVICE
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Open, Progress, Reopen, Taps
-from spa_jax.split.session import device_for
 from spa_jax.weights.plugin import Plugin
 
 Watch = Callable[[Progress], None]

@@ -23,7 +23,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
 from spa_jax.split import metrics, wire
-from spa_jax.split.cloud import Cloud, Session
 from spa_jax.split.grpc_channel import METHOD, OPTIONS, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import (
     Correction,
@@ -36,6 +35,7 @@ from spa_jax.split.messages_pb2 import (
     Refusal,
     Taps,
 )
+from spa_jax.split.session import Cloud, Session
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -7,7 +7,7 @@ import jax
 import pytest
 from tiny_split import CONTEXT, EOS, FINGERPRINT
 
-from spa_jax.split.cloud import Cloud
+from spa_jax.split.session import Cloud
 from spa_jax.weights.backbone import Backbone
 
 

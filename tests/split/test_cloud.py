@@ -12,8 +12,8 @@ from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.split import cloud as cloud_module
 from spa_jax.split import wire
+from spa_jax.split.generation import generate, open_message
 from spa_jax.split.messages_pb2 import Correction, Open
-from spa_jax.split.session import generate, open_message
 
 PROMPTS = make_prompts(8)
 

@@ -9,10 +9,10 @@ from tiny_split import NEW, SIDES, TIE, generate_over_line, judge, make_plugin, 
 from spa_jax.decoding.beam import Beams
 from spa_jax.split import cloud as cloud_module
 from spa_jax.split import device as device_module
-from spa_jax.split.cloud import CHUNK_POSITIONS
 from spa_jax.split.device import Device
+from spa_jax.split.generation import generate, open_message
 from spa_jax.split.messages_pb2 import Correction, Taps
-from spa_jax.split.session import generate, open_message
+from spa_jax.split.session import CHUNK_POSITIONS
 from spa_jax.split.wire import WireError
 
 PROMPTS = make_prompts(19)

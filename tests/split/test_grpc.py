@@ -20,12 +20,12 @@ from spa_jax.errors import UserError
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split.client import CloudGone, Connection, generate
-from spa_jax.split.cloud import Cloud
+from spa_jax.split.generation import device_for, open_message
+from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity, check_address
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Reopen, Tensor
 from spa_jax.split.server import Limits, serving
-from spa_jax.split.session import device_for, open_message
-from spa_jax.split.session import generate as in_process
+from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 

@@ -7,8 +7,8 @@ from spa_jax.data.encoding import Encoder
 from spa_jax.data.persona import generate as persona
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
-from spa_jax.split.cloud import Cloud
-from spa_jax.split.session import generate, open_message
+from spa_jax.split.generation import generate, open_message
+from spa_jax.split.session import Cloud
 from spa_jax.training.config import parse
 from spa_jax.training.run import train
 from spa_jax.weights.plugin import load_plugin

@@ -8,8 +8,8 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from tiny_split import NEW, generate_over_line, make_plugin, make_prompts
 
 from spa_jax.decoding.beam import Beams
+from spa_jax.split.generation import open_message
 from spa_jax.split.messages_pb2 import Correction, Open
-from spa_jax.split.session import open_message
 
 DTYPES = [np.dtype("<f4"), np.dtype(ml_dtypes.bfloat16), np.dtype("<f2")]
 

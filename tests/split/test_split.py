@@ -14,9 +14,9 @@ from spa_jax.models.combine import ROUTED
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split import wire
-from spa_jax.split.cloud import Cloud
+from spa_jax.split.generation import generate, open_message
 from spa_jax.split.messages_pb2 import Correction
-from spa_jax.split.session import generate, open_message
+from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import Plugin
 
 TRAINED_AS = {"spa": "spa", "s1": "spa", "s2": "s2", "s3": "s2", "base": "spa"}

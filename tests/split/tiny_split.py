@@ -16,8 +16,8 @@ from spa_jax.models.plugin import PluginConfig, correction, init_plugin, offset_
 from spa_jax.models.router import consult_probability
 from spa_jax.models.side import SideConfig
 from spa_jax.split.channel import InProcess
+from spa_jax.split.generation import generate
 from spa_jax.split.messages_pb2 import Taps
-from spa_jax.split.session import generate
 from spa_jax.weights.plugin import Plugin
 
 TAPS, CONTEXT, NEW, FINGERPRINT = (0, 2, 3), 64, 10, "f" * 32
