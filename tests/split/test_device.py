@@ -60,6 +60,14 @@ def test_the_token_wise_kind_is_sent_what_is_asked_for(cloud):
         assert tokens == np.flatnonzero(generation.consulted).tolist()
 
 
+def test_a_search_asks_for_its_first_token_once(cloud):
+    plugin, request = _request("transformer", 4, threshold=0)
+    _, line = generate_over_line(cloud, plugin, request)
+    first, second = (tokens_asked(message, PROMPTS, 4) for message, _ in line.asked[:2])
+    assert first == [(group, 4 * group, 0) for group in range(4)]
+    assert second == [(row // 4, row, 1) for row in range(16)]
+
+
 def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
     plugin, request = _request("transformer", None)
     whole, line = generate_over_line(cloud, plugin, request)
