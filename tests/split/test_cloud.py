@@ -11,6 +11,7 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.split import cloud as cloud_module
+from spa_jax.split import session as session_module
 from spa_jax.split import wire
 from spa_jax.split.generation import generate, open_message
 from spa_jax.split.messages_pb2 import Correction, Open
@@ -21,13 +22,13 @@ PROMPTS = make_prompts(8)
 @pytest.fixture
 def calls(monkeypatch):
     """How often the cloud's loop was entered."""
-    advance, entered = cloud_module.advance, []
+    advance, entered = session_module.advance, []
 
     def counted(*args):
         entered.append(args)
         return advance(*args)
 
-    monkeypatch.setattr(cloud_module, "advance", counted)
+    monkeypatch.setattr(session_module, "advance", counted)
     return entered
 
 
@@ -50,7 +51,7 @@ def test_the_base_setting_sends_the_device_nothing(cloud):
 
 def test_programs_compile_once_whoever_asks_for_what(cloud):
     generate(cloud, make_plugin("spa"), open_message(make_plugin("spa"), PROMPTS, NEW))
-    programs = (cloud_module.prefill, cloud_module.advance, cloud_module._select)
+    programs = (session_module.prefill, session_module.advance, session_module._select)
     before = [program._cache_size() for program in programs]
     for seed in (1, 2):
         plugin = make_plugin("spa", seed=seed)
@@ -84,8 +85,8 @@ def test_a_cloud_needs_no_plugin(cloud, request_of):
         g = rng.standard_normal((len(question.rows), 32)).astype("<f4")
         session.resume(Correction(step=question.step, g={"values": g.tobytes()}))
     assert [len(generation.tokens) == len(generation.consulted) > 0 for generation in session.result()] == [True] * 4
-    tree = ast.parse(Path(cloud_module.__file__).read_text(encoding="utf-8"))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (cloud_module, session_module)]
+    imported = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "spa_jax.models.router" in imported
     assert not imported & {"spa_jax.weights.plugin", "spa_jax.models.side", "spa_jax.models.plugin"}
 

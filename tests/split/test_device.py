@@ -7,8 +7,8 @@ import pytest
 from tiny_split import NEW, SIDES, TIE, generate_over_line, judge, make_plugin, make_prompts, tokens_asked
 
 from spa_jax.decoding.beam import Beams
-from spa_jax.split import cloud as cloud_module
 from spa_jax.split import device as device_module
+from spa_jax.split import session as session_module
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate, open_message
 from spa_jax.split.messages_pb2 import Correction, Taps
@@ -73,7 +73,7 @@ def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
     whole, line = generate_over_line(cloud, plugin, request)
     assert max(len(prompt) for prompt in PROMPTS) < CHUNK_POSITIONS
     assert len(line.sent) == len(PROMPTS)
-    monkeypatch.setattr(cloud_module, "CHUNK_POSITIONS", 7)
+    monkeypatch.setattr(session_module, "CHUNK_POSITIONS", 7)
     parts, line = generate_over_line(cloud, plugin, request)
     assert _said(parts) == _said(whole)
     assert [len(Taps.FromString(message).rows) for message in line.sent] == [
