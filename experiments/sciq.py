@@ -7,15 +7,14 @@ validation and measured on test: nats per answer token, teacher-forced, and the 
 A row that is done is skipped, so a killed run goes on where it stopped.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from experiments.ablation import run_rows, write_pairs
+from experiments.sciq_rows import MAX_LENGTH, read_sciq
 from spa_jax import command
-from spa_jax.data.tasks import Pair
 from spa_jax.errors import UserError
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl, validation.jsonl and test.jsonl.")
@@ -23,7 +22,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/sciq", "Where runs and finished r
 OUTPUT = flags.DEFINE_string("output", "experiments/results/sciq.json", "Where to write the table.")
 ONLY = flags.DEFINE_string("only", "", "Run only rows whose name holds this text.")
 
-FIXED = {"data.max_length": 320, "train.epochs": 8, "train.log_every": 100}
+FIXED = {"data.max_length": MAX_LENGTH, "train.epochs": 8, "train.log_every": 100}
 SEEDS = 3
 
 
@@ -57,22 +56,12 @@ def rows() -> dict[str, dict[str, Any]]:
     return table
 
 
-def read(path: Path) -> list[Pair]:
-    """SciQ's rows. The question comes first, so that what is cut from a long row is the end of its passage."""
-    pairs = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        source = f"Answer in a few words: {row['question']}\n\n{row['support']}"
-        pairs.append(Pair(source, row["correct_answer"]))
-    return pairs
-
-
 def main() -> None:
     if DATA.value is None:
         raise UserError("name SciQ's directory with --data=DIR")
     workdir = Path(WORKDIR.value)
     for split in ("train", "validation", "test"):
-        write_pairs(workdir / "data" / f"{split}.jsonl", read(Path(DATA.value) / f"{split}.jsonl"))
+        write_pairs(workdir / "data" / f"{split}.jsonl", read_sciq(Path(DATA.value) / f"{split}.jsonl"))
     run_rows(rows(), FIXED, workdir, Path(OUTPUT.value), ONLY.value, "python -m experiments.sciq --data=DIR")
 
 
