@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.ablation import hardware
-from experiments.pytorch import THREADS, export, peak_bytes, run_child
+from experiments.pytorch import THREADS, export, run_child, use_threads
 from spa_jax import command
 from spa_jax.files import write_json
 from spa_jax.weights.registry import load_backbone
@@ -51,7 +51,6 @@ def summarise(prefill: float, first: float, greedy: float, beam: float, batch: f
         "decode_tokens_per_second": NEW / (greedy - first),
         "beam4_tokens_per_second": NEW / (beam - first),
         "batch16_tokens_per_second": BATCH * NEW / batch,
-        "peak_bytes": peak_bytes(),
     }
 
 
@@ -111,6 +110,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     prompts, block = (rng.integers(100, 40_000, shape).astype(np.int32) for shape in ((BATCH, PROMPT), (8, 224)))
     if SIDE.value:
+        use_threads()
         folder = Path(str(FOLDER.value))
         ours = SIDE.value == "spa_jax"
         found = measure_spa_jax(prompts, block) if ours else measure_pytorch(folder, prompts, block)

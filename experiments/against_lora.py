@@ -21,7 +21,7 @@ from rich.table import Table
 
 from configs import default
 from experiments.ablation import hardware
-from experiments.pytorch import THREADS, export, peak_bytes, run_child
+from experiments.pytorch import THREADS, export, peak_bytes, run_child, use_threads
 from experiments.sciq_rows import MAX_LENGTH, read_sciq
 from spa_jax import command
 from spa_jax.data.encoding import Example
@@ -160,6 +160,7 @@ def main() -> None:
     if DATA.value is None:
         raise UserError("name SciQ's directory with --data=DIR")
     if SIDE.value:
+        use_threads()
         folder = Path(str(FOLDER.value))
         found = measure_pytorch(folder) if SIDE.value == "pytorch" else measure_spa_jax(folder, SIDE.value == "cached")
         write_json(folder / f"{SIDE.value}.json", found)

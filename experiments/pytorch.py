@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -16,25 +15,22 @@ THREADS = 2
 
 
 def run_child(module: str, side: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """Runs one side of a measurement, `python -m MODULE --side=SIDE`, and returns what it wrote to its file.
-
-    The process has `THREADS` processors' worth of threads, whatever the machine has.
-    """
-    output = folder / f"{side}.json"
+    """Runs one side of a measurement, `python -m MODULE --side=SIDE`, and returns what it wrote to its file."""
     command = [sys.executable, "-m", module, f"--side={side}", f"--folder={folder}", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment, preexec_fn=_two_processors)
-    return json.loads(output.read_text(encoding="utf-8"))
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"})
+    return json.loads((folder / f"{side}.json").read_text(encoding="utf-8"))
 
 
-def _two_processors() -> None:
+def use_threads() -> None:
+    """Keeps this process, one side of a measurement, to as many processors as threads are meant to be used."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Peak resident memory of this process (Linux; `ru_maxrss` would count the parent's before it became this one)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def export(backbone: Backbone, directory: Path) -> None:
