@@ -7,8 +7,8 @@ its own. The time of 15 epochs is extrapolated: steps times the median, what com
 building, which is measured whole. LoRA has rank 24 on queries and values and AdamW; the loss is on the answers in both.
 """
 
+import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ from spa_jax.weights.registry import load_backbone
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl.")
 OUTPUT = flags.DEFINE_string("output", "experiments/results/against_lora.json", "Where to write the result.")
 SIDE = flags.DEFINE_enum("side", None, ["pytorch", "uncached", "cached"], "Runs one side; for this command's own use.")
-FOLDER = flags.DEFINE_string("folder", None, "Of the sides' files; for this command's own use.")
+FOLDER = flags.DEFINE_string("folder", "runs/against_lora", "Of the sides' files; a side that is done is kept.")
 
 EPOCHS, STEPS, WARM_UP = 15, 30, 3
 
@@ -161,14 +161,14 @@ def main() -> None:
         raise UserError("name SciQ's directory with --data=DIR")
     if SIDE.value:
         use_threads()
-        folder = Path(str(FOLDER.value))
+        folder = Path(FOLDER.value)
         found = measure_pytorch(folder) if SIDE.value == "pytorch" else measure_spa_jax(folder, SIDE.value == "cached")
         write_json(folder / f"{SIDE.value}.json", found)
         return
     backbone, examples = examples_of(config_of())
     steps = len(plan(examples, 8)) * EPOCHS
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    folder = Path(FOLDER.value)
+    if not (folder / "batches.npz").exists():
         export(backbone, folder / "model")
         arrays = {
             f"{key}{i}": array
@@ -176,10 +176,13 @@ def main() -> None:
             for key, array in labelled(collate(examples, rows)).items()
         }
         np.savez(folder / "batches.npz", **arrays)  # type: ignore[arg-type]
-        sides = {
-            side: run_child("experiments.against_lora", side, folder, f"--data={DATA.value}")
-            for side in ("pytorch", "uncached", "cached")
-        }
+    sides = {}
+    for side in ("pytorch", "uncached", "cached"):
+        done = folder / f"{side}.json"
+        if done.exists():
+            sides[side] = json.loads(done.read_text(encoding="utf-8"))
+        else:
+            sides[side] = run_child("experiments.against_lora", side, folder, f"--data={DATA.value}")
     table = Table("", "trainable", "step s", "15 epochs s (extrapolated)", "peak GB")
     for side, found in sides.items():
         once = found.get("build_seconds", 0.0) + found.get("compile_seconds", 0.0)

@@ -16,9 +16,10 @@ THREADS = 2
 
 def run_child(module: str, side: str, folder: Path, *arguments: str) -> dict[str, Any]:
     """Runs one side of a measurement, `python -m MODULE --side=SIDE`, and returns what it wrote to its file."""
+    output = folder / f"{side}.json"
     command = [sys.executable, "-m", module, f"--side={side}", f"--folder={folder}", *arguments]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"})
-    return json.loads((folder / f"{side}.json").read_text(encoding="utf-8"))
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def use_threads() -> None:
