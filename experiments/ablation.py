@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from configs import default
 from spa_jax.data.tasks import Pair, read_json_lines
+from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.llama import Llama
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin
@@ -76,10 +77,18 @@ def hardware() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].platform}"
 
 
-def write_pairs(path: Path, pairs: list[Pair]) -> None:
-    """Rows as `{"source", "target"}`, one JSON object a line."""
-    lines = [json.dumps({"source": pair.source, "target": pair.target}) for pair in pairs]
-    write_bytes(path, "\n".join(lines).encode())
+def write_splits(name: str, data: str | None, read: Callable[[Path], list[Pair]], workdir: Path) -> None:
+    """A data set's splits as `workdir/data/SPLIT.jsonl` of `{"source", "target"}`, for `run_rows`.
+
+    Raises:
+        UserError: no directory is named.
+    """
+    if data is None:
+        raise UserError(f"name {name}'s directory with --data=DIR")
+    for split in ("train", "validation", "test"):
+        pairs = read(Path(data) / f"{split}.jsonl")
+        lines = [json.dumps({"source": pair.source, "target": pair.target}) for pair in pairs]
+        write_bytes(workdir / "data" / f"{split}.jsonl", "\n".join(lines).encode())
 
 
 def measure(config: RunConfig, workdir: Path, backbone: Backbone, test: Path) -> dict[str, float]:

@@ -12,10 +12,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments.ablation import run_rows, write_pairs
+from experiments.ablation import run_rows, write_splits
 from spa_jax import command
 from spa_jax.data.tasks import Pair
-from spa_jax.errors import UserError
 
 DATA = flags.DEFINE_string("data", None, "Directory with CoQA's train.jsonl, validation.jsonl and test.jsonl.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/coqa", "Where runs and finished rows are kept.")
@@ -50,11 +49,8 @@ def read(path: Path) -> list[Pair]:
 
 
 def main() -> None:
-    if DATA.value is None:
-        raise UserError("name CoQA's directory with --data=DIR")
     workdir = Path(WORKDIR.value)
-    for split in ("train", "validation", "test"):
-        write_pairs(workdir / "data" / f"{split}.jsonl", read(Path(DATA.value) / f"{split}.jsonl"))
+    write_splits("CoQA", DATA.value, read, workdir)
     run_rows(rows(), FIXED, workdir, Path(OUTPUT.value), ONLY.value, "python -m experiments.coqa --data=DIR")
 
 

@@ -5,17 +5,15 @@
 An answer is right when the greedy generation contains the fact, letter case and punctuation aside.
 """
 
-import os
-import platform
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from configs import quickstart
+from experiments.ablation import hardware
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.persona import Pair, generate, is_right
@@ -73,7 +71,7 @@ def main() -> None:
     Console().print(table)
     result = {
         "command": "python -m experiments.quickstart",
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].platform}",
+        "hardware": hardware(),
         "run_seconds": seconds,
         "summary": summary,
         "held_out_answers": answers,

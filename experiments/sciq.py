@@ -12,10 +12,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments.ablation import run_rows, write_pairs
+from experiments.ablation import run_rows, write_splits
 from experiments.sciq_rows import MAX_LENGTH, read_sciq
 from spa_jax import command
-from spa_jax.errors import UserError
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl, validation.jsonl and test.jsonl.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sciq", "Where runs and finished rows are kept.")
@@ -57,11 +56,8 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    if DATA.value is None:
-        raise UserError("name SciQ's directory with --data=DIR")
     workdir = Path(WORKDIR.value)
-    for split in ("train", "validation", "test"):
-        write_pairs(workdir / "data" / f"{split}.jsonl", read_sciq(Path(DATA.value) / f"{split}.jsonl"))
+    write_splits("SciQ", DATA.value, read_sciq, workdir)
     run_rows(rows(), FIXED, workdir, Path(OUTPUT.value), ONLY.value, "python -m experiments.sciq --data=DIR")
 
 

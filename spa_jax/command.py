@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import rich
@@ -49,6 +49,18 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(130)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def typed_prompts() -> Iterator[str]:
+    """What is typed in, a line at a time, until the end of the input; empty lines are passed over."""
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if prompt:
+            yield prompt
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:

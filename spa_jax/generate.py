@@ -283,17 +283,11 @@ def answer_all(respond: Callable[[list[int], Any], Tokens], backbone: Backbone, 
         if OUTPUT.value:
             write_json(Path(OUTPUT.value), result)
         return
-    while True:
+    for prompt in command.typed_prompts():
         try:
-            prompt = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        if prompt:
-            try:
-                answer(respond, encoder, prompt)
-            except UserError as error:  # such as one prompt that is too long: the next may be answered
-                print(f"error: {error}", file=sys.stderr)
+            answer(respond, encoder, prompt)
+        except UserError as error:  # such as one prompt that is too long: the next may be answered
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

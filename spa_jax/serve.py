@@ -132,19 +132,13 @@ def run_device() -> None:
             raise UserError("the prompt is empty")
         ask(plugin, connection, PROMPT.value)
         return
-    while True:
+    for prompt in command.typed_prompts():
         try:
-            prompt = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        if prompt:
-            try:
-                ask(plugin, connection, prompt)
-            except CloudGone:
-                raise
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+            ask(plugin, connection, prompt)
+        except CloudGone:
+            raise
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main() -> None:

@@ -65,11 +65,11 @@ def extend(
     finished = hypotheses.finished
     assert finished is not None, "begun without search"
     groups, width, room = hypotheses.tokens.shape
-    vocabulary = logits.shape[-1]
-    count = min(max(2, 1 + len(eos_ids)) * width, vocabulary)  # so that K of them do not end
+    candidates = max(2, 1 + len(eos_ids)) * width  # so that K of them do not end
+    count = min(candidates, logits.shape[-1])
     log_p = jax.nn.log_softmax(logits, axis=-1) + hypotheses.scores[:, :, None]
     best, ids = jax.lax.top_k(log_p, count)
-    scores, index = jax.lax.top_k(best.reshape(groups, -1), min(max(2, 1 + len(eos_ids)) * width, width * count))
+    scores, index = jax.lax.top_k(best.reshape(groups, -1), min(candidates, width * count))
     parents = index // count
     token = jnp.take_along_axis(ids.reshape(groups, -1), index, axis=1).astype(jnp.int32)
     made = hypotheses.made + 1

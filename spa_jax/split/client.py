@@ -13,7 +13,7 @@ from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Traffic
 from spa_jax.split.generation import device_for
-from spa_jax.split.grpc_channel import METHOD, OPTIONS, SERVICE
+from spa_jax.split.grpc_channel import METHOD, OPTIONS, SERVICE, read_file
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Open, Progress, Reopen, Taps
 from spa_jax.weights.plugin import Plugin
 
@@ -44,10 +44,7 @@ class Connection:
         UserError: the authorities cannot be read."""
         if not self.tls:
             return grpc.aio.insecure_channel(self.address, OPTIONS)
-        try:
-            roots = Path(self.ca).read_bytes() if self.ca else None
-        except OSError as error:
-            raise UserError(f"cannot read '{self.ca}': {error.strerror}") from error
+        roots = read_file(self.ca) if self.ca else None
         return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(roots), OPTIONS)
 
 

@@ -94,9 +94,14 @@ def open_message(
         raise UserError(f"the cloud cannot be asked for that: {error}") from error
 
 
+def hypotheses_of(request: Open) -> int:
+    """K, the hypotheses of each prompt."""
+    return request.beams.width if request.HasField("beams") else 1
+
+
 def device_for(plugin: Plugin, request: Open, longest: int) -> Device:
     """The device's half of the generation it opens, whose longest prompt has so many tokens."""
-    rows = len(request.prompts) * (request.beams.width if request.HasField("beams") else 1)
+    rows = len(request.prompts) * hypotheses_of(request)
     slots = longest + request.max_new_tokens
     return Device(plugin.config, plugin.params["side"], wire.check_codec(request.codec), rows, slots)
 

@@ -45,7 +45,7 @@ class ServerSecurity:
             raise UserError("TLS needs both --tls_cert and --tls_key")
         if not self.cert:
             return None
-        return grpc.ssl_server_credentials([(_read(self.key), _read(self.cert))])
+        return grpc.ssl_server_credentials([(read_file(self.key), read_file(self.cert))])
 
     def device_tokens(self) -> frozenset[str] | None:
         """None where everybody is served.
@@ -55,7 +55,7 @@ class ServerSecurity:
         """
         if not self.tokens:
             return None
-        found = frozenset(line.strip() for line in _read(self.tokens).decode().splitlines() if line.strip())
+        found = frozenset(line.strip() for line in read_file(self.tokens).decode().splitlines() if line.strip())
         if not found:
             raise UserError(f"the token file '{self.tokens}' is empty: write one token a line")
         return found
@@ -85,7 +85,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """Raises:
+    UserError: it cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
 from spa_jax.split import metrics, wire
+from spa_jax.split.generation import hypotheses_of
 from spa_jax.split.grpc_channel import METHOD, OPTIONS, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import (
     Correction,
@@ -98,6 +98,7 @@ class Server:
     def __init__(self, cloud: Cloud, limits: Limits, tokens: frozenset[str] | None) -> None:
         self._cloud, self._limits, self._tokens = cloud, limits, tokens
         self._live: dict[str, LiveSession] = {}
+        self._opening = 0  # sessions whose prompt is running, which take room as well
         self._programs = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="programs")
 
     async def generate(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
@@ -155,12 +156,11 @@ class Server:
         if kind != "open":
             raise UserError("the first message must open a session")
         self._check_room(message.open, token)
-        placeholder = f"opening-{id(message)}"
-        self._live[placeholder] = None  # type: ignore[assignment]  # counts while its prompt runs
+        self._opening += 1
         try:
             session, prompt = await self._run(lambda: self._open(message.open))
         finally:
-            del self._live[placeholder]
+            self._opening -= 1
         live = LiveSession(session, token, prompt)
         self._live[session.id] = live
         metrics.SESSIONS.inc()
@@ -173,10 +173,10 @@ class Server:
         return session, session.prompt_messages()
 
     def _check_room(self, request: Open, token: str) -> None:
-        mine = Counter(live.token for live in self._live.values() if live is not None)[token]
-        if len(self._live) >= self._limits.sessions or mine >= self._limits.sessions_per_token:
+        mine = sum(live.token == token for live in self._live.values())
+        if len(self._live) + self._opening >= self._limits.sessions or mine >= self._limits.sessions_per_token:
             raise _Overloaded("the cloud has as many sessions as it can take: try again later")
-        beams = request.beams.width if request.HasField("beams") else 1
+        beams = hypotheses_of(request)
         if request.max_new_tokens * len(request.prompts) * beams > self._limits.new_tokens:
             raise UserError(
                 f"{request.max_new_tokens} new tokens for {len(request.prompts)} prompts and {beams} hypotheses are "
@@ -252,8 +252,7 @@ class Server:
             try:
                 answer = await asyncio.wait_for(live.answers.get(), max(until - time.monotonic(), 0))
             except TimeoutError:
-                await self._run(lambda: live.session.resume(None))
-                return
+                break
             if answer.step != step:
                 metrics.DROPPED.inc()
                 continue
@@ -263,8 +262,8 @@ class Server:
             except wire.WireError as error:
                 metrics.DROPPED.inc()
                 log.warning("session %s: %s", live.session.id, error)
-                await self._run(lambda: live.session.resume(None))
-                return
+                break
+        await self._run(lambda: live.session.resume(None))
 
     def _report(self, live: LiveSession, generations: list[Generation], done: bool) -> None:
         parts = [

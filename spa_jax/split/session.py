@@ -1,6 +1,5 @@
 """The cloud's side of a generation: what it asks of the device, and what it makes of the answers."""
 
-import functools
 import uuid
 
 import jax
@@ -27,8 +26,8 @@ CHUNK_POSITIONS = 64
 """Prompt positions a message brings to a side network that attends."""
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _select(size: int, taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, " M"]) -> Encoded:
+@jax.jit
+def _select(taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, " M"]) -> Encoded:
     return jax.tree.map(lambda leaf: leaf[rows, slots], taps)
 
 
@@ -103,10 +102,9 @@ class Session:
         chosen[self._asked] = unsent[self._asked]
         rows, slots = np.nonzero(chosen)
         first = np.repeat(start, width) if self.config.attends else np.repeat(position - 1, width)
-        size = bucket(len(rows), len(origin))
-        padded = np.zeros((2, size), np.int32)
+        padded = np.zeros((2, bucket(len(rows), len(origin))), np.int32)
         padded[:, : len(rows)] = rows, slots
-        taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(_select(size, s.taps, *padded)))
+        taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(_select(s.taps, *padded)))
         self._step += 1
         moved = self.config.attends and not np.array_equal(origin, np.arange(len(origin)))
         return Taps(
