@@ -24,7 +24,7 @@ from spa_jax.split.channel import Answer, Traffic
 from spa_jax.split.generation import generate, open_message
 from spa_jax.split.latency import network_seconds
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseConfig, LayerwiseDevice, Method, init_adapters
-from spa_jax.split.messages_pb2 import Correction, Layer, Taps
+from spa_jax.split.messages_pb2 import Layer, Reply, Taps
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import Codec
@@ -53,7 +53,7 @@ class Counter(Simulated):
         reply = super().exchange(message)
         assert reply is not None
         down = Layer.FromString(message).x if self._layers else Taps.FromString(message).taps
-        more = (SCALE - 1) * len(down.values), (SCALE - 1) * len(Correction.FromString(reply).g.values)
+        more = (SCALE - 1) * len(down.values), (SCALE - 1) * len(Reply.FromString(reply).g.values)
         self.traffic.bytes_down += more[0]
         self.traffic.bytes_up += more[1]
         self.traffic.network_seconds += 8 * (more[0] / NETWORK.down + more[1] / NETWORK.up)

@@ -16,26 +16,26 @@ from pathlib import Path
 from typing import Any, cast
 
 from absl import flags
-from rich.console import Console
-from rich.text import Text
 
 from spa_jax import command
-from spa_jax.data.encoding import Encoder
+from spa_jax.data.encoding import Encoder, Pieces
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import SETTINGS, Setting
+from spa_jax.printer import Printer
 from spa_jax.split import client
 from spa_jax.split.channel import InProcess, Traffic
 from spa_jax.split.client import Connection, read_token
 from spa_jax.split.generation import Connect, generate, open_message
 from spa_jax.split.grpc_channel import check_address
+from spa_jax.split.head import Head, head_of, load_head
 from spa_jax.split.messages_pb2 import Open
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
-from spa_jax.split.wire import CODECS, Codec
+from spa_jax.split.wire import CODECS, REPLIES, Codec, ReplyMode
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
@@ -56,6 +56,8 @@ LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Of beam search: abov
 EARLY_STOPPING = flags.DEFINE_bool("early_stopping", False, "Of beam search: stop when there are as many as beams.")
 CHANNEL = flags.DEFINE_enum("channel", "none", ["none", "in-process", "simulated", "grpc"], "Between cloud and device.")
 CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "How numbers travel through the channel.")
+REPLY = flags.DEFINE_enum("reply", "correction", REPLIES, "What the device answers with: g, or the token it chose.")
+HEAD = flags.DEFINE_string("head", None, "File of the device's LM head, for --reply=token; by default the backbone's.")
 TAU = flags.DEFINE_float("tau", Network.tau, "Simulated: seconds of a round trip.")
 DOWN = flags.DEFINE_float("down", Network.down, "Simulated: bits per second from cloud to device.")
 UP = flags.DEFINE_float("up", Network.up, "Simulated: bits per second from device to cloud.")
@@ -67,48 +69,6 @@ TLS = flags.DEFINE_bool("tls", False, "grpc: speak TLS.")
 CA = flags.DEFINE_string("ca", "", "grpc: PEM file of the authorities to trust; the system's by default.")
 TOKEN_FILE = flags.DEFINE_string("token_file", "", "grpc: file with this device's token.")
 OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and what the channel cost as JSON.")
-
-DEVICE_STYLE = "bold magenta"
-
-
-class Printer:
-    """Prints tokens as they come, each in the style of its source; bytes of an unfinished character wait."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._tokens: list[int] = []
-        self._printed = ""
-        self._bracket = False
-
-    def add(self, token: int, consulted: bool) -> None:
-        self._tokens.append(token)
-        text = self._encoder.tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            return
-        piece, self._printed = text[len(self._printed) :], text
-        if not piece:
-            return
-        if self._console.is_terminal:
-            self._console.print(Text(piece, style=DEVICE_STYLE if consulted else ""), end="")
-            return
-        if consulted != self._bracket:
-            space = piece[: len(piece) - len(piece.lstrip())]
-            self._write(f"{space}[" if consulted else "]")
-            piece = piece[len(space) :] if consulted else piece
-            self._bracket = consulted
-        self._write(piece)
-
-    def finish(self) -> str:
-        """Ends the line; returns the whole text."""
-        text = self._encoder.tokenizer.decode(self._tokens, skip_special_tokens=True)
-        self._write(text[len(self._printed) :] + ("]" if self._bracket else "") + "\n")
-        return text
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
 
 Tokens = Iterator[tuple[int, bool]]
 """Token ids as they come, each with whether the device was asked."""
@@ -126,6 +86,7 @@ def fused_answer(model: FusedModel, sampling: Sampling, beams: Beams | None, pro
 def split_answer(
     cloud: Cloud,
     plugin: Plugin,
+    head: Head | None,
     connect: Connect,
     sampling: Sampling,
     beams: Beams | None,
@@ -133,7 +94,7 @@ def split_answer(
     cost: Any,
 ) -> Tokens:
     """From two programs; `cost` gets what passed between them."""
-    result = generate(cloud, plugin, request_for(plugin, sampling, beams, prompt), connect)
+    result = generate(cloud, plugin, request_for(plugin, sampling, beams, prompt), connect, head)
     (generation,) = result.generations
     cost |= costs(result.traffic, len(generation.tokens), result.degraded, result.cloud_seconds)
     yield from zip(generation.tokens, generation.consulted)
@@ -151,6 +112,16 @@ def request_for(plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt:
         sampling,
         SEED.value,
         beams,
+        cast(ReplyMode, REPLY.value),
+    )
+
+
+def head_for(plugin: Plugin, backbone: Backbone) -> Head | None:
+    """The device's LM head, by the flags."""
+    if REPLY.value != "token":
+        return None
+    return (
+        load_head(Path(HEAD.value), plugin.fingerprint, plugin.config.hidden_size) if HEAD.value else head_of(backbone)
     )
 
 
@@ -170,12 +141,18 @@ def costs(traffic: Traffic, tokens: int, degraded: int, cloud_seconds: float) ->
 
 
 def remote_answer(
-    connection: Connection, plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt: list[int], cost: Any
+    connection: Connection,
+    plugin: Plugin,
+    head: Head | None,
+    sampling: Sampling,
+    beams: Beams | None,
+    prompt: list[int],
+    cost: Any,
 ) -> Tokens:
     """From a cloud in another process; `cost` gets what passed between them, the network's time with the cloud's."""
     request = request_for(plugin, sampling, beams, prompt)
     began = time.perf_counter()
-    result = asyncio.run(client.generate(connection, plugin, request))
+    result = asyncio.run(client.generate(connection, plugin, request, head=head))
     (generation,), traffic = result.generations, result.traffic
     seconds = time.perf_counter() - began - traffic.device_seconds
     cost |= costs(traffic, len(generation.tokens), result.degraded, seconds)
@@ -207,25 +184,26 @@ def local_cloud(backbone: str) -> Iterator[str]:
 
 def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
     """Streams the answer to the terminal and returns it as `--output` writes it."""
-    printer, tokens, sources = Printer(encoder), [], []
+    printer, text, tokens, sources = Printer(), Pieces(encoder.tokenizer), [], []
     cost: dict[str, Any] = {}
     began = time.perf_counter()
     for token, consulted in respond(encoder.prompt(prompt), cost):
         tokens.append(token)
         sources.append("device" if consulted else "cloud")
-        printer.add(token, consulted)
-    text = printer.finish()
+        printer.add(text.add(token), consulted)
+    printer.finish()
     share = sources.count("device") / len(sources)
     seconds = time.perf_counter() - began
-    marked = "coloured" if Console().is_terminal else "in brackets"
-    print(f"{len(tokens)} tokens in {seconds:.1f} s; consulted share {share:.2f} (tokens from the plugin {marked})")
+    marked = f"tokens from the plugin {printer.marked}"
+    print(f"{len(tokens)} tokens in {seconds:.1f} s; consulted share {share:.2f} ({marked})")
     if cost:
         print(
             f"{cost['exchanges']} exchanges (ratio M {cost['ratio']:.2f}), {cost['bytes_down']:,} bytes down and "
             f"{cost['bytes_up']:,} up, {cost['prefill_bytes']:,} before the first; {cost['cloud_seconds']:.2f} s in "
             f"the cloud, {cost['device_seconds']:.2f} s in the device, {cost['network_seconds']:.2f} s on the network"
         )
-    return {"prompt": prompt, "text": text, "tokens": tokens, "sources": sources, "consulted_share": share, **cost}
+    whole = encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+    return {"prompt": prompt, "text": whole, "tokens": tokens, "sources": sources, "consulted_share": share, **cost}
 
 
 def responder(
@@ -237,20 +215,23 @@ def responder(
         UserError: a channel without a plugin, or a network that makes no sense.
     """
     if CHANNEL.value == "none":
+        if REPLY.value != "correction":
+            raise UserError("--reply=token is what a device answers: name a --channel to reach one")
         model = FusedModel(backbone, plugin, cast(Setting | None, SETTING.value), THRESHOLD.value)
         return functools.partial(fused_answer, model, sampling, beams)
     if plugin is None:
         raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
     plugin.check(backbone)
+    head = head_for(plugin, backbone)
     if CHANNEL.value == "grpc":
         address = check_address(CLOUD.value or CHILDREN.enter_context(local_cloud(backbone.name)), TLS.value, False)
         connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
-        return functools.partial(remote_answer, connection, plugin, sampling, beams)
+        return functools.partial(remote_answer, connection, plugin, head, sampling, beams)
     connect: Connect = InProcess
     if CHANNEL.value == "simulated":
         network = Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
         connect = functools.partial(Simulated, network=network)
-    return functools.partial(split_answer, Cloud(backbone), plugin, connect, sampling, beams)
+    return functools.partial(split_answer, Cloud(backbone), plugin, head, connect, sampling, beams)
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
     python -m spa_jax.serve cloud --backbone=NAME --host=0.0.0.0 --tls_cert=FILE --tls_key=FILE --tokens=FILE
     python -m spa_jax.serve device --plugin=DIR --cloud=HOST:8470 --tls --token_file=FILE --prompt="..."
+    python -m spa_jax.serve head --backbone=NAME --codec=int8 --output=FILE
 
-The cloud never sees a side parameter; the device needs neither backbone nor tokenizer. The cloud logs one JSON object a
-line, prompts and activations never.
+The cloud never sees a side parameter; the device needs neither backbone nor tokenizer. With --reply=token it needs the
+LM head, which the third command writes, and answers with nothing but the tokens it chose. The cloud logs one JSON
+object a line, prompts and activations never.
 """
 
 import asyncio
@@ -13,33 +15,39 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import cast
 
 import prometheus_client
 from absl import flags
 
 from spa_jax import command
 from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
+from spa_jax.printer import Printer
 from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
 from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import ServerSecurity, check_address
+from spa_jax.split.head import Head, load_head, save_head
 from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
-from spa_jax.split.wire import CODECS, check_codec
+from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "cloud: address to listen on; 0.0.0.0 for all.")
 PORT = flags.DEFINE_integer("port", 8470, "cloud: port to listen on; 0 for any that is free.")
 METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "cloud: port of Prometheus metrics; 0 for none.")
-BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "cloud: name, directory or .gguf file.")
+BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "cloud, head: name, directory or .gguf file.")
 TLS_CERT = flags.DEFINE_string("tls_cert", "", "cloud: PEM file of its certificate.")
 TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key.")
 TOKENS = flags.DEFINE_string("tokens", "", "cloud: file with one device token a line; none serves everybody.")
 DEADLINE = flags.DEFINE_float("deadline", Limits.deadline, "cloud: seconds a device has for an answer.")
 SESSIONS = flags.DEFINE_integer("sessions", Limits.sessions, "cloud: most generations at once.")
+LINGER = flags.DEFINE_float("linger", Limits.linger, "cloud: seconds a finished answer is kept for a lost device.")
+MEMORY = flags.DEFINE_float("memory", Limits.memory / 2**30, "cloud: GiB of the caches of all generations at once.")
 INSECURE = flags.DEFINE_bool("insecure", False, "Speak in the clear with other machines.")
 PLUGIN = flags.DEFINE_string("plugin", None, "device: directory of a plugin.")
 CLOUD = flags.DEFINE_string("cloud", "127.0.0.1:8470", "device: host:port of the cloud.")
@@ -49,9 +57,15 @@ TOKEN_FILE = flags.DEFINE_string("token_file", "", "device: file with its token.
 PROMPT = flags.DEFINE_string("prompt", None, "device: what to answer.")
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "device: read prompts from the terminal.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "device: most tokens to generate.")
-BEAMS = flags.DEFINE_integer("beams", 0, "device: beam search with so many beams; 0 is greedy.")
-CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "device: how numbers travel.")
-OUTPUT = flags.DEFINE_string("output", None, "device: write text, tokens, sources and cost as JSON.")
+BEAMS = flags.DEFINE_integer("beams", 0, "device: beam search with so many beams; 0 is sampling, or greedy.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "device: of sampling; 0 is greedy.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "device: sample among the k likeliest tokens; 0 is all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "device: sample among the likeliest whose probabilities reach p; 1 is all.")
+SEED = flags.DEFINE_integer("seed", 0, "device: of sampling.")
+CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "device: how numbers travel; head: how they are written.")
+REPLY = flags.DEFINE_enum("reply", "correction", REPLIES, "device: answer with g, or with the token it chose.")
+HEAD = flags.DEFINE_string("head", None, "device: file of the LM head, for --reply=token.")
+OUTPUT = flags.DEFINE_string("output", None, "device: JSON of text, tokens, sources and cost; head: the file to write.")
 
 
 class JsonLines(logging.Formatter):
@@ -71,7 +85,8 @@ async def run_cloud() -> None:
     cloud = Cloud(load_backbone(BACKBONE.value))
     if METRICS_PORT.value:
         prometheus_client.start_http_server(METRICS_PORT.value)
-    limits = Limits(sessions=SESSIONS.value, deadline=DEADLINE.value)
+    memory = int(MEMORY.value * 2**30)
+    limits = Limits(sessions=SESSIONS.value, memory=memory, deadline=DEADLINE.value, linger=LINGER.value)
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -80,28 +95,36 @@ async def run_cloud() -> None:
         await stop.wait()
 
 
-def ask(plugin: Plugin, connection: Connection, prompt: str) -> None:
+def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) -> None:
     """Prints the answer to a prompt as it comes."""
-    printed = ""
+    printer, printed = Printer(), 0
 
     def watch(progress: Progress) -> None:
         nonlocal printed
-        text = progress.generated[0].text
-        if text.startswith(printed) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            sys.stdout.write(text[len(printed) :])
-            sys.stdout.flush()
-            printed = text
+        (answer,) = progress.generated
+        for piece, consulted in zip(answer.pieces[printed:], answer.consulted[printed:]):
+            printer.add(piece, consulted)
+        printed = len(answer.pieces)
 
-    beams = Beams(BEAMS.value) if BEAMS.value else None
-    request = open_message(plugin, [prompt], MAX_NEW_TOKENS.value, check_codec(CODEC.value), beams=beams)
+    request = open_message(
+        plugin,
+        [prompt],
+        MAX_NEW_TOKENS.value,
+        check_codec(CODEC.value),
+        sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check(),
+        seed=SEED.value,
+        beams=Beams(BEAMS.value) if BEAMS.value else None,
+        reply=cast(ReplyMode, REPLY.value),
+    )
     try:
-        result: RemoteResult = asyncio.run(generate(connection, plugin, request, watch))
+        result: RemoteResult = asyncio.run(generate(connection, plugin, request, watch, head))
     finally:
-        print()
+        printer.finish()
     (generation,), traffic = result.generations, result.traffic
     print(
         f"{len(generation.tokens)} tokens, consulted share {generation.consulted_share:.2f}; {traffic.exchanges} "
-        f"exchanges, {traffic.bytes_down:,} bytes down and {traffic.bytes_up:,} up, {result.degraded} tokens degraded"
+        f"exchanges, {traffic.bytes_down:,} bytes down and {traffic.bytes_up:,} up, {result.degraded} tokens degraded "
+        f"(tokens from the plugin {printer.marked})"
     )
     if OUTPUT.value:
         described = {
@@ -125,20 +148,32 @@ def run_device() -> None:
     if (PROMPT.value is None) == (not INTERACTIVE.value):
         raise UserError("give either --prompt='...' or --interactive")
     plugin = load_plugin(Path(PLUGIN.value))
+    head = None
+    if REPLY.value == "token":
+        if HEAD.value is None:
+            raise UserError("--reply=token needs --head=FILE: write one with python -m spa_jax.serve head")
+        head = load_head(Path(HEAD.value), plugin.fingerprint, plugin.config.hidden_size)
     address = check_address(CLOUD.value, TLS.value, INSECURE.value)
     connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
     if PROMPT.value is not None:
         if not PROMPT.value.strip():
             raise UserError("the prompt is empty")
-        ask(plugin, connection, PROMPT.value)
+        ask(plugin, head, connection, PROMPT.value)
         return
     for prompt in command.typed_prompts():
         try:
-            ask(plugin, connection, prompt)
+            ask(plugin, head, connection, prompt)
         except CloudGone:
             raise
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def write_head() -> None:
+    """Writes the backbone's LM head for devices."""
+    if OUTPUT.value is None:
+        raise UserError("name the file to write with --output=FILE")
+    save_head(Path(OUTPUT.value), load_backbone(BACKBONE.value), check_codec(CODEC.value))
 
 
 def main() -> None:
@@ -148,6 +183,8 @@ def main() -> None:
         for handler in logging.getLogger("spa_jax").handlers:
             handler.setFormatter(JsonLines())
         asyncio.run(run_cloud())
+    elif ROLE == "head":
+        write_head()
     else:
         raise UserError("say which half this is: python -m spa_jax.serve cloud, or python -m spa_jax.serve device")
 

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from spa_jax.data.tasks import Pair
@@ -100,3 +101,21 @@ class Encoder:
         """All examples in order, and how many sources were cut to fit."""
         encoded = [self.encode(pair) for pair in pairs]
         return [example for example, _ in encoded], sum(cut for _, cut in encoded)
+
+
+class Pieces:
+    """The text of tokens as they come; a character of several tokens comes with the last of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        """What the token adds; empty for a special one."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> list[str]:
+    """The text of each token, as of `Pieces`."""
+    stream = Pieces(tokenizer)
+    return [stream.add(token) for token in tokens]

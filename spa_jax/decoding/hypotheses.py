@@ -64,9 +64,19 @@ def begin(groups: int, beams: int, room: int, seed: int | jax.Array, search: boo
     consulted = jnp.zeros(tokens.shape, bool)
     scores = jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE)
     scores = jnp.broadcast_to(scores[None, :], (groups, beams))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(groups))
+    keys = group_keys(seed, groups)
     finished = Finished(tokens, consulted, jnp.full((groups, beams), IMPOSSIBLE)) if search else None
     return Hypotheses(tokens, consulted, scores, jnp.zeros(groups, jnp.int32), jnp.zeros(groups, bool), keys, finished)
+
+
+def group_keys(seed: int | jax.Array, groups: int) -> PRNGKeyArray:
+    """`[G]`; a prompt's key is the same in whatever batch it is that many prompts from the first."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(groups))
+
+
+def token_keys(keys: PRNGKeyArray, made: Int[Array, " G"]) -> PRNGKeyArray:
+    """`[G]`, to draw the token with index `made` by."""
+    return jax.vmap(jax.random.fold_in)(keys, made)
 
 
 def newest(hypotheses: Hypotheses) -> Int[Array, " R"]:

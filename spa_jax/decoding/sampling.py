@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spa_jax.decoding.hypotheses import Hypotheses, keep_where
+from spa_jax.decoding.hypotheses import Hypotheses, keep_where, token_keys
 from spa_jax.errors import UserError
 
 
@@ -75,8 +75,18 @@ def extend(
     eos_ids: Sequence[int],
 ) -> tuple[Hypotheses, Int[Array, "G 1"]]:
     """One more token for the active groups, which have one hypothesis each; arguments as of `beam.extend`."""
-    keys = jax.vmap(jax.random.fold_in)(hypotheses.keys, hypotheses.made)
-    token = sample(keys, logits[:, 0], sampling)
+    token = sample(token_keys(hypotheses.keys, hypotheses.made), logits[:, 0], sampling)
+    return append(hypotheses, token, consulted, active, eos_ids), jnp.zeros(consulted.shape, jnp.int32)
+
+
+def append(
+    hypotheses: Hypotheses,
+    token: Int[Array, " G"],
+    consulted: Bool[Array, "G 1"],
+    active: Bool[Array, " G"],
+    eos_ids: Sequence[int],
+) -> Hypotheses:
+    """With these tokens at the end of the active groups, which have one hypothesis each."""
     at = jnp.arange(hypotheses.tokens.shape[2])[None, None, :] == hypotheses.made[:, None, None]
     made = hypotheses.made + 1
     extended = hypotheses._replace(
@@ -85,4 +95,4 @@ def extend(
         made=made,
         done=jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (made == hypotheses.tokens.shape[2]),
     )
-    return keep_where(active, extended, hypotheses), jnp.zeros(consulted.shape, jnp.int32)
+    return keep_where(active, extended, hypotheses)

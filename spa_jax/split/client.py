@@ -2,23 +2,27 @@
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
+from spa_jax.split import wire
 from spa_jax.split.channel import Traffic
+from spa_jax.split.device import Device
 from spa_jax.split.generation import device_for
-from spa_jax.split.grpc_channel import METHOD, OPTIONS, SERVICE, read_file
+from spa_jax.split.grpc_channel import DEVICE_OPTIONS, METHOD, SERVICE, read_file
+from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Open, Progress, Reopen, Taps
 from spa_jax.weights.plugin import Plugin
 
+log = logging.getLogger(__name__)
 Watch = Callable[[Progress], None]
-"""Is shown what is generated so far."""
+"""Is shown all that is generated so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +47,9 @@ class Connection:
         """Raises:
         UserError: the authorities cannot be read."""
         if not self.tls:
-            return grpc.aio.insecure_channel(self.address, OPTIONS)
+            return grpc.aio.insecure_channel(self.address, DEVICE_OPTIONS)
         roots = read_file(self.ca) if self.ca else None
-        return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(roots), OPTIONS)
+        return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(roots), DEVICE_OPTIONS)
 
 
 class CloudGone(UserError):
@@ -78,81 +82,145 @@ def read_token(path: str) -> str:
         raise UserError(f"cannot read the token file '{path}': {error}") from error
 
 
-async def generate(connection: Connection, plugin: Plugin, request: Open, watch: Watch | None = None) -> RemoteResult:
-    """Opens a generation at the cloud and answers its questions to the end.
+async def generate(
+    connection: Connection, plugin: Plugin, request: Open, watch: Watch | None = None, head: Head | None = None
+) -> RemoteResult:
+    """Opens a generation at the cloud and answers its questions to the end; comes back when the line breaks.
+
+    Args:
+        connection: to the cloud.
+        plugin: of this device.
+        request: what to generate, as of `open_message`.
+        watch: is called whenever there are new tokens.
+        head: the LM head, of reply mode `token`.
 
     Raises:
-        UserError: the cloud refuses, or does not know this device.
+        UserError: the cloud refuses, does not know this device, or has a certificate that is not to be trusted.
         CloudGone: the line broke and could not be restored within the connection's patience.
     """
-    device, traffic = None, Traffic()
-    traffic.prefill_bytes += request.ByteSize()
-    progress, session, tried = Progress(), "", time.monotonic()
+    generation = _Remote(plugin, request, watch, head)
     metadata = [("authorization", f"Bearer {connection.token}")] if connection.token else []
     async with connection.open() as channel:
         method = channel.stream_stream(f"/{SERVICE}/{METHOD}")
         while True:
             outbox: asyncio.Queue[bytes] = asyncio.Queue()
-            first = FromDevice(reopen=Reopen(session=session)) if session else FromDevice(open=request)
-            outbox.put_nowait(first.SerializeToString())
+            outbox.put_nowait(generation.first().SerializeToString())
             call = method(_drain(outbox), metadata=metadata)
+            answering = asyncio.create_task(generation.answer(outbox))
+            reason = "the stream ended"
             try:
                 async for data in call:
-                    tried = time.monotonic()
-                    message = FromCloud.FromString(data)
-                    kind = message.WhichOneof("message")
-                    if kind == "opened":
-                        session = message.opened.session
-                        device = device or device_for(plugin, request, message.opened.longest)
-                    elif kind == "taps" and device is not None:
-                        await _answer(device.receive, message.taps, outbox, traffic)
-                    elif kind == "progress":
-                        progress = message.progress
-                        if watch is not None:
-                            watch(progress)
-                        if progress.done:
-                            texts = [generated.text for generated in progress.generated]
-                            return RemoteResult(_generations(progress), texts, traffic, progress.degraded)
-                    elif kind == "refusal":
-                        raise UserError(f"the cloud refuses ({message.refusal.kind}): {message.refusal.reason}")
-                reason = "the stream ended"
+                    generation.hear(data)
+                    if generation.progress.done:
+                        return generation.result()
             except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                    raise UserError(f"the cloud does not know this device: {error.details()}") from error
                 reason = error.details() or error.code().name
-            except DecodeError as error:
-                raise UserError("what came from the cloud is not of this protocol") from error
+                if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                    raise UserError(f"the cloud does not know this device: {reason}") from error
+                if "CERTIFICATE_VERIFY_FAILED" in reason:
+                    raise UserError(
+                        f"the certificate of the cloud at {connection.address} is not to be trusted ({reason}): it has "
+                        "expired, is for another name, or is signed by an authority that --ca does not name"
+                    ) from error
             finally:
+                answering.cancel()
                 call.cancel()
-            if time.monotonic() - tried > connection.patience:
+            if time.monotonic() - generation.heard > connection.patience:
                 raise CloudGone(
                     f"the cloud at {connection.address} is gone ({reason}); "
-                    f"{sum(len(g.tokens) for g in progress.generated)} tokens had been generated",
-                    _generations(progress),
+                    f"{sum(len(g.tokens) for g in generation.progress.generated)} tokens had been generated",
+                    generation.result().generations,
                 )
             await asyncio.sleep(0.2)
 
 
-async def _answer(
-    receive: Callable[[Taps], object], taps: Taps, outbox: "asyncio.Queue[bytes]", traffic: Traffic
-) -> None:
-    began = time.perf_counter()
-    correction = await asyncio.to_thread(receive, taps)
-    traffic.device_seconds += time.perf_counter() - began
-    if taps.prompt:
-        traffic.prefill_bytes += taps.ByteSize()
-        return
-    traffic.exchanges += 1
-    traffic.bytes_down += taps.ByteSize()
-    reply = FromDevice(correction=correction).SerializeToString()  # type: ignore[arg-type]
-    traffic.bytes_up += len(reply)
-    outbox.put_nowait(reply)
+class _Remote:
+    """A generation as its device sees it, over one connection after another."""
+
+    def __init__(self, plugin: Plugin, request: Open, watch: Watch | None, head: Head | None) -> None:
+        self._plugin, self._request, self._watch, self._head = plugin, request, watch, head
+        self._traffic = Traffic(prefill_bytes=request.ByteSize())
+        self._device: Device | None = None
+        self._session = ""
+        self._inbox: asyncio.Queue[Taps] = asyncio.Queue()
+        self.progress = Progress()
+        self.heard = time.monotonic()
+
+    def first(self) -> FromDevice:
+        """What a new connection begins with."""
+        self._inbox = asyncio.Queue()
+        return FromDevice(reopen=Reopen(session=self._session)) if self._session else FromDevice(open=self._request)
+
+    def hear(self, data: bytes) -> None:
+        """Takes a message of the cloud.
+
+        Raises:
+            UserError: it is a refusal, or no message.
+        """
+        self.heard = time.monotonic()
+        message = wire.parse(FromCloud, data)
+        kind = message.WhichOneof("message")
+        if kind == "opened":
+            self._session = message.opened.session
+            lengths = list(message.opened.lengths)
+            self._device = self._device or device_for(self._plugin, self._request, lengths, self._head)
+        elif kind == "taps":
+            self._inbox.put_nowait(message.taps)
+        elif kind == "progress":
+            self.progress = merged(self.progress, message.progress)
+            if self._watch is not None:
+                self._watch(self.progress)
+        elif kind == "refusal":
+            raise UserError(f"the cloud refuses ({message.refusal.kind}): {message.refusal.reason}")
+
+    async def answer(self, outbox: "asyncio.Queue[bytes]") -> None:
+        """Answers the questions of a connection as long as it lasts; one that is senseless or out of date is left."""
+        inbox = self._inbox
+        while True:
+            taps = await inbox.get()
+            if not taps.prompt and not inbox.empty():
+                continue  # the cloud has gone on without an answer, and asks the next
+            device, began = self._device, time.perf_counter()
+            if device is None:
+                continue
+            try:
+                reply = await asyncio.to_thread(device.receive, taps)
+            except wire.WireError as error:
+                log.warning("a question was left: %s", error)
+                continue
+            self._traffic.device_seconds += time.perf_counter() - began
+            if reply is None:
+                self._traffic.prefill_bytes += taps.ByteSize()
+                continue
+            data = FromDevice(reply=reply).SerializeToString()
+            self._traffic.exchanges += 1
+            self._traffic.bytes_down += taps.ByteSize()
+            self._traffic.bytes_up += len(data)
+            outbox.put_nowait(data)
+
+    def result(self) -> RemoteResult:
+        """What has been generated so far."""
+        generated = self.progress.generated
+        return RemoteResult(
+            [Generation(list(g.tokens), list(g.consulted), g.score or None) for g in generated],
+            ["".join(g.pieces) for g in generated],
+            self._traffic,
+            self.progress.degraded,
+        )
+
+
+def merged(known: Progress, news: Progress) -> Progress:
+    """`news`, with the tokens before its own."""
+    for old, new in zip(known.generated, news.generated):
+        before = new.begin
+        new.begin = 0
+        for name in ("tokens", "consulted", "pieces"):
+            whole = [*getattr(old, name)[:before], *getattr(new, name)]
+            del getattr(new, name)[:]
+            getattr(new, name).extend(whole)
+    return news
 
 
 async def _drain(outbox: "asyncio.Queue[bytes]") -> AsyncIterator[bytes]:
     while True:
         yield await outbox.get()
-
-
-def _generations(progress: Progress) -> list[Generation]:
-    return [Generation(list(g.tokens), list(g.consulted), g.score or None) for g in progress.generated]

@@ -20,12 +20,12 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import init_cache, reorder
 from spa_jax.decoding.fused import choose
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, begin, newest, rows_of
-from spa_jax.decoding.sampling import Sampling
+from spa_jax.decoding.sampling import Sampling, append
 from spa_jax.models.combine import ROUTED, Setting, always, skipped
 from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps, positions_from_mask
 from spa_jax.models.router import consult
 from spa_jax.split import wire
-from spa_jax.split.wire import Codec, Encoded
+from spa_jax.split.wire import Codec, Encoded, ReplyMode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class CloudConfig:
     setting: Setting
     codec: Codec
     attends: bool
+    reply: ReplyMode
     beams: Beams | None
     eos_ids: tuple[int, ...]
 
@@ -135,7 +136,7 @@ def advance(
     config: CloudConfig,
     frozen: Params,
     state: CloudState,
-    g: Encoded,
+    told: Encoded | Int[Array, " R"],
     over: Bool[Array, " G"],
     answered: Bool[Array, " G"],
     sampling: Sampling,
@@ -146,21 +147,28 @@ def advance(
         config: what the program is compiled for.
         frozen: the backbone.
         state: donated.
-        g: what the device says, `[R,D]`; read at consulted rows of answered groups.
+        told: what the device says, g `[R,D]` or in reply mode `token` its tokens; read at consulted rows of answered
+            groups.
         over: waiting groups that do not wait any more.
         answered: those that g is for; the others get their token from f alone.
         sampling: how to choose where there is no beam search.
     """
     width = config.width
-    told = jnp.repeat(answered, width)
-    use = state.consulted & told
+    known = jnp.repeat(answered, width)
+    use = state.consulted & known
     arange = jnp.arange(use.shape[0], dtype=state.origin.dtype)
     state = state._replace(
         waiting=state.waiting & ~over,
         unsent=state.unsent & ~use[:, None],
-        origin=jnp.where(told, arange, state.origin),
+        origin=jnp.where(known, arange, state.origin),
     )
-    state = _finish(config, frozen, state, over, use, wire.decode(g, state.hidden.dtype), sampling)
+    if isinstance(told, Encoded):
+        g = wire.decode(told, state.hidden.dtype)
+    else:
+        given = append(state.hypotheses, told, use[:, None], answered, config.eos_ids)
+        state, over, use = state._replace(hypotheses=given), over & ~answered, jnp.zeros_like(use)
+        g = jnp.zeros_like(state.hidden)
+    state = _finish(config, frozen, state, over, use, g, sampling)
 
     def runs(s: CloudState) -> jax.Array:
         return ~s.waiting & ~s.hypotheses.done

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -14,12 +15,13 @@ from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, Setting
 from spa_jax.split import wire
 from spa_jax.split.channel import Answer, Channel, InProcess, Traffic
-from spa_jax.split.device import Device
+from spa_jax.split.device import Choice, Device
+from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import Beams as BeamsMessage
-from spa_jax.split.messages_pb2 import Correction, Open, Prompt, Taps
+from spa_jax.split.messages_pb2 import Open, Prompt, Reply, Taps
 from spa_jax.split.messages_pb2 import Sampling as SamplingMessage
 from spa_jax.split.session import Cloud
-from spa_jax.split.wire import Codec
+from spa_jax.split.wire import Codec, ReplyMode
 from spa_jax.weights.plugin import Plugin
 
 Connect = Callable[[Answer], Channel]
@@ -53,13 +55,15 @@ def open_message(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     beams: Beams | None = None,
+    reply: ReplyMode = "correction",
 ) -> Open:
     """What the device tells the cloud: no side parameter is in it.
 
     Raises:
-        UserError: the plugin cannot run in that setting, or a value out of range.
+        UserError: the plugin cannot run in that setting, a value out of range, or beam search with replies of tokens.
     """
     config = plugin.config
+    wire.check_reply(reply, beams is not None)
     setting, threshold = check_threshold(config, setting, threshold)
     router = plugin.params["router"] if setting in ROUTED else {}
     kernel, offset = (
@@ -78,6 +82,7 @@ def open_message(
             attends=config.side.attends and setting != "base",
             prompts=[Prompt(text=p) if isinstance(p, str) else Prompt(tokens=p) for p in prompts],
             template=plugin.template,
+            reply=reply,
             max_new_tokens=max_new_tokens,
             sampling=SamplingMessage(
                 temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed
@@ -99,15 +104,34 @@ def hypotheses_of(request: Open) -> int:
     return request.beams.width if request.HasField("beams") else 1
 
 
-def device_for(plugin: Plugin, request: Open, longest: int) -> Device:
-    """The device's half of the generation it opens, whose longest prompt has so many tokens."""
+def device_for(plugin: Plugin, request: Open, lengths: Sequence[int], head: Head | None = None) -> Device:
+    """The device's half of the generation it opens.
+
+    Args:
+        plugin: has the side network.
+        request: what it asked the cloud for.
+        lengths: tokens of each prompt, as the cloud counts them.
+        head: the LM head, of reply mode `token`.
+
+    Raises:
+        UserError: that mode without a head.
+    """
     rows = len(request.prompts) * hypotheses_of(request)
-    slots = longest + request.max_new_tokens
-    return Device(plugin.config, plugin.params["side"], wire.check_codec(request.codec), rows, slots)
+    slots = max(lengths) + request.max_new_tokens
+    choice = None
+    if request.reply == "token":
+        if head is None:
+            raise UserError("reply mode 'token' needs the LM head on the device: name its file with --head")
+        s = request.sampling
+        choice = Choice(head, Sampling(s.temperature, s.top_k, s.top_p), s.seed, np.array(lengths, np.int32))
+    codec, setting = wire.check_codec(request.codec), cast(Setting, request.setting)
+    return Device(plugin.config, plugin.params["side"], codec, rows, slots, setting, choice)
 
 
-def generate(cloud: Cloud, plugin: Plugin, request: Open, connect: Connect = InProcess) -> SplitResult:
-    """Generates over a channel, both halves in this process.
+def generate(
+    cloud: Cloud, plugin: Plugin, request: Open, connect: Connect = InProcess, head: Head | None = None
+) -> SplitResult:
+    """Generates over a channel, both halves in this process; an answer that makes no sense is done without.
 
     Raises:
         UserError: the cloud refuses the request.
@@ -115,11 +139,11 @@ def generate(cloud: Cloud, plugin: Plugin, request: Open, connect: Connect = InP
     began = time.perf_counter()
     session = cloud.open(request)
     elsewhere = 0.0
-    device = device_for(plugin, request, session.longest)
+    device = device_for(plugin, request, session.lengths, head)
 
     def answer(message: bytes) -> bytes | None:
-        correction = device.receive(Taps.FromString(message))
-        return None if correction is None else correction.SerializeToString()
+        reply = device.receive(wire.parse(Taps, message))
+        return None if reply is None else reply.SerializeToString()
 
     channel = connect(answer)
     channel.traffic.prefill_bytes += request.ByteSize()
@@ -131,7 +155,10 @@ def generate(cloud: Cloud, plugin: Plugin, request: Open, connect: Connect = InP
         at = time.perf_counter()
         reply = channel.exchange(question.SerializeToString())
         elsewhere += time.perf_counter() - at
-        session.resume(None if reply is None else Correction.FromString(reply))
+        try:
+            session.resume(None if reply is None else wire.parse(Reply, reply))
+        except wire.WireError:
+            session.resume(None)
     result = session.result()
     seconds = time.perf_counter() - began - elsewhere
     return SplitResult(result, channel.traffic, session.degraded, seconds)

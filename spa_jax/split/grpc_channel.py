@@ -9,16 +9,21 @@ import grpc
 from spa_jax.errors import UserError
 
 SERVICE, METHOD = "spa_jax.Cloud", "Generate"
-MAX_MESSAGE_BYTES = 64 * 2**20
-OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+MAX_BYTES_DOWN, MAX_BYTES_UP = 64 * 2**20, 8 * 2**20
+"""Of a message from the cloud and from a device; a longer one ends its stream."""
+KEEPALIVE: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+CLOUD_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_BYTES_UP), ("grpc.max_send_message_length", MAX_BYTES_DOWN), *KEEPALIVE
+)  # fmt: skip
+DEVICE_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_BYTES_DOWN), ("grpc.max_send_message_length", MAX_BYTES_UP), *KEEPALIVE
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

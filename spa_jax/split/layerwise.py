@@ -21,7 +21,7 @@ from spa_jax.decoding.cache import init_cache
 from spa_jax.models.llama import MLP, PADDING, Attention, Cache, Llama, LlamaConfig, Params, rms_norm, rope_frequencies
 from spa_jax.split import wire
 from spa_jax.split.channel import Channel, Traffic
-from spa_jax.split.messages_pb2 import Correction, Layer
+from spa_jax.split.messages_pb2 import Layer, Reply
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
 
@@ -98,7 +98,7 @@ class LayerwiseDevice:
             raise wire.WireError(f"there is no adapter {asked.place} in layer {asked.layer}")
         x = wire.unpack(self._codec, asked.x, (asked.count, config.backbone.hidden_size))
         added = adapt(config, self._codec, asked.place, self._adapters, np.int32(asked.layer), x)
-        return Correction(step=asked.step, g=wire.pack(wire.to_host(added))).SerializeToString()
+        return Reply(step=asked.step, g=wire.pack(wire.to_host(added))).SerializeToString()
 
 
 class LayerwiseCloud:
@@ -147,7 +147,7 @@ class LayerwiseCloud:
         width = sum(map(self._config.width, self._config.places[place]))
         if reply is None:  # a layer cannot do without
             return jnp.zeros((1, x.shape[1], width))
-        told = wire.unpack(self._codec, Correction.FromString(reply).g, (count, width))
+        told = wire.unpack(self._codec, Reply.FromString(reply).g, (count, width))
         added = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, told)), jnp.dtype(jnp.float32))
         return jnp.pad(added, ((0, x.shape[1] - count), (0, 0)))[None]
 

@@ -15,7 +15,7 @@ class Tensor(_message.Message):
     def __init__(self, values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("version", "backbone", "setting", "threshold", "router", "offset", "taps", "codec", "attends", "prompts", "max_new_tokens", "sampling", "beams", "template")
+    __slots__ = ("version", "backbone", "setting", "threshold", "router", "offset", "taps", "codec", "attends", "prompts", "max_new_tokens", "sampling", "beams", "template", "reply")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     SETTING_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class Open(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     BEAMS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
     version: int
     backbone: str
     setting: str
@@ -44,7 +45,8 @@ class Open(_message.Message):
     sampling: Sampling
     beams: Beams
     template: str
-    def __init__(self, version: _Optional[int] = ..., backbone: _Optional[str] = ..., setting: _Optional[str] = ..., threshold: _Optional[float] = ..., router: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., taps: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., attends: bool = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., template: _Optional[str] = ...) -> None: ...
+    reply: str
+    def __init__(self, version: _Optional[int] = ..., backbone: _Optional[str] = ..., setting: _Optional[str] = ..., threshold: _Optional[float] = ..., router: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., taps: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., attends: bool = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., template: _Optional[str] = ..., reply: _Optional[str] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("tokens", "text")
@@ -77,7 +79,7 @@ class Beams(_message.Message):
     def __init__(self, width: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: _Optional[str] = ...) -> None: ...
 
 class Taps(_message.Message):
-    __slots__ = ("step", "base", "rows", "positions", "origins", "taps", "prompt")
+    __slots__ = ("step", "base", "rows", "positions", "origins", "taps", "prompt", "f")
     STEP_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +87,7 @@ class Taps(_message.Message):
     ORIGINS_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    F_FIELD_NUMBER: _ClassVar[int]
     step: int
     base: int
     rows: _containers.RepeatedScalarFieldContainer[int]
@@ -92,7 +95,8 @@ class Taps(_message.Message):
     origins: _containers.RepeatedScalarFieldContainer[int]
     taps: Tensor
     prompt: bool
-    def __init__(self, step: _Optional[int] = ..., base: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., origins: _Optional[_Iterable[int]] = ..., taps: _Optional[_Union[Tensor, _Mapping]] = ..., prompt: bool = ...) -> None: ...
+    f: Tensor
+    def __init__(self, step: _Optional[int] = ..., base: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., origins: _Optional[_Iterable[int]] = ..., taps: _Optional[_Union[Tensor, _Mapping]] = ..., prompt: bool = ..., f: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Layer(_message.Message):
     __slots__ = ("step", "layer", "place", "count", "x")
@@ -108,13 +112,15 @@ class Layer(_message.Message):
     x: Tensor
     def __init__(self, step: _Optional[int] = ..., layer: _Optional[int] = ..., place: _Optional[int] = ..., count: _Optional[int] = ..., x: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
-class Correction(_message.Message):
-    __slots__ = ("step", "g")
+class Reply(_message.Message):
+    __slots__ = ("step", "g", "tokens")
     STEP_FIELD_NUMBER: _ClassVar[int]
     G_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     step: int
     g: Tensor
-    def __init__(self, step: _Optional[int] = ..., g: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., g: _Optional[_Union[Tensor, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FromCloud(_message.Message):
     __slots__ = ("opened", "taps", "progress", "refusal")
@@ -129,26 +135,26 @@ class FromCloud(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., taps: _Optional[_Union[Taps, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class FromDevice(_message.Message):
-    __slots__ = ("open", "correction", "reopen", "cancel")
+    __slots__ = ("open", "reply", "reopen", "cancel")
     OPEN_FIELD_NUMBER: _ClassVar[int]
-    CORRECTION_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
     REOPEN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     open: Open
-    correction: Correction
+    reply: Reply
     reopen: Reopen
     cancel: Cancel
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., correction: _Optional[_Union[Correction, _Mapping]] = ..., reopen: _Optional[_Union[Reopen, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., reopen: _Optional[_Union[Reopen, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("session", "version", "longest")
+    __slots__ = ("session", "version", "lengths")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    LONGEST_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
     session: str
     version: int
-    longest: int
-    def __init__(self, session: _Optional[str] = ..., version: _Optional[int] = ..., longest: _Optional[int] = ...) -> None: ...
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[str] = ..., version: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reopen(_message.Message):
     __slots__ = ("session", "version")
@@ -173,16 +179,18 @@ class Progress(_message.Message):
     def __init__(self, generated: _Optional[_Iterable[_Union[Generated, _Mapping]]] = ..., done: bool = ..., degraded: _Optional[int] = ...) -> None: ...
 
 class Generated(_message.Message):
-    __slots__ = ("tokens", "consulted", "score", "text")
+    __slots__ = ("tokens", "consulted", "score", "pieces", "begin")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONSULTED_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
-    TEXT_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedScalarFieldContainer[int]
     consulted: _containers.RepeatedScalarFieldContainer[bool]
     score: float
-    text: str
-    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., consulted: _Optional[_Iterable[bool]] = ..., score: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
+    pieces: _containers.RepeatedScalarFieldContainer[str]
+    begin: int
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., consulted: _Optional[_Iterable[bool]] = ..., score: _Optional[float] = ..., pieces: _Optional[_Iterable[str]] = ..., begin: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("kind", "reason", "version")

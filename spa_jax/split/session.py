@@ -1,5 +1,6 @@
 """The cloud's side of a generation: what it asks of the device, and what it makes of the answers."""
 
+import dataclasses
 import uuid
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from spa_jax.data.encoding import Encoder
+from spa_jax.data.encoding import Encoder, pieces
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.cache import cache_bytes
 from spa_jax.decoding.fused import pad_prompts
 from spa_jax.decoding.hypotheses import Generation, generations
 from spa_jax.decoding.sampling import Sampling
@@ -18,7 +20,7 @@ from spa_jax.models.combine import ROUTED, SETTINGS
 from spa_jax.models.llama import Llama, Params
 from spa_jax.split import wire
 from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
-from spa_jax.split.messages_pb2 import Correction, Open, Prompt, Taps
+from spa_jax.split.messages_pb2 import Open, Prompt, Reply, Taps
 from spa_jax.split.wire import Encoded
 from spa_jax.weights.backbone import Backbone
 
@@ -31,44 +33,86 @@ def _select(taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, " M"]) -> E
     return jax.tree.map(lambda leaf: leaf[rows, slots], taps)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A generation that may begin.
+
+    Attributes:
+        config: what the cloud's programs are compiled for.
+        tokens: prompts, padded `[G,T]`.
+        lengths: tokens of each prompt.
+        room: most new tokens N.
+        sampling: how to choose.
+        seed: of sampling.
+        kernel: of the router `[D,2]`.
+        offset: of the router `[D]`.
+        threshold: of the router.
+    """
+
+    config: CloudConfig
+    tokens: Int[np.ndarray, "G T"]
+    lengths: Int[np.ndarray, " G"]
+    room: int
+    sampling: Sampling
+    seed: int
+    kernel: np.ndarray
+    offset: np.ndarray
+    threshold: float
+
+    @property
+    def slots(self) -> int:
+        """Cache slots of each row."""
+        return bucket(int(self.lengths.max()) + self.room, 64)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the cache, and of the taps of a side network that attends."""
+        model, rows = self.config.model, len(self.lengths) * self.config.width
+        kept = self.tokens.shape[1] + self.room if self.config.attends else 1
+        taps = wire.bytes_per_position(self.config.codec, len(model.taps), model.config.hidden_size)
+        return cache_bytes(model.config, rows, self.slots, model.dtype) + rows * kept * taps
+
+
 class Session:
     """One generation in the cloud: `wanted` says what the device is asked, `resume` takes its answer."""
 
-    def __init__(
-        self, config: CloudConfig, frozen: Params, limit: int, request: Open, prompts: list[list[int]]
-    ) -> None:
+    def __init__(self, plan: Plan, frozen: Params) -> None:
         self.id = uuid.uuid4().hex
-        self.config = config
+        self.config = config = plan.config
         self.degraded = 0
         """How often a prompt's next token was chosen without an answer that was wanted."""
         self._frozen = frozen
-        room = request.max_new_tokens
-        tokens, self._lengths = pad_prompts(prompts, room, limit)
-        groups, d = len(prompts), config.model.config.hidden_size
-        s = request.sampling
-        self._sampling = Sampling(s.temperature, s.top_k, s.top_p).check()
-        kernel = _floats(request.router, (d, 2), "router") if config.setting in ROUTED else np.zeros((d, 2))
-        offset = _floats(request.offset, (d,), "offset") if request.offset else np.zeros(d)
+        groups, d = len(plan.lengths), config.model.config.hidden_size
+        self._lengths, self._sampling = plan.lengths, plan.sampling
         router = RouterState(
-            jnp.broadcast_to(jnp.asarray(kernel, jnp.float32), (groups, d, 2)),
-            jnp.full(groups, request.threshold, jnp.float32),
-            jnp.broadcast_to(jnp.asarray(offset, jnp.float32), (groups, d)),
+            jnp.broadcast_to(jnp.asarray(plan.kernel, jnp.float32), (groups, d, 2)),
+            jnp.full(groups, plan.threshold, jnp.float32),
+            jnp.broadcast_to(jnp.asarray(plan.offset, jnp.float32), (groups, d)),
         )
-        slots = bucket(int(self._lengths.max()) + room, 64)
         self._state, self._prompt = prefill(
-            config, frozen, router, tokens, self._lengths, s.seed, self._sampling, slots=slots, room=room
+            config,
+            frozen,
+            router,
+            plan.tokens,
+            plan.lengths,
+            plan.seed,
+            plan.sampling,
+            slots=plan.slots,
+            room=plan.room,
         )
         self._step = self._base = 0
         rows = groups * config.width
-        self._nothing = wire.encode(config.codec, jnp.zeros((rows, d)))
+        self._takes_tokens = config.reply == "token"
+        no_g = wire.to_host(wire.encode(config.codec, jnp.zeros((rows, d))))
+        self._nothing: Encoded | np.ndarray = np.zeros(rows, np.int32) if self._takes_tokens else no_g
         self._asked: np.ndarray = np.array([], np.int64)
         self._waiting = np.zeros(groups, bool)
         self._go_on(self._nothing, self._waiting)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return int(self._lengths.max())
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return self._lengths.tolist()
 
     def prompt_messages(self) -> list[Taps]:
         """The taps of all prompt positions but the last, in chunks; none for a side network without attention."""
@@ -90,8 +134,8 @@ class Session:
     def wanted(self) -> Taps | None:
         """What the device is asked now; None when the generation is over."""
         s = self._state
-        waiting, consulted, unsent, origin, start, position = jax.device_get(
-            (s.waiting, s.consulted, s.unsent, s.origin, s.start, s.position)
+        waiting, consulted, unsent, origin, start, position, f = jax.device_get(
+            (s.waiting, s.consulted, s.unsent, s.origin, s.start, s.position, s.hidden if self._takes_tokens else None)
         )
         if not waiting.any():
             return None
@@ -114,29 +158,40 @@ class Session:
             positions=(first[rows] + slots).tolist(),
             origins=origin.tolist() if moved else [],
             taps=wire.pack(taps),
+            f=wire.pack(Encoded(f[self._asked].astype(np.float32), None)) if self._takes_tokens else None,
         )
 
-    def resume(self, reply: Correction | None) -> None:
+    def resume(self, reply: Reply | None) -> None:
         """Goes on with the device's answer, or without one; then `wanted` says what is next.
 
         Raises:
             WireError: the answer is not one to the last question; the session still waits for one.
         """
-        g, answered = self._nothing, np.zeros_like(self._waiting)
+        told, answered = self._nothing, np.zeros_like(self._waiting)
         if reply is None:
             self.degraded += int(self._waiting.sum())
         else:
             if reply.step != self._step:
                 raise wire.WireError(f"a correction of step {reply.step} came where one of step {self._step} is due")
-            d = self.config.model.config.hidden_size
-            told = wire.unpack(self.config.codec, reply.g, (len(self._asked), d))
             rows = len(self._waiting) * self.config.width
-            g, answered = jax.tree.map(lambda part: _scatter(part, self._asked, rows), told), self._waiting
+            said = self._tokens_of(reply) if self._takes_tokens else self._g_of(reply)
+            told, answered = jax.tree.map(lambda part: _scatter(part, self._asked, rows), said), self._waiting
             self._base = self._step
-        self._go_on(g, answered)
+        self._go_on(told, answered)
 
-    def _go_on(self, g: Encoded, answered: np.ndarray) -> None:
-        self._state = advance(self.config, self._frozen, self._state, g, self._waiting, answered, self._sampling)
+    def _g_of(self, reply: Reply) -> Encoded:
+        return wire.unpack(self.config.codec, reply.g, (len(self._asked), self.config.model.config.hidden_size))
+
+    def _tokens_of(self, reply: Reply) -> np.ndarray:
+        tokens, vocabulary = np.array(reply.tokens, np.int64), self.config.model.config.vocab_size
+        if len(tokens) != len(self._asked) or (tokens >= vocabulary).any():
+            raise wire.WireError(
+                f"tokens {tokens.tolist()[:8]} came where {len(self._asked)} below {vocabulary} are due"
+            )
+        return tokens.astype(np.int32)
+
+    def _go_on(self, told: Encoded | np.ndarray, answered: np.ndarray) -> None:
+        self._state = advance(self.config, self._frozen, self._state, told, self._waiting, answered, self._sampling)
 
     def result(self) -> list[Generation]:
         """What was generated so far."""
@@ -162,6 +217,18 @@ class Cloud:
 
     def open(self, request: Open) -> Session:
         """Begins a generation: runs the prompts, and on until the device is needed.
+
+        Raises:
+            UserError: as of `plan`.
+        """
+        return self.begin(self.plan(request))
+
+    def begin(self, plan: Plan) -> Session:
+        """`open` of what was planned."""
+        return Session(plan, self._backbone.params)
+
+    def plan(self, request: Open) -> Plan:
+        """What a generation will take, before anything is computed.
 
         Raises:
             UserError: another protocol version, backbone, or a request that makes no sense, each by name.
@@ -193,14 +260,25 @@ class Cloud:
             stopping = early[request.beams.early_stopping]
             beams = Beams(request.beams.width, request.beams.length_penalty, stopping).check()  # type: ignore[arg-type]
         model = Llama(backbone.config, taps, self._dtype)
-        config = CloudConfig(
-            model, request.setting, wire.check_codec(request.codec), request.attends, beams, backbone.eos_ids
+        codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None)
+        config = CloudConfig(model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids)
+        tokens, lengths = pad_prompts(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
+        d, s = backbone.config.hidden_size, request.sampling
+        return Plan(
+            config,
+            tokens,
+            lengths,
+            request.max_new_tokens,
+            Sampling(s.temperature, s.top_k, s.top_p).check(),
+            s.seed,
+            _floats(request.router, (d, 2), "router") if request.setting in ROUTED else np.zeros((d, 2)),
+            _floats(request.offset, (d,), "offset") if request.offset else np.zeros(d),
+            request.threshold,
         )
-        return Session(config, backbone.params, backbone.config.max_position_embeddings, request, prompts)
 
-    def text(self, generation: Generation) -> str:
-        """What was generated, as text."""
-        return self._backbone.tokenizer.decode(generation.tokens, skip_special_tokens=True)
+    def pieces(self, generation: Generation) -> list[str]:
+        """The text of each of its tokens."""
+        return pieces(self._backbone.tokenizer, generation.tokens)
 
     def _tokens_of(self, prompt: Prompt, template: str) -> list[int]:
         if not prompt.text:

@@ -3,22 +3,28 @@
 Shape letters: M positions of a message, P taps, D width.
 """
 
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 from jaxtyping import Array, Float
 
 from spa_jax.errors import UserError
 from spa_jax.split.messages_pb2 import Tensor
 
-VERSION = 1
+Parsed = TypeVar("Parsed", bound=Message)
+
+VERSION = 2
 """Of the protocol; either side refuses another one by name."""
 
 Codec = Literal["float32", "bfloat16", "float16", "int8"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
+ReplyMode = Literal["correction", "token"]
+REPLIES: tuple[ReplyMode, ...] = get_args(ReplyMode)
+"""What a device answers with: g, as in the paper, or the id of the token that it chose itself."""
 DTYPES = {
     "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16), "int8": np.dtype(np.int8),
@@ -92,6 +98,31 @@ def check_codec(codec: str) -> Codec:
     if codec not in CODECS:
         raise UserError(f"codec '{codec}' is unknown; choices are {', '.join(CODECS)}")
     return codec
+
+
+def check_reply(reply: str, search: bool) -> ReplyMode:
+    """Raises:
+    UserError: no such mode, or `token` in beam search."""
+    if reply not in REPLIES:
+        raise UserError(f"reply mode '{reply}' is unknown; choices are {', '.join(REPLIES)}")
+    if search and reply == "token":
+        raise UserError(
+            "beam search compares all hypotheses of a prompt, which needs g in one place: reply mode 'token' can only "
+            "be greedy or sample; use 'correction' with beams"
+        )
+    return reply
+
+
+def parse(kind: type[Parsed], data: bytes) -> Parsed:
+    """A message from its bytes.
+
+    Raises:
+        WireError: they are none.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise WireError(f"{len(data)} bytes came that are no {kind.DESCRIPTOR.name}") from error
 
 
 def bytes_per_position(codec: Codec, vectors: int, width: int) -> int:

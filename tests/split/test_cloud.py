@@ -14,7 +14,7 @@ from spa_jax.split import cloud as cloud_module
 from spa_jax.split import session as session_module
 from spa_jax.split import wire
 from spa_jax.split.generation import generate, open_message
-from spa_jax.split.messages_pb2 import Correction, Open
+from spa_jax.split.messages_pb2 import Open, Reply
 
 PROMPTS = make_prompts(8)
 
@@ -70,7 +70,7 @@ def request_of():
         usual = {
             "version": wire.VERSION, "backbone": FINGERPRINT, "setting": "spa", "threshold": 0.5, "router": kernel,
             "offset": offset, "taps": [0, 2, 3], "codec": "float32", "prompts": [{"tokens": p} for p in PROMPTS],
-            "max_new_tokens": NEW, "sampling": {"top_p": 1.0},
+            "max_new_tokens": NEW, "sampling": {"top_p": 1.0}, "reply": "correction",
         }  # fmt: skip
         return Open(**(usual | fields))
 
@@ -83,7 +83,7 @@ def test_a_cloud_needs_no_plugin(cloud, request_of):
     rng = np.random.default_rng(1)
     while (question := session.wanted()) is not None:
         g = rng.standard_normal((len(question.rows), 32)).astype("<f4")
-        session.resume(Correction(step=question.step, g={"values": g.tobytes()}))
+        session.resume(Reply(step=question.step, g={"values": g.tobytes()}))
     assert [len(generation.tokens) == len(generation.consulted) > 0 for generation in session.result()] == [True] * 4
     trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (cloud_module, session_module)]
     imported = {node.module for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -120,6 +120,8 @@ def test_a_cloud_needs_no_plugin(cloud, request_of):
         ({"sampling": {"temperature": -1.0, "top_p": 1.0}}, "temperature is -1"),
         ({"sampling": {"top_p": 0.0}}, "top_p is 0"),
         ({"sampling": {"top_p": 1.0, "top_k": -3}}, "top_k is -3"),
+        ({"reply": "g"}, "reply mode 'g' is unknown; choices are correction, token"),
+        ({"reply": "token", "beams": {"width": 2, "early_stopping": "false"}}, "beam search .* 'token' can only"),
         ({"beams": {"width": 0, "early_stopping": "false"}}, "beams is 0"),
         ({"beams": {"width": 2, "early_stopping": "soon"}}, "early_stopping is 'soon'; choices are true, false, never"),
     ],

@@ -11,7 +11,7 @@ from spa_jax.split import device as device_module
 from spa_jax.split import session as session_module
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate, open_message
-from spa_jax.split.messages_pb2 import Correction, Taps
+from spa_jax.split.messages_pb2 import Reply, Taps
 from spa_jax.split.session import CHUNK_POSITIONS
 from spa_jax.split.wire import WireError
 
@@ -108,7 +108,7 @@ def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, back
         asked = tokens_asked(message, PROMPTS, width or 1)
         if answer is None:
             continue
-        g = np.frombuffer(Correction.FromString(answer).g.values, np.float32).reshape(-1, 32)
+        g = np.frombuffer(Reply.FromString(answer).g.values, np.float32).reshape(-1, 32)
         for (group, row, token), said in zip(asked, g, strict=True):
             np.testing.assert_allclose(said, verdicts[group].corrections[token][row % (width or 1)], atol=1e-4)
             compared += 1
@@ -179,9 +179,9 @@ def test_a_wrong_answer_is_refused_and_the_right_one_still_taken(cloud):
     session = cloud.open(request)
     right = device.receive(session.wanted())
     for wrong, says in [
-        (Correction(step=7, g=right.g), "step 7 came where one of step 1 is due"),
-        (Correction(step=1, g={"values": right.g.values[4:]}), "bytes"),
-        (Correction(step=1, g={"values": b"\xff" * len(right.g.values)}), "not finite"),
+        (Reply(step=7, g=right.g), "step 7 came where one of step 1 is due"),
+        (Reply(step=1, g={"values": right.g.values[4:]}), "bytes"),
+        (Reply(step=1, g={"values": b"\xff" * len(right.g.values)}), "not finite"),
     ]:
         with pytest.raises(WireError, match=says):
             session.resume(wrong)

@@ -19,11 +19,11 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
-from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.client import CloudGone, Connection, generate, merged
 from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity, check_address
-from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Reopen, Tensor
+from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Progress, Reopen, Tensor
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import Plugin
@@ -100,16 +100,18 @@ async def connected(port):
 async def by_hand(port, plugin, request, answer, other=None):
     """Answers each question with what `answer(taps, honest correction)` makes of it; returns the last progress."""
     async with connected(port) as channel:
-        stream, device = Stream(channel, FromDevice(open=request)), None
+        stream, device, progress = Stream(channel, FromDevice(open=request)), None, Progress()
         while (message := await stream.hear()) is not None:
             if message.HasField("opened"):
-                device = device_for(plugin, request, message.opened.longest)
+                device = device_for(plugin, request, list(message.opened.lengths))
             if message.HasField("taps"):
                 honest = device.receive(message.taps)
                 for reply in answer(message.taps, honest):
                     stream.say(reply)
-            if message.HasField("progress") and message.progress.done:
-                return message.progress
+            if message.HasField("progress"):
+                progress = merged(progress, message.progress)
+                if progress.done:
+                    return progress
             assert not message.HasField("refusal"), message.refusal.reason
     return None
 
@@ -130,7 +132,7 @@ def test_over_the_network_it_says_what_it_says_in_one_process(beams, cloud, plug
     assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
     assert [g.consulted for g in there.generations] == [g.consulted for g in here.generations]
     assert (there.degraded, there.traffic.exchanges) == (0, here.traffic.exchanges)
-    assert there.texts == [cloud.text(g) for g in here.generations]
+    assert there.texts == ["".join(cloud.pieces(g)) for g in here.generations]
     assert seen[-1].done
 
 
@@ -145,7 +147,7 @@ def dataclass_reply(honest, **changed):
     copy.CopyFrom(honest)
     for name, value in changed.items():
         getattr(copy, name).CopyFrom(value)
-    return FromDevice(correction=copy)
+    return FromDevice(reply=copy)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -160,9 +162,9 @@ def test_late_double_and_foreign_messages_are_dropped(cloud, plugin, request_of)
     here = in_process(cloud, plugin, request_of())
 
     def noisy(taps, honest):
-        reply = FromDevice(correction=honest).SerializeToString()
+        reply = FromDevice(reply=honest).SerializeToString()
         early = type(honest)(step=honest.step + 7, g=honest.g)
-        return [b"\x07nonsense", FromDevice(correction=early), reply, reply]
+        return [b"\x07nonsense", FromDevice(reply=early), reply, reply]
 
     progress = run(cloud, lambda port: by_hand(port, plugin, request_of(), noisy))
     assert tokens_of(progress) == [g.tokens for g in here.generations]
@@ -191,19 +193,21 @@ def test_a_device_that_lost_its_line_comes_back_and_goes_on(cloud, plugin, reque
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=request))
             opened = (await stream.hear()).opened
-            device = device_for(plugin, request, opened.longest)
+            device = device_for(plugin, request, list(opened.lengths))
             for _ in range(3):
                 while not (message := await stream.hear()).HasField("taps"):
                     pass
-                stream.say(FromDevice(correction=device.receive(message.taps)))
+                stream.say(FromDevice(reply=device.receive(message.taps)))
         async with connected(port) as channel:
-            stream = Stream(channel, FromDevice(reopen=Reopen(session=opened.session)))
+            stream, progress = Stream(channel, FromDevice(reopen=Reopen(session=opened.session))), Progress()
             while True:
                 message = await stream.hear()
                 if message.HasField("taps"):
-                    stream.say(FromDevice(correction=device.receive(message.taps)))
-                if message.HasField("progress") and message.progress.done:
-                    return message.progress
+                    stream.say(FromDevice(reply=device.receive(message.taps)))
+                if message.HasField("progress"):
+                    progress = merged(progress, message.progress)
+                    if progress.done:
+                        return progress
 
     progress = run(cloud, scenario)
     assert tokens_of(progress) == [g.tokens for g in here.generations]
@@ -252,7 +256,7 @@ def test_what_the_cloud_refuses_the_device_says(cloud, plugin, request_of):
     async def scenario(port):
         await generate(Connection(f"127.0.0.1:{port}"), plugin, request)
 
-    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 1"):
+    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 2"):
         run(cloud, scenario)
 
 
@@ -325,7 +329,7 @@ def test_a_device_without_its_token_is_refused(served, plugin, request_of):
 def test_a_cloud_with_a_certificate_nobody_signed_is_not_spoken_to(served, plugin, request_of, tmp_path):
     trustme = pytest.importorskip("trustme")
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
-    with pytest.raises(CloudGone, match="is gone"):
+    with pytest.raises(UserError, match=r"is not to be trusted .*--ca"):
         asyncio.run(generate(connect(served, ca=str(tmp_path / "other.pem")), plugin, request_of()))
 
 

@@ -9,7 +9,7 @@ from tiny_split import NEW, generate_over_line, make_plugin, make_prompts
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.split.generation import open_message
-from spa_jax.split.messages_pb2 import Correction, Open
+from spa_jax.split.messages_pb2 import Open, Reply
 
 DTYPES = [np.dtype("<f4"), np.dtype(ml_dtypes.bfloat16), np.dtype("<f2")]
 
@@ -42,7 +42,7 @@ def test_no_side_parameter_crosses(kind, width, cloud):
     _, line = generate_over_line(cloud, plugin, request)
     crossed = [request.SerializeToString(), *(answer for _, answer in line.asked)]
     assert len(crossed) > 3
-    for data, kind_of in zip(crossed, [Open, *[Correction] * len(line.asked)]):
+    for data, kind_of in zip(crossed, [Open, *[Reply] * len(line.asked)]):
         message = kind_of.FromString(data)
         _assert_nothing_unknown(message)
         assert message.SerializeToString() == data

@@ -15,7 +15,7 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split import wire
 from spa_jax.split.generation import generate, open_message
-from spa_jax.split.messages_pb2 import Correction
+from spa_jax.split.messages_pb2 import Reply
 from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import Plugin
 
@@ -124,7 +124,7 @@ def test_int8_changes_g_a_little_and_bytes_a_lot(cloud):
     for codec in ("float32", "int8"):
         _, line = generate_over_line(cloud, plugin, open_message(plugin, prompts, NEW, codec, threshold=0))
         question, answer = line.asked[0]
-        g = Correction.FromString(answer).g
+        g = Reply.FromString(answer).g
         sizes.append(len(question))
         first.append(np.asarray(wire.decode(wire.unpack(codec, g, (4, 32)), np.float32)))
     assert sizes[1] < 0.4 * sizes[0]

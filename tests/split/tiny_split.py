@@ -84,7 +84,7 @@ def tokens_asked(message, prompts, width):
     return [(row // width, row, position - len(prompts[row // width]) + 1) for row, position in last.items()]
 
 
-def generate_over_line(cloud, plugin, request, fate=lambda exchange: "arrives", times=1):
+def generate_over_line(cloud, plugin, request, fate=lambda exchange: "arrives", times=1, head=None):
     """What comes of a request over a `Line`, and the line."""
     lines = []
 
@@ -93,7 +93,7 @@ def generate_over_line(cloud, plugin, request, fate=lambda exchange: "arrives", 
         lines.append(Line(answer, prompts, request.beams.width or 1, fate, times))
         return lines[0]
 
-    return generate(cloud, plugin, request, connect), lines[0]
+    return generate(cloud, plugin, request, connect, head), lines[0]
 
 
 class Verdict(NamedTuple):
