@@ -29,6 +29,7 @@ def rows() -> dict[str, dict[str, Any]]:
     return {
         "s1": {"setting": "s1"},
         "spa": {},
+        "spa offset": {"router.offset": True},
         "spa offset cross-fitted": {"router.offset": True, "router.cross_fit": True, "router.margin": 0.25},
         "s3": {"setting": "s3"},
     }

@@ -32,6 +32,7 @@ def rows() -> dict[str, dict[str, Any]]:
     for seed in range(SEEDS):
         table[f"s1 seed {seed}"] = {"setting": "s1", "seed": seed}
         table[f"spa seed {seed}"] = {"seed": seed}
+        table[f"spa offset seed {seed}"] = {"router.offset": True, "seed": seed}
         table[f"spa offset cross-fitted seed {seed}"] = {**ours, "seed": seed}
     table["s2 margin 0.0"] = {"setting": "s2", "router.margin": 0.0}
     table["s3"] = {"setting": "s3"}
@@ -43,7 +44,6 @@ def rows() -> dict[str, dict[str, Any]]:
     table["spa soft"] = {"router.objective": "soft"}
     table["spa straight-through"] = {"router.objective": "straight_through"}
     table["spa offset margin 0.0"] = {"router.offset": True, "router.margin": 0.0}
-    table["spa offset"] = {"router.offset": True}
     for width in (16, 64):
         table[f"spa E {width}"] = {"side.width": width}
     for taps in ("all", "every:3", "last:4", "last:2", "last:1"):

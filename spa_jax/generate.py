@@ -8,7 +8,6 @@ coloured, or [bracketed] where the output is no terminal.
 import asyncio
 import contextlib
 import functools
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from spa_jax.split.client import Connection, read_token
 from spa_jax.split.generation import Connect, generate, open_message
 from spa_jax.split.grpc_channel import check_address
 from spa_jax.split.head import Head, head_of, load_head
+from spa_jax.split.local import cloud_process
 from spa_jax.split.messages_pb2 import Open
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
@@ -163,25 +163,6 @@ CHILDREN = contextlib.ExitStack()
 """Processes that end with this one."""
 
 
-@contextlib.contextmanager
-def local_cloud(backbone: str) -> Iterator[str]:
-    """The address of a cloud that runs in a child process while this lasts.
-
-    Raises:
-        UserError: it does not come up.
-    """
-    command_line = [sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0"]
-    with subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if not line.startswith("serving on port "):
-                raise UserError("the cloud did not start on this machine: its own message is above")
-            yield f"127.0.0.1:{line.split()[-1]}"
-        finally:
-            process.terminate()
-
-
 def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
     """Streams the answer to the terminal and returns it as `--output` writes it."""
     printer, text, tokens, sources = Printer(), Pieces(encoder.tokenizer), [], []
@@ -224,7 +205,8 @@ def responder(
     plugin.check(backbone)
     head = head_for(plugin, backbone)
     if CHANNEL.value == "grpc":
-        address = check_address(CLOUD.value or CHILDREN.enter_context(local_cloud(backbone.name)), TLS.value, False)
+        address = CLOUD.value or CHILDREN.enter_context(cloud_process(backbone.name)).address
+        address = check_address(address, TLS.value, insecure=False)
         connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
         return functools.partial(remote_answer, connection, plugin, head, sampling, beams)
     connect: Connect = InProcess

@@ -10,15 +10,11 @@ import sys
 from pathlib import Path
 
 import grpc
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from tiny_split import random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
-from spa_jax.models.plugin import PluginConfig, init_plugin
-from spa_jax.models.side import SideConfig
 from spa_jax.split.client import CloudGone, Connection, generate, merged
 from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
@@ -26,7 +22,6 @@ from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity, check_ad
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Progress, Reopen, Tensor
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
-from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +35,8 @@ def backbone(tiny_backbone_directory):
 
 @pytest.fixture(scope="module")
 def plugin(backbone):
-    """Random, always asked, so that every token is an exchange."""
-    config = PluginConfig("s1", SideConfig("tokenwise", 6, (0, 2, 3)), 32)
-    rng = np.random.default_rng(4)
-    shapes = init_plugin(config, abstract=True)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
-    return Plugin(config, params, backbone.name, backbone.fingerprint, "chat")
+    """Always asked, so that every token is an exchange."""
+    return random_plugin(backbone, "s1")
 
 
 @pytest.fixture(scope="module")

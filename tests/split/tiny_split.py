@@ -40,6 +40,16 @@ def make_plugin(setting, kind="tokenwise", seed=4):
     return Plugin(config, params, "tiny", FINGERPRINT, "plain")
 
 
+def random_plugin(backbone, setting, seed=4):
+    """A plugin for a backbone with the sizes of these tests, as loud as f."""
+    config = PluginConfig(setting, SIDES["tokenwise"], 32)
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes_of(config)
+    )
+    return Plugin(config, params, backbone.name, backbone.fingerprint, "chat")
+
+
 def make_prompts(seed):
     """Four prompts of unequal lengths, all of one bucket."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,56 @@
+"""A cloud in a process of its own, on this machine."""
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from spa_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalCloud:
+    """A running cloud."""
+
+    process: "subprocess.Popen[str]"
+    port: int
+
+    @property
+    def address(self) -> str:
+        """`host:port`."""
+        return f"127.0.0.1:{self.port}"
+
+
+@contextlib.contextmanager
+def cloud_process(backbone: str, *flags: str, log: Path | None = None) -> Iterator[LocalCloud]:
+    """A cloud that runs while this lasts.
+
+    Args:
+        backbone: as of `--backbone`.
+        flags: others of `python -m spa_jax.serve cloud`.
+        log: where its log goes; by default to this process's stderr.
+
+    Raises:
+        UserError: it does not come up.
+    """
+    command = [sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0", *flags]
+    with contextlib.ExitStack() as stack:
+        stderr = stack.enter_context(log.open("w")) if log is not None else None
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True))
+        stack.callback(_stop, process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.startswith("serving on port "):
+            where = f"in {log}" if log is not None else "above"
+            raise UserError(f"the cloud did not start on this machine: its own message is {where}")
+        yield LocalCloud(process, int(line.split()[-1]))
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
