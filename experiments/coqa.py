@@ -22,17 +22,19 @@ OUTPUT = flags.DEFINE_string("output", "experiments/results/coqa.json", "Where t
 ONLY = flags.DEFINE_string("only", "", "Run only rows whose name holds this text.")
 
 FIXED = {"data.max_length": 512, "train.epochs": 8, "train.log_every": 100}
+SEEDS = 3
 
 
 def rows() -> dict[str, dict[str, Any]]:
     """Name of each row -> the keys it sets."""
-    return {
-        "s1": {"setting": "s1"},
-        "spa": {},
-        "spa offset": {"router.offset": True},
-        "spa offset cross-fitted": {"router.offset": True, "router.cross_fit": True, "router.margin": 0.25},
-        "s3": {"setting": "s3"},
-    }
+    table: dict[str, dict[str, Any]] = {}
+    for seed in range(SEEDS):
+        table[f"s1 seed {seed}"] = {"setting": "s1", "seed": seed}
+        table[f"spa seed {seed}"] = {"seed": seed}
+        table[f"spa offset seed {seed}"] = {"router.offset": True, "seed": seed}
+    table["spa offset cross-fitted"] = {"router.offset": True, "router.cross_fit": True, "router.margin": 0.25}
+    table["s3"] = {"setting": "s3"}
+    return table
 
 
 def read(path: Path) -> list[Pair]:

@@ -76,7 +76,8 @@ class FusedModel:
         Raises:
             UserError: a prompt is empty or leaves no room in the backbone's context.
         """
-        tokens, lengths = pad_prompts(prompts, room, self.backbone.config.max_position_embeddings)
+        lengths = check_lengths(prompts, room, self.backbone.config.max_position_embeddings)
+        tokens = pad_prompts(prompts)
         slots = bucket(int(lengths.max()) + room, 64)
         frozen, trainable = self._params
         return self._prefill(
@@ -258,26 +259,30 @@ def choose(
     return sampling.extend(how, hypotheses, logits, consulted, active, eos_ids)
 
 
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], room: int, limit: int
-) -> tuple[Int[np.ndarray, "G T"], Int[np.ndarray, " G"]]:
-    """Prompts padded on the right to a common bucket, and their lengths.
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "G T"]:
+    """Prompts padded on the right to a common bucket."""
+    tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)), 32)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], room: int, limit: int) -> Int[np.ndarray, " G"]:
+    """Tokens of each prompt.
 
     Raises:
         UserError: a prompt is empty, or leaves no room for `room` new tokens within `limit` positions.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    if not all(prompts):
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    if not lengths.all():
         raise UserError("a prompt is empty: it needs at least one token")
     if room < 1 or longest + room > limit:
         raise UserError(
             f"the prompt of {longest} tokens and {room} new ones do not fit the backbone's context of {limit}: "
             "shorten the prompt or change --max_new_tokens"
         )
-    tokens = np.zeros((len(prompts), bucket(longest, 32)), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
+    return lengths
 
 
 def check_setting(

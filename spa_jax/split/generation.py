@@ -24,6 +24,8 @@ from spa_jax.split.session import Cloud
 from spa_jax.split.wire import Codec, ReplyMode
 from spa_jax.weights.plugin import Plugin
 
+LONGEST_PROMPT = 2**17
+"""Tokens for which a device will make room."""
 Connect = Callable[[Answer], Channel]
 """Makes a channel to a device that answers so."""
 
@@ -115,7 +117,10 @@ def device_for(plugin: Plugin, request: Open, lengths: Sequence[int], head: Head
 
     Raises:
         UserError: that mode without a head.
+        WireError: lengths that these prompts cannot have.
     """
+    if len(lengths) != len(request.prompts) or not all(0 < length <= LONGEST_PROMPT for length in lengths):
+        raise wire.WireError(f"the cloud counts {list(lengths)[:8]} tokens in {len(request.prompts)} prompts")
     rows = len(request.prompts) * hypotheses_of(request)
     slots = max(lengths) + request.max_new_tokens
     choice = None

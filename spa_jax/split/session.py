@@ -12,7 +12,7 @@ from spa_jax.data.encoding import Encoder, pieces
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import cache_bytes
-from spa_jax.decoding.fused import pad_prompts
+from spa_jax.decoding.fused import check_lengths, pad_prompts
 from spa_jax.decoding.hypotheses import Generation, generations
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
@@ -39,8 +39,8 @@ class Plan:
 
     Attributes:
         config: what the cloud's programs are compiled for.
-        tokens: prompts, padded `[G,T]`.
-        lengths: tokens of each prompt.
+        prompts: token ids.
+        lengths: of the prompts.
         room: most new tokens N.
         sampling: how to choose.
         seed: of sampling.
@@ -50,7 +50,7 @@ class Plan:
     """
 
     config: CloudConfig
-    tokens: Int[np.ndarray, "G T"]
+    prompts: list[list[int]]
     lengths: Int[np.ndarray, " G"]
     room: int
     sampling: Sampling
@@ -66,11 +66,13 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Memory of the cache, and of the taps of a side network that attends."""
-        model, rows = self.config.model, len(self.lengths) * self.config.width
-        kept = self.tokens.shape[1] + self.room if self.config.attends else 1
-        taps = wire.bytes_per_position(self.config.codec, len(model.taps), model.config.hidden_size)
-        return cache_bytes(model.config, rows, self.slots, model.dtype) + rows * kept * taps
+        """Memory that it takes, nearly: cache, taps that are kept, and of each row logits and vectors of its width."""
+        model, rows = self.config.model, len(self.prompts) * self.config.width
+        size = model.config
+        taps = wire.bytes_per_position(self.config.codec, len(model.taps), size.hidden_size)
+        vectors = 4 * (size.vocab_size + 8 * size.hidden_size)
+        kept = taps * (self.slots if self.config.attends else 1)
+        return cache_bytes(size, rows, self.slots, model.dtype) + rows * (kept + vectors)
 
 
 class Session:
@@ -82,7 +84,7 @@ class Session:
         self.degraded = 0
         """How often a prompt's next token was chosen without an answer that was wanted."""
         self._frozen = frozen
-        groups, d = len(plan.lengths), config.model.config.hidden_size
+        groups, d = len(plan.prompts), config.model.config.hidden_size
         self._lengths, self._sampling = plan.lengths, plan.sampling
         router = RouterState(
             jnp.broadcast_to(jnp.asarray(plan.kernel, jnp.float32), (groups, d, 2)),
@@ -93,7 +95,7 @@ class Session:
             config,
             frozen,
             router,
-            plan.tokens,
+            pad_prompts(plan.prompts),
             plan.lengths,
             plan.seed,
             plan.sampling,
@@ -262,11 +264,11 @@ class Cloud:
         model = Llama(backbone.config, taps, self._dtype)
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None)
         config = CloudConfig(model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids)
-        tokens, lengths = pad_prompts(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
+        lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
         d, s = backbone.config.hidden_size, request.sampling
         return Plan(
             config,
-            tokens,
+            prompts,
             lengths,
             request.max_new_tokens,
             Sampling(s.temperature, s.top_k, s.top_p).check(),

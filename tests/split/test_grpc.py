@@ -7,20 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
+import jax
 import pytest
-from tiny_split import random_plugin
+from tiny_split import make_plugin, random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.split.client import CloudGone, Connection, generate, merged
+from spa_jax.split.device import Device
 from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity, check_address
-from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Progress, Reopen, Tensor
-from spa_jax.split.server import Limits, serving
+from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
+from spa_jax.split.server import Limits, Outbox, serving
 from spa_jax.split.session import Cloud
 from spa_jax.weights.registry import load_backbone
 
@@ -229,6 +232,119 @@ def test_more_sessions_than_there_is_room_for_are_refused_by_kind(cloud, plugin,
             return second
 
     assert run(cloud, scenario, Limits(sessions=1, deadline=30)).refusal.kind == "overloaded"
+
+
+def test_memory_is_bounded_and_one_generation_that_needs_more_is_told_so(cloud, plugin, request_of):
+    need = cloud.plan(request_of()).bytes
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            first = Stream(channel, FromDevice(open=request_of()))
+            assert (await first.hear()).HasField("opened")
+            second = await Stream(channel, FromDevice(open=request_of())).hear()
+            large = await Stream(channel, FromDevice(open=request_of(Beams(4)))).hear()
+            first.say(FromDevice(cancel=Cancel()))
+            return second.refusal, large.refusal
+
+    second, large = run(cloud, scenario, Limits(memory=int(1.5 * need), deadline=30))
+    assert (second.kind, "taken by other sessions" in second.reason) == ("overloaded", True)
+    assert (large.kind, "ask for fewer" in large.reason) == ("refused", True)
+
+
+def test_the_memory_that_is_planned_is_the_memory_that_is_taken(cloud, plugin):
+    for kind in ("tokenwise", "transformer"):
+        for beams in (None, Beams(5)):
+            request = open_message(make_plugin("s1", kind), PROMPTS, 40, beams=beams)
+            request.backbone = plugin.fingerprint
+            plan = cloud.plan(request)
+            state = cloud.begin(plan)._state
+            taken = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.taps, state.router, state.hidden)))
+            assert 0.5 < taken / plan.bytes <= 1.1
+
+
+def test_a_token_has_its_share_of_sessions(cloud, request_of, tmp_path):
+    (tmp_path / "tokens").write_text("one\ntwo\n")
+
+    async def scenario(port):
+        kinds = []
+        async with connected(port) as channel:
+            for token in ("one", "one", "two"):
+                stream = Stream(channel, FromDevice(open=request_of()), [("authorization", f"Bearer {token}")])
+                kinds.append((await stream.hear()).WhichOneof("message"))
+        return kinds
+
+    limits = Limits(sessions_per_token=1, deadline=30)
+    assert run(cloud, scenario, limits, ServerSecurity(tokens=str(tmp_path / "tokens"))) == [
+        "opened", "refusal", "opened",
+    ]  # fmt: skip
+
+
+def test_what_a_device_does_not_read_is_replaced_by_what_is_newer():
+    outbox = Outbox()
+    opened, prompt = (
+        FromCloud(opened=Opened(session="s")),
+        [FromCloud(taps=Taps(prompt=True, rows=[n])) for n in (1, 2)],
+    )
+    steps = [FromCloud(taps=Taps(step=step)) for step in (1, 2, 3)]
+    news = [FromCloud(progress=Progress(degraded=n)) for n in (1, 2)]
+    for message in (opened, *prompt, steps[0], news[0], steps[1], news[1], steps[2]):
+        outbox.put(message)
+    outbox.close()
+
+    async def drained():
+        return [message async for message in outbox.messages()]
+
+    assert asyncio.run(drained()) == [opened, *prompt, news[1], steps[2]]
+
+
+def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(cloud, plugin):
+    """Of a side network that attends; nothing was answered yet, so nothing can be missing."""
+    attending = dataclasses.replace(make_plugin("s1", "transformer"), fingerprint=plugin.fingerprint)
+    long = ["What is thing 1? " * 3, "Short?"]
+    request = open_message(attending, long, 4)
+    here = in_process(cloud, attending, request)
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            stream = Stream(channel, FromDevice(open=request))
+            session = (await stream.hear()).opened.session
+            assert (await stream.hear()).taps.prompt
+        async with connected(port) as channel:
+            stream = Stream(channel, FromDevice(reopen=Reopen(session=session)))
+            device, progress = None, Progress()
+            while not progress.done:
+                message = await stream.hear()
+                if message.HasField("opened"):
+                    device = device_for(attending, request, list(message.opened.lengths))
+                if message.HasField("taps") and (reply := device.receive(message.taps)) is not None:
+                    stream.say(FromDevice(reply=reply))
+                if message.HasField("progress"):
+                    progress = merged(progress, message.progress)
+            return progress
+
+    progress = run(cloud, scenario)
+    assert tokens_of(progress) == [g.tokens for g in here.generations]
+    assert progress.degraded == 0
+
+
+def test_a_device_that_is_too_slow_skips_to_the_newest_question(cloud, plugin, request_of, monkeypatch):
+    """Else it would answer one question late for ever."""
+    receive, seen = Device.receive, []
+
+    def slow(self, taps):
+        seen.append(taps.step)
+        time.sleep(1.5 if len(seen) == 2 else 0.0)
+        return receive(self, taps)
+
+    monkeypatch.setattr(Device, "receive", slow)
+
+    async def scenario(port):
+        return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
+
+    result = run(cloud, scenario, Limits(deadline=0.4))
+    assert 1 <= result.degraded / len(PROMPTS) < 5
+    missed = set(range(1, max(seen) + 1)) - set(seen)
+    assert len(missed) >= 1, "no question was out of date when it was read"
 
 
 @pytest.mark.parametrize("first", [b"\xff\xffgarbage", b"", FromDevice(cancel=Cancel()).SerializeToString()])

@@ -14,7 +14,7 @@ from spa_jax.split.local import cloud_process
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice
 from spa_jax.weights.registry import load_backbone
 
-AT_ONCE, FEW, MANY = 10, 50, 500
+AT_ONCE, FEW, SOME, MANY = 10, 50, 200, 500
 
 
 async def _open_and_drop(channel, request):
@@ -49,9 +49,9 @@ def test_five_hundred_dropped_sessions_leave_nothing_behind(tiny_backbone_direct
 
     with cloud_process(backbone.name, "--deadline=0.05", "--linger=0.05", log=log) as cloud:
         process, sizes = psutil.Process(cloud.process.pid), []
-        for count in (FEW, MANY):
+        for count in (FEW, SOME, MANY):
             asyncio.run(drop_until(count, cloud.port))
             sizes.append(process.memory_info().rss)
         assert over() == MANY
-    print(f"{FEW} sessions: {sizes[0] / 2**20:.1f} MiB, {MANY}: {sizes[1] / 2**20:.1f} MiB")
-    assert sizes[1] < 1.05 * sizes[0], sizes
+    print(f"MiB after {FEW}, {SOME} and {MANY} sessions: {[round(size / 2**20, 1) for size in sizes]}")
+    assert sizes[2] < 1.05 * min(sizes[:2]), sizes  # what compiling took may be given back in between
