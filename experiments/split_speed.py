@@ -1,4 +1,4 @@
-"""Tokens per second of cloud and device as two programs against one, and of beam search against PyTorch's.
+"""Tokens per second of cloud and device as two programs, and in two processes, against one.
 
     python -m experiments.split_speed --plugin=runs/quickstart/plugin --output=experiments/results/split_speed.json
 
@@ -6,10 +6,12 @@ Batch 1, greedy, the prompt's time included, each way in turn `REPEATS` times an
 compiles, is not counted. Also counts the tokens in which one program and two differ.
 """
 
+import asyncio
 import functools
 import statistics
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,13 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
+from spa_jax.split import client
+from spa_jax.split.client import Connection
 from spa_jax.split.generation import generate, open_message
+from spa_jax.split.head import Head, head_of
+from spa_jax.split.local import cloud_process
 from spa_jax.split.session import Cloud
-from spa_jax.weights.plugin import load_plugin
+from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin, such as runs/quickstart/plugin.")
@@ -40,6 +46,12 @@ def main() -> None:
     if PLUGIN.value is None:
         raise UserError("name a trained plugin with --plugin=DIR")
     plugin = load_plugin(Path(PLUGIN.value))
+    with cloud_process(plugin.backbone, "--deadline=30") as process:
+        measure(plugin, process.address)
+
+
+def measure(plugin: Plugin, address: str) -> None:
+    """Each way in turn, the gRPC one with the cloud at that address."""
     backbone = load_backbone(plugin.backbone)
     encoder = Encoder(backbone.tokenizer, plugin.template, backbone.config.max_position_embeddings)
     _, held_out = persona(0)
@@ -53,10 +65,21 @@ def main() -> None:
     def split(search: Beams | None, prompt: list[int]) -> list[int]:
         return generate(cloud, plugin, open_message(plugin, [prompt], NEW, beams=search)).generations[0].tokens
 
+    def token(head: Head, prompt: list[int]) -> list[int]:
+        request = open_message(plugin, [prompt], NEW, reply="token")
+        return generate(cloud, plugin, request, head=head).generations[0].tokens
+
+    def remote(address: str, prompt: list[int]) -> list[int]:
+        request = open_message(plugin, [prompt], NEW)
+        return asyncio.run(client.generate(Connection(address), plugin, request)).generations[0].tokens
+
     ways: dict[str, Callable[[list[int]], list[int]]] = {
         "base": functools.partial(fused, base, None),
         "spa, one program": functools.partial(fused, spa, None),
         "spa, in-process channel": functools.partial(split, None),
+        "spa, in-process channel, token": functools.partial(token, head_of(backbone)),
+        "spa, in-process channel, token, int8 head": functools.partial(token, head_of(backbone, "int8")),
+        "spa, gRPC on loopback": functools.partial(remote, address),
         "spa, one program, beam 4": functools.partial(fused, spa, beams),
         "spa, in-process channel, beam 4": functools.partial(split, beams),
     }
@@ -73,9 +96,12 @@ def main() -> None:
             rates[name].append(len(tokens) / (time.perf_counter() - began))
     medians = {name: statistics.median(found) for name, found in rates.items()}
     differing = {
-        name: sum(a != b for one, two in zip(said[reference], said[name]) for a, b in zip(one, two, strict=True))
+        name: sum(a != b for one, two in zip(said[reference], said[name]) for a, b in zip_longest(one, two))
         for reference, name in (
             ("spa, one program", "spa, in-process channel"),
+            ("spa, one program", "spa, in-process channel, token"),
+            ("spa, one program", "spa, in-process channel, token, int8 head"),
+            ("spa, one program", "spa, gRPC on loopback"),
             ("spa, one program, beam 4", "spa, in-process channel, beam 4"),
         )
     }

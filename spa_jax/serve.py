@@ -39,7 +39,7 @@ from spa_jax.weights.registry import load_backbone
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "cloud: address to listen on; 0.0.0.0 for all.")
 PORT = flags.DEFINE_integer("port", 8470, "cloud: port to listen on; 0 for any that is free.")
-METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "cloud: port of Prometheus metrics; 0 for none.")
+METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "cloud: port of Prometheus metrics, on --host; 0 for none.")
 BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "cloud, head: name, directory or .gguf file.")
 TLS_CERT = flags.DEFINE_string("tls_cert", "", "cloud: PEM file of its certificate.")
 TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key.")
@@ -84,7 +84,7 @@ async def run_cloud() -> None:
     address = check_address(f"{HOST.value}:{PORT.value}", bool(TLS_CERT.value), INSECURE.value)
     cloud = Cloud(load_backbone(BACKBONE.value))
     if METRICS_PORT.value:
-        prometheus_client.start_http_server(METRICS_PORT.value)
+        prometheus_client.start_http_server(METRICS_PORT.value, HOST.value)
     memory = int(MEMORY.value * 2**30)
     limits = Limits(sessions=SESSIONS.value, memory=memory, deadline=DEADLINE.value, linger=LINGER.value)
     stop = asyncio.Event()
@@ -137,6 +137,7 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
             "bytes_down": traffic.bytes_down,
             "prefill_bytes": traffic.prefill_bytes,
             "degraded": result.degraded,
+            "device_seconds": traffic.device_seconds,
         }
         write_json(Path(OUTPUT.value), described)
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from spa_jax.errors import UserError
@@ -24,18 +24,21 @@ class LocalCloud:
 
 
 @contextlib.contextmanager
-def cloud_process(backbone: str, *flags: str, log: Path | None = None) -> Iterator[LocalCloud]:
+def cloud_process(
+    backbone: str, *flags: str, log: Path | None = None, inside: Sequence[str] = ()
+) -> Iterator[LocalCloud]:
     """A cloud that runs while this lasts.
 
     Args:
         backbone: as of `--backbone`.
         flags: others of `python -m spa_jax.serve cloud`.
         log: where its log goes; by default to this process's stderr.
+        inside: command that runs it, such as `ip netns exec NAME`.
 
     Raises:
         UserError: it does not come up.
     """
-    command = [sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0", *flags]
+    command = [*inside, sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0", *flags]
     with contextlib.ExitStack() as stack:
         stderr = stack.enter_context(log.open("w")) if log is not None else None
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True))

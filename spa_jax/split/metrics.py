@@ -10,4 +10,5 @@ DROPPED = Counter("spa_dropped_messages", "Messages that came late, twice, or ma
 BYTES_DOWN = Counter("spa_bytes_down", "Bytes sent to devices.")
 BYTES_UP = Counter("spa_bytes_up", "Bytes received from devices.")
 SECONDS_TO_FIRST_TOKEN = Histogram("spa_seconds_to_first_token", "From opening, the prompt's run included.")
+SECONDS_PER_EXCHANGE = Histogram("spa_seconds_per_exchange", "From a question to its answer, or to the deadline.")
 SECONDS_PER_TOKEN = Histogram("spa_seconds_per_token", "Of a generation, from its opening to its end.")

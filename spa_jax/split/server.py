@@ -105,7 +105,13 @@ class LiveSession:
         self.question: Taps | None = None
         self.answers: asyncio.Queue[Reply] = asyncio.Queue(maxsize=8)
         self.result: list[Generation] | None = None
+        self.seconds_out = 0.0
         self.task: asyncio.Task[None] | None = None
+
+    def waited(self, seconds: float) -> None:
+        """Takes note of how long a question was out."""
+        self.seconds_out += seconds
+        metrics.SECONDS_PER_EXCHANGE.observe(seconds)
 
     def attach(self) -> Outbox:
         """A new outbox; the stream of the old one, if any, ends."""
@@ -261,7 +267,13 @@ class Server:
             metrics.TOKENS.inc(count)
             metrics.DEGRADED.inc(session.degraded)
             metrics.SECONDS_PER_TOKEN.observe((time.perf_counter() - live.began) / max(count, 1))
-            log.info("session %s: %d tokens, %d degraded", session.id, count, session.degraded)
+            log.info(
+                "session %s: %d tokens, %d degraded, %.4f s of questions being out",
+                session.id,
+                count,
+                session.degraded,
+                live.seconds_out,
+            )
             live.session.forget()
             live.memory = 0
             await asyncio.sleep(self._limits.linger if live.outbox is None else min(1.0, self._limits.linger))
@@ -278,15 +290,18 @@ class Server:
 
     async def _settle(self, live: LiveSession, step: int) -> None:
         """Waits for an answer that makes sense until the deadline, then goes on with it or without one."""
-        until = time.monotonic() + self._limits.deadline
+        began = time.monotonic()
+        until = began + self._limits.deadline
         while True:
             try:
                 answer = await asyncio.wait_for(live.answers.get(), max(until - time.monotonic(), 0))
             except TimeoutError:
+                live.waited(time.monotonic() - began)
                 break
             if answer.step != step:
                 metrics.DROPPED.inc()
                 continue
+            live.waited(time.monotonic() - began)
             try:
                 await self._run(functools.partial(live.session.resume, answer))
                 live.prompt = []

@@ -1,0 +1,171 @@
+"""gRPC on a real network stack: what an exchange takes by its size, and a generation by the network's delay.
+
+    python -m experiments.network --plugin=runs/quickstart/plugin --output=experiments/results/network.json
+
+Exchanges: two processes over loopback, messages as the cloud and the device write them. Generations: two hosts
+(`experiments.hosts`; Linux, as root, else this part is left out and says why), the time that questions are out without
+the device's computing, against equation 6.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments.ablation import hardware
+from experiments.hosts import CLOUD, DEVICE, Link, inside, two_hosts
+from spa_jax import command
+from spa_jax.data.persona import generate as persona
+from spa_jax.errors import UserError
+from spa_jax.files import write_json
+from spa_jax.split.channel import Traffic
+from spa_jax.split.grpc_channel import CLOUD_OPTIONS, DEVICE_OPTIONS, METHOD, SERVICE
+from spa_jax.split.latency import network_seconds
+from spa_jax.split.local import cloud_process
+from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Reply, Taps, Tensor
+from spa_jax.split.simulated import Network
+from spa_jax.weights.plugin import load_plugin
+
+PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin, such as runs/quickstart/plugin.")
+OUTPUT = flags.DEFINE_string("output", "experiments/results/network.json", "Where to write the result.")
+
+PAYLOADS, WARM, EXCHANGES, ANSWER = (3_000, 30_000, 270_000), 30, 500, 2_304
+"""Bytes of a question's array, exchanges that are not and that are counted, and bytes of an answer's array."""
+DELAYS, RATE, PROMPTS, NEW = (0.005, 0.02, 0.08), 1e8, 3, 40
+
+
+def main() -> None:
+    if PLUGIN.value is None:
+        raise UserError("name a trained plugin with --plugin=DIR")
+    exchanges = {str(size): exchange_seconds(size) for size in PAYLOADS}
+    table = Table("bytes of a question", "median ms", "99th percentile ms")
+    for size, row in exchanges.items():
+        table.add_row(size, f"{1e3 * row['median']:.2f}", f"{1e3 * row['p99']:.2f}")
+    Console().print(table)
+    _, held_out = persona(0)
+    prompts = [pair.source for pair in held_out[:: len(held_out) // PROMPTS][:PROMPTS]]
+    rows: list[dict[str, Any]] = []
+    try:
+        for delay in DELAYS:
+            backbone = load_plugin(Path(PLUGIN.value)).backbone
+            rows += over_link(Link(delay, RATE), backbone, Path(PLUGIN.value), prompts, NEW)
+    except UserError as error:
+        Console().print(f"generations between two hosts are left out: {error}")
+    table = Table("round trip", "exchanges", "bytes down", "measured s", "equation 6 s", "ratio")
+    for row in rows:
+        ratio = row["measured_seconds"] / row["predicted_seconds"]
+        seconds = (f"{row[key]:.3f}" for key in ("measured_seconds", "predicted_seconds"))
+        table.add_row(str(row["round_trip"]), str(row["exchanges"]), str(row["bytes_down"]), *seconds, f"{ratio:.2f}")
+    Console().print(table)
+    said = {
+        "command": "python -m experiments.network --plugin=runs/quickstart/plugin",
+        "hardware": hardware(),
+        "exchange_seconds": exchanges,
+        "rate": RATE,
+        "generations": rows,
+    }
+    write_json(Path(OUTPUT.value), said)
+
+
+def over_link(link: Link, backbone: str, plugin: Path, prompts: list[str], new: int) -> list[dict[str, Any]]:
+    """Generations by a cloud on one host and a device on another, one after the other.
+
+    Raises:
+        UserError: hosts are not permitted here.
+    """
+    rows = []
+    with two_hosts(link), tempfile.TemporaryDirectory() as name:
+        log, output = Path(name) / "log", Path(name) / "output"
+        serves = (f"--host={CLOUD}", "--insecure", "--deadline=60")
+        with cloud_process(backbone, *serves, log=log, inside=inside(CLOUD)) as cloud:
+            for prompt in prompts:
+                asks = (
+                    f"--plugin={plugin}", f"--cloud={CLOUD}:{cloud.port}", "--insecure", f"--prompt={prompt}",
+                    f"--max_new_tokens={new}", f"--output={output}",
+                )  # fmt: skip
+                device = inside(DEVICE, sys.executable, "-m", "spa_jax.serve", "device", *asks)
+                subprocess.run(device, check=True, capture_output=True)
+                said = json.loads(output.read_text(encoding="utf-8"))
+                out = float(re.findall(r"([\d.]+) s of questions being out", log.read_text(encoding="utf-8"))[-1])
+                counted = {key: said[key] for key in ("exchanges", "bytes_down", "bytes_up", "degraded")}
+                traffic = Traffic(said["exchanges"], 0, said["bytes_down"], said["bytes_up"])
+                rows.append(
+                    {
+                        "round_trip": link.round_trip,
+                        "loss": link.loss,
+                        "tokens": said["tokens"],
+                        **counted,
+                        "measured_seconds": out - said["device_seconds"],
+                        "predicted_seconds": network_seconds(traffic, Network(link.round_trip, link.rate, link.rate)),
+                    }
+                )
+    return rows
+
+
+def exchange_seconds(size: int) -> dict[str, float]:
+    """Median and 99th percentile of exchanges over loopback, between this process and another one."""
+    return asyncio.run(_exchanges(size))
+
+
+async def _exchanges(size: int) -> dict[str, float]:
+    seconds: list[float] = []
+    question = FromCloud(taps=Taps(step=1, taps=Tensor(values=np.random.default_rng(0).bytes(size))))
+    over = asyncio.Event()
+
+    async def ask(replies: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        for _ in range(WARM + EXCHANGES):
+            began = time.perf_counter()
+            yield question.SerializeToString()
+            FromDevice.FromString(await anext(replies))
+            seconds.append(time.perf_counter() - began)
+        over.set()
+
+    server = grpc.aio.server(options=CLOUD_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(ask)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    device = multiprocessing.get_context("spawn").Process(target=_answer, args=(port,))
+    device.start()
+    await over.wait()
+    await server.stop(grace=1)
+    device.join()
+    counted = seconds[WARM:]
+    return {"median": statistics.median(counted), "p99": float(np.percentile(counted, 99))}
+
+
+def _answer(port: int) -> None:
+    """The device's process."""
+    asyncio.run(_answers(port))
+
+
+async def _answers(port: int) -> None:
+    reply = Reply(step=1, g=Tensor(values=bytes(ANSWER)))
+    outbox: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def say() -> AsyncIterator[bytes]:
+        while True:
+            yield await outbox.get()
+
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", DEVICE_OPTIONS) as channel:
+        async for data in channel.stream_stream(f"/{SERVICE}/{METHOD}")(say()):
+            FromCloud.FromString(data)
+            outbox.put_nowait(FromDevice(reply=reply).SerializeToString())
+
+
+if __name__ == "__main__":
+    command.run(main)
