@@ -63,7 +63,7 @@ class Bench:
         self.authority = trustme.CA()
         self.authority.cert_pem.write_to_path(folder / "ca.pem")
         (folder / "tokens").write_text("good-token\n", encoding="utf-8")
-        self.request = open_message(plugin, [PROMPT], NEW, threshold=0.0 if plugin.config.routed else None)
+        self.request = open_message(plugin, [PROMPT], NEW, threshold=0.0)
         self.steps = in_process(self._local, plugin, self.request).traffic.exchanges
 
     def expected(self, lost: frozenset[int] = frozenset()) -> list[int]:
@@ -264,7 +264,7 @@ async def vanished(site: Site) -> str:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "spa_jax.serve", "device", f"--plugin={site.bench.plugin_directory}", "--tls",
         f"--cloud={site.cloud.address}", f"--ca={site.bench.folder}/ca.pem", f"--prompt={PROMPT}",
-        f"--token_file={site.bench.folder}/token", f"--max_new_tokens={NEW}",
+        f"--token_file={site.bench.folder}/token", f"--max_new_tokens={NEW}", "--threshold=0",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None

@@ -34,11 +34,14 @@ class Link:
         round_trip: seconds, half of it each way.
         rate: bits per second each way.
         loss: probability that a packet is dropped.
+        congestion: TCP's congestion control. `bbr` spreads what it sends over a good part of the round trip; `reno`,
+            which every kernel has, sends at once what its window allows, as the usual `cubic` does.
     """
 
     round_trip: float
     rate: float = 1e9
     loss: float = 0.0
+    congestion: str = "reno"
 
 
 def namespace(address: str) -> str:
@@ -59,7 +62,9 @@ def two_hosts(link: Link) -> Iterator[None]:
             for name in names:
                 _ip("netns", "add", name)
                 stack.callback(_ip, "netns", "del", name)
-            command = [sys.executable, "-m", "experiments.hosts", *names, *map(str, dataclasses.astuple(link))]
+                _ip("netns", "exec", name, "sysctl", "-w", f"net.ipv4.tcp_congestion_control={link.congestion}")
+            numbers = map(str, (link.round_trip, link.rate, link.loss))
+            command = [sys.executable, "-m", "experiments.hosts", *names, *numbers]
             process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             stack.callback(process.kill)
             assert process.stdout is not None
@@ -119,4 +124,4 @@ def relay(names: list[str], link: Link) -> None:
 
 
 if __name__ == "__main__":
-    relay(sys.argv[1:3], Link(*map(float, sys.argv[3:6])))
+    relay(sys.argv[1:3], Link(float(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))

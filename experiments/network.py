@@ -60,16 +60,21 @@ def main() -> None:
     prompts = [pair.source for pair in held_out[:: len(held_out) // PROMPTS][:PROMPTS]]
     rows: list[dict[str, Any]] = []
     try:
-        for delay in DELAYS:
-            backbone = load_plugin(Path(PLUGIN.value)).backbone
-            rows += over_link(Link(delay, RATE), backbone, Path(PLUGIN.value), prompts, NEW)
+        backbone = load_plugin(Path(PLUGIN.value)).backbone
+        for congestion, codec in (("reno", "float32"), ("bbr", "float32"), ("bbr", "int8")):
+            for delay in DELAYS:
+                link = Link(delay, RATE, congestion=congestion)
+                rows += over_link(link, backbone, Path(PLUGIN.value), prompts, NEW, codec)
     except UserError as error:
         Console().print(f"generations between two hosts are left out: {error}")
-    table = Table("round trip", "exchanges", "bytes down", "measured s", "equation 6 s", "ratio")
+    table = Table(
+        "congestion control", "codec", "round trip", "exchanges", "bytes down", "measured s", "equation 6 s", "ratio"
+    )
     for row in rows:
         ratio = row["measured_seconds"] / row["predicted_seconds"]
         seconds = (f"{row[key]:.3f}" for key in ("measured_seconds", "predicted_seconds"))
-        table.add_row(str(row["round_trip"]), str(row["exchanges"]), str(row["bytes_down"]), *seconds, f"{ratio:.2f}")
+        names = (str(row[key]) for key in ("congestion", "codec", "round_trip", "exchanges", "bytes_down"))
+        table.add_row(*names, *seconds, f"{ratio:.2f}")
     Console().print(table)
     said = {
         "command": "python -m experiments.network --plugin=runs/quickstart/plugin",
@@ -81,7 +86,9 @@ def main() -> None:
     write_json(Path(OUTPUT.value), said)
 
 
-def over_link(link: Link, backbone: str, plugin: Path, prompts: list[str], new: int) -> list[dict[str, Any]]:
+def over_link(
+    link: Link, backbone: str, plugin: Path, prompts: list[str], new: int, codec: str = "float32"
+) -> list[dict[str, Any]]:
     """Generations by a cloud on one host and a device on another, one after the other.
 
     Raises:
@@ -95,7 +102,7 @@ def over_link(link: Link, backbone: str, plugin: Path, prompts: list[str], new: 
             for prompt in prompts:
                 asks = (
                     f"--plugin={plugin}", f"--cloud={CLOUD}:{cloud.port}", "--insecure", f"--prompt={prompt}",
-                    f"--max_new_tokens={new}", f"--output={output}",
+                    f"--max_new_tokens={new}", f"--codec={codec}", f"--output={output}",
                 )  # fmt: skip
                 device = inside(DEVICE, sys.executable, "-m", "spa_jax.serve", "device", *asks)
                 subprocess.run(device, check=True, capture_output=True)
@@ -107,6 +114,8 @@ def over_link(link: Link, backbone: str, plugin: Path, prompts: list[str], new: 
                     {
                         "round_trip": link.round_trip,
                         "loss": link.loss,
+                        "congestion": link.congestion,
+                        "codec": codec,
                         "tokens": said["tokens"],
                         **counted,
                         "measured_seconds": out - said["device_seconds"],

@@ -25,6 +25,7 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
+from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.printer import Printer
 from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
 from spa_jax.split.generation import open_message
@@ -56,6 +57,8 @@ CA = flags.DEFINE_string("ca", "", "device: PEM file of the authorities to trust
 TOKEN_FILE = flags.DEFINE_string("token_file", "", "device: file with its token.")
 PROMPT = flags.DEFINE_string("prompt", None, "device: what to answer.")
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "device: read prompts from the terminal.")
+SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "device: by default the plugin's own.")
+THRESHOLD = flags.DEFINE_float("threshold", None, "device: be asked where p(consult) is above it, from 0 to 1.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "device: most tokens to generate.")
 BEAMS = flags.DEFINE_integer("beams", 0, "device: beam search with so many beams; 0 is sampling, or greedy.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "device: of sampling; 0 is greedy.")
@@ -111,6 +114,8 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
         [prompt],
         MAX_NEW_TOKENS.value,
         check_codec(CODEC.value),
+        setting=cast(Setting | None, SETTING.value),
+        threshold=THRESHOLD.value,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check(),
         seed=SEED.value,
         beams=Beams(BEAMS.value) if BEAMS.value else None,
