@@ -39,7 +39,7 @@ from spa_jax.weights.registry import load_backbone
 PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin, such as runs/quickstart/plugin.")
 OUTPUT = flags.DEFINE_string("output", "experiments/results/split_speed.json", "Where to write the result.")
 
-PROMPTS, NEW, REPEATS = 6, 40, 5
+PROMPTS, NEW, REPEATS = 6, 40, 18
 
 
 def main() -> None:
