@@ -69,7 +69,7 @@ def two_hosts(link: Link) -> Iterator[None]:
             stack.callback(process.kill)
             assert process.stdout is not None
             if process.stdout.readline() != "up\n":
-                raise UserError("the link between the hosts did not come up: its own message is above")
+                raise UserError("TUN devices are not permitted here: the link's own message is above")
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"network namespaces and TUN devices are not permitted here: {error}") from error
         yield
