@@ -8,13 +8,8 @@ the device's computing, against equation 6.
 """
 
 import asyncio
-import json
 import multiprocessing
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -27,17 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.ablation import hardware
-from experiments.hosts import CLOUD, DEVICE, Link, inside, two_hosts
+from experiments.hosts import Link
+from experiments.over_link import over_link
 from spa_jax import command
 from spa_jax.data.persona import generate as persona
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.split.channel import Traffic
 from spa_jax.split.grpc_channel import CLOUD_OPTIONS, DEVICE_OPTIONS, METHOD, SERVICE
-from spa_jax.split.latency import network_seconds
-from spa_jax.split.local import cloud_process
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Reply, Taps, Tensor
-from spa_jax.split.simulated import Network
 from spa_jax.weights.plugin import load_plugin
 
 PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin, such as runs/quickstart/plugin.")
@@ -84,45 +76,6 @@ def main() -> None:
         "generations": rows,
     }
     write_json(Path(OUTPUT.value), said)
-
-
-def over_link(
-    link: Link, backbone: str, plugin: Path, prompts: list[str], new: int, codec: str = "float32"
-) -> list[dict[str, Any]]:
-    """Generations by a cloud on one host and a device on another, one after the other.
-
-    Raises:
-        UserError: hosts are not permitted here.
-    """
-    rows = []
-    with two_hosts(link), tempfile.TemporaryDirectory() as name:
-        log, output = Path(name) / "log", Path(name) / "output"
-        serves = (f"--host={CLOUD}", "--insecure", "--deadline=60")
-        with cloud_process(backbone, *serves, log=log, inside=inside(CLOUD)) as cloud:
-            for prompt in prompts:
-                asks = (
-                    f"--plugin={plugin}", f"--cloud={CLOUD}:{cloud.port}", "--insecure", f"--prompt={prompt}",
-                    f"--max_new_tokens={new}", f"--codec={codec}", f"--output={output}",
-                )  # fmt: skip
-                device = inside(DEVICE, sys.executable, "-m", "spa_jax.serve", "device", *asks)
-                subprocess.run(device, check=True, capture_output=True)
-                said = json.loads(output.read_text(encoding="utf-8"))
-                out = float(re.findall(r"([\d.]+) s of questions being out", log.read_text(encoding="utf-8"))[-1])
-                counted = {key: said[key] for key in ("exchanges", "bytes_down", "bytes_up", "degraded")}
-                traffic = Traffic(said["exchanges"], 0, said["bytes_down"], said["bytes_up"])
-                rows.append(
-                    {
-                        "round_trip": link.round_trip,
-                        "loss": link.loss,
-                        "congestion": link.congestion,
-                        "codec": codec,
-                        "tokens": said["tokens"],
-                        **counted,
-                        "measured_seconds": out - said["device_seconds"],
-                        "predicted_seconds": network_seconds(traffic, Network(link.round_trip, link.rate, link.rate)),
-                    }
-                )
-    return rows
 
 
 def exchange_seconds(size: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ from tiny_split import random_plugin
 
 pytest.importorskip("trustme")
 
-from experiments.faults import FAULTS, NEW, Bench, observe
+from experiments.fault_bench import FAULTS, NEW, Bench, observe
 from spa_jax.weights.plugin import save_plugin
 from spa_jax.weights.registry import load_backbone
 

@@ -4,7 +4,7 @@ import pytest
 from tiny_split import random_plugin
 
 from experiments.hosts import Link
-from experiments.network import over_link
+from experiments.over_link import over_link
 from spa_jax.errors import UserError
 from spa_jax.weights.plugin import save_plugin
 from spa_jax.weights.registry import load_backbone
