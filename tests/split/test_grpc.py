@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import jax
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny_split import make_plugin, random_plugin
 
 from spa_jax.decoding.beam import Beams
@@ -232,6 +233,30 @@ def test_more_sessions_than_there_is_room_for_are_refused_by_kind(cloud, plugin,
             return second
 
     assert run(cloud, scenario, Limits(sessions=1, deadline=30)).refusal.kind == "overloaded"
+
+
+def test_a_health_check_finds_the_service(cloud):
+    async def scenario(port):
+        async with connected(port) as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            return await check(health_pb2.HealthCheckRequest(service=SERVICE))
+
+    assert run(cloud, scenario).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_second_stream_of_a_session_takes_the_place_of_the_first(cloud, request_of):
+    async def scenario(port):
+        async with connected(port) as channel:
+            first = Stream(channel, FromDevice(open=request_of()))
+            session = (await first.hear()).opened.session
+            second = Stream(channel, FromDevice(reopen=Reopen(session=session)))
+            assert (await second.hear()).opened.session == session
+            while await first.hear() is not None:
+                pass
+            assert (await second.hear()).HasField("taps")
+            second.say(FromDevice(cancel=Cancel()))
+
+    run(cloud, scenario)
 
 
 def test_memory_is_bounded_and_one_generation_that_needs_more_is_told_so(cloud, plugin, request_of):
