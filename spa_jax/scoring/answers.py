@@ -1,0 +1,44 @@
+"""Exact match and F1 of short answers, as the scorer of CoQA (Reddy et al. 2019) and SQuAD counts them."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def words(text: str) -> list[str]:
+    """The words that count: lower case, without punctuation and without the articles a, an, the."""
+    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1 where the words are the same, else 0."""
+    return float(words(prediction) == words(reference))
+
+
+def f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the words, with their multiplicity; where either side has none, whether
+    both have none."""
+    said, wanted = words(prediction), words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    common = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * common / (len(said) + len(wanted))
+
+
+def against_humans(score: Callable[[str, str], float], prediction: str, references: Sequence[str]) -> float:
+    """The best score over the references; of several, the mean over leaving each of them out, so that a person's
+    answer, which can only be held against the others', is scored alike.
+
+    Raises:
+        ValueError: there is no reference.
+    """
+    scores = [score(prediction, reference) for reference in references]
+    if not scores:
+        raise ValueError("an answer is scored against at least one reference")
+    if len(scores) == 1:
+        return scores[0]
+    return sum(max(scores[:left] + scores[left + 1 :]) for left in range(len(scores))) / len(scores)
