@@ -100,8 +100,8 @@ def outcomes_of(plugin: Plugin, data: Path) -> tuple[Outcomes, Float[np.ndarray,
     for rows in plan(examples, BATCH):
         outcomes, entropy, weights = jax.device_get(step(plugin.params, backbone.params, collate(examples, rows)))
         parts.append([leaf[weights > 0] for leaf in (*outcomes, entropy)])
-    *leaves, entropy = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
-    return Outcomes(*leaves), entropy
+    columns: list[Any] = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+    return Outcomes(*columns[:-1]), columns[-1]
 
 
 if __name__ == "__main__":
