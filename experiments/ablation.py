@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import default
-from spa_jax.data.tasks import Pair, read_json_lines
+from spa_jax.data.pairs import Pair, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.llama import Llama
@@ -23,7 +23,8 @@ from spa_jax.models.plugin import PluginConfig, count_params, init_plugin
 from spa_jax.training import loop
 from spa_jax.training.config import RunConfig, parse
 from spa_jax.training.evaluation import Evaluator, threshold_for
-from spa_jax.training.run import make_encoder, open_tap_cache, plugin_config, train
+from spa_jax.training.rows import make_encoder
+from spa_jax.training.run import open_tap_cache, plugin_config, train
 from spa_jax.training.step import make_eval_step
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import load_plugin

@@ -22,8 +22,8 @@ from rich.table import Table
 from experiments.ablation import SHARE, hardware
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
+from spa_jax.data.pairs import read_json_lines
 from spa_jax.data.pipeline import collate, plan
-from spa_jax.data.tasks import read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.llama import Llama, Params

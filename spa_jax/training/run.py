@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import random
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spa_jax.data.encoding import Encoder, Example
+from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate, plan
-from spa_jax.data.tasks import Pair, embedded_persona, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.llama import Llama, Params
@@ -28,10 +26,11 @@ from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
 from spa_jax.training import loop
 from spa_jax.training.checkpoint import Checkpoints
-from spa_jax.training.config import DataConfig, RunConfig
+from spa_jax.training.config import RunConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
+from spa_jax.training.rows import load_pairs, make_encoder
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.training.tap_cache import Layout, TapCache
 from spa_jax.weights.backbone import Backbone
@@ -41,39 +40,6 @@ from spa_jax.weights.registry import cache_directory, load_backbone
 log = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-
-
-def load_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and evaluation rows.
-
-    Raises:
-        UserError: an unreadable file, or too few rows to hold any out.
-    """
-    if not config.train:
-        if config.eval:
-            raise UserError(
-                "data.eval is set but data.train is not: the embedded persona brings its own held-out phrasings"
-            )
-        return embedded_persona(config.persona_seed, config.phrasings)
-    train = read_json_lines(config.train)
-    if config.eval:
-        return train, read_json_lines(config.eval)
-    held_out = round(config.eval_fraction * len(train))
-    if not 0 < held_out < len(train):
-        raise UserError(
-            f"{len(train)} rows in {config.train} are too few to hold out data.eval_fraction={config.eval_fraction:g}: "
-            "add rows, or name an evaluation file with data.eval"
-        )
-    random.Random(seed).shuffle(train)
-    return train[held_out:], train[:held_out]
-
-
-def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
-    """The prompt format of the config, `auto` resolved."""
-    template = config.template
-    if template == "auto":
-        template = "chat" if backbone.tokenizer.chat_template else "plain"
-    return Encoder(backbone.tokenizer, template, min(config.max_length, backbone.config.max_position_embeddings))
 
 
 def plugin_config(config: RunConfig, backbone: Backbone) -> PluginConfig:
