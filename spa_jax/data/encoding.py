@@ -119,10 +119,8 @@ class Encoder:
         Raises:
             UserError: all but the first source leave no room for it.
         """
-        answers = [np.array(self.target(turn.target), np.int32) for turn in pair.turns]
-        between = [np.array(self.follow_up(turn.source), np.int32) for turn in pair.later]
+        answers, between, room = self._parts(pair)
         rest = sum(map(len, answers)) + sum(map(len, between)) - 1
-        room = self.max_length - max(rest, rest - len(answers[-1]) + 1 + self.reserve)
         source, prompt = self.fit(pair.source, room)
         if len(prompt) > self.max_length - rest:
             long = "later turns have" if pair.later else "target has"
@@ -138,6 +136,26 @@ class Encoder:
             end += len(answer) + (0 if question is None else len(question))
         example = Example(np.concatenate(parts), np.concatenate(predict), np.concatenate(answers))
         return example, source != pair.source
+
+    def encode_after(self, shown: Pair, pair: Pair) -> Example:
+        """The example of a row with another one before it, as a demonstration none of whose answers is a target.
+
+        Either is cut as it would be alone, so together they have up to twice `max_length` tokens.
+        """
+        first, second = (
+            dataclasses.replace(one, source=self.fit(one.source, self._parts(one)[2])[0]) for one in (shown, pair)
+        )
+        talk = dataclasses.replace(first, later=(*first.later, dataclasses.replace(second, later=()), *second.later))
+        example, _ = dataclasses.replace(self, max_length=2 * self.max_length, reserve=0).encode(talk)
+        count = sum(len(self.target(turn.target)) for turn in pair.turns)
+        return Example(example.tokens, example.predict[-count:], example.targets[-count:])
+
+    def _parts(self, pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+        """Tokens of the answers, of the questions between them, and the room they leave to the first prompt."""
+        answers = [np.array(self.target(turn.target), np.int32) for turn in pair.turns]
+        between = [np.array(self.follow_up(turn.source), np.int32) for turn in pair.later]
+        others = sum(map(len, answers[:-1])) + sum(map(len, between))
+        return answers, between, self.max_length - others - max(len(answers[-1]) - 1, self.reserve)
 
     def encode_all(self, pairs: Sequence[Pair]) -> tuple[list[Example], int]:
         """All examples in order, and how many sources were cut to fit."""

@@ -84,7 +84,7 @@ _SCIQ: dict[str, Any] = {
     "hub": ("allenai/sciq", None),
     "columns": {"question": "string", "correct_answer": "string"},
     "new_tokens": 24,
-    "scores": "rouge",
+    "scores": "answers",
     "sizes": {"small": 5_000, "medium": 10_000},
     "paper_full": 13_679,
 }

@@ -2,7 +2,7 @@
 
 import random
 
-from spa_jax.data.encoding import Encoder, Template
+from spa_jax.data.encoding import Encoder
 from spa_jax.data.pairs import Pair, embedded_persona, read_json_lines
 from spa_jax.data.tasks import find_task, load_split, nested
 from spa_jax.errors import UserError
@@ -52,15 +52,21 @@ def _load_task(config: DataConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
-    """The prompt format of the config, `auto` and a length of 0 resolved."""
-    template = config.template
+    """The encoder of the run's rows."""
+    return task_encoder(backbone, config.template, config.task, config.max_length)
+
+
+def task_encoder(backbone: Backbone, template: str, task: str, max_length: int = 0) -> Encoder:
+    """The encoder of a task's rows, or with an empty name of a file's.
+
+    Args:
+        backbone: has the tokenizer, and bounds the length.
+        template: of prompts; `auto` is `chat` where the tokenizer has a template.
+        task: by name.
+        max_length: of a row; 0 is the task's, or 1024.
+    """
     if template == "auto":
         template = "chat" if backbone.tokenizer.chat_template else "plain"
-    return task_encoder(backbone, template, config.task, config.max_length)
-
-
-def task_encoder(backbone: Backbone, template: Template, task: str, max_length: int = 0) -> Encoder:
-    """The encoder of a task's rows, or with an empty name of a file's; a length of 0 is the task's, or 1024."""
     found = find_task(task) if task else None
     length = max_length or (found.max_length if found else DEFAULT_LENGTH)
     limit = min(length, backbone.config.max_position_embeddings)
