@@ -52,7 +52,7 @@ def run_rows(table: Mapping[str, Keys], fixed: Keys, workdir: Path, output: Path
     backbone = load_backbone(default.get_config().backbone)
     data = workdir / "data"
     fixed = {"data.train": str(data / "train.jsonl"), "data.eval": str(data / "validation.jsonl"), **fixed}
-    reference = _size(_config(fixed), backbone)
+    reference = size_of(_config(fixed), backbone)
     results = {}
     for name, keys in table.items():
         done = workdir / "rows" / f"{name}.json"
@@ -120,10 +120,11 @@ def matched(config: RunConfig, backbone: Backbone, size: int) -> RunConfig:
     step = 2 * config.side.heads if config.side.kind == "transformer" else 1
     widths = range(step, 257, step)
     candidates = [dataclasses.replace(config, side=dataclasses.replace(config.side, width=width)) for width in widths]
-    return min(candidates, key=lambda candidate: abs(_size(candidate, backbone) - size))
+    return min(candidates, key=lambda candidate: abs(size_of(candidate, backbone) - size))
 
 
-def _size(config: RunConfig, backbone: Backbone) -> int:
+def size_of(config: RunConfig, backbone: Backbone) -> int:
+    """Trainable parameters."""
     plugin: PluginConfig = plugin_config(config, backbone)
     return count_params(init_plugin(plugin, abstract=True))
 

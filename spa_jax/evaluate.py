@@ -28,6 +28,7 @@ SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Of 
 LIMIT = flags.DEFINE_integer("limit", 0, "Generate for the first so many questions; 0 is all.")
 SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
 THRESHOLD = flags.DEFINE_float("threshold", None, "Ask the device where p(consult) is above it, from 0 to 1.")
+BUDGET = flags.DEFINE_float("budget", 0.0, "Instead, ask for at most this share of the validation split's tokens.")
 BEAMS = flags.DEFINE_integer("beams", 4, "Width of the beam search; 1 is greedy.")
 LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Of beam search: above 0 favours longer answers.")
 SHOTS = flags.DEFINE_integer("shots", 0, "Training rows to show before each question: 0 or 1.")
@@ -55,8 +56,8 @@ def main() -> None:
     plugin = load_plugin(Path(PLUGIN.value)) if PLUGIN.value is not None else None
     config = EvaluationConfig(
         TASK.value, DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
-        THRESHOLD.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value, BATCH_SIZE.value,
-        EFFECT.value,
+        THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,
+        BATCH_SIZE.value, EFFECT.value,
     )  # fmt: skip
     backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
     show(evaluate(config, backbone, plugin, Path(OUTPUT.value)))

@@ -275,7 +275,7 @@ def normalize_taps(
     Raw taps grow 300-fold over the depth of SmolLM2; normalised they are what the next block itself works on.
     """
     scales = jnp.concatenate([params["blocks"]["attention_norm"]["scale"], params["norm"]["scale"][None]])
-    return rms_norm(taps, scales[jnp.array(tap_list), None, None, :], config.rms_norm_eps)
+    return rms_norm(taps, scales[jnp.array(tap_list, jnp.int32), None, None, :], config.rms_norm_eps)
 
 
 def init_params(config: LlamaConfig, seed: int = 0, abstract: bool = False) -> Params:

@@ -31,7 +31,7 @@ from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
 from spa_jax.scoring.scores import score
 from spa_jax.training import loop
 from spa_jax.training.config import TAP_CACHE_GIB
-from spa_jax.training.evaluation import Evaluator
+from spa_jax.training.evaluation import Evaluator, threshold_for
 from spa_jax.training.rows import task_encoder
 from spa_jax.training.step import make_eval_step
 from spa_jax.training.tap_cache import Layout, TapCache
@@ -55,6 +55,7 @@ class EvaluationConfig:
         limit: generate for the first so many questions, in whole rows; 0 for all. Losses are of the whole split.
         setting: what enters the LM head; None for the plugin's own.
         threshold: the device is asked where p(consult) is above it; None for the plugin's own.
+        budget: instead, the largest share of the validation split's target tokens to ask for; 0 for none.
         beams: width of the beam search; 1 is greedy.
         length_penalty: of the search.
         shots: training rows to show before each question, 0 or 1.
@@ -69,6 +70,7 @@ class EvaluationConfig:
     limit: int = 0
     setting: Setting | None = None
     threshold: float | None = None
+    budget: float = 0.0
     beams: int = 4
     length_penalty: float = 1.0
     shots: int = 0
@@ -77,6 +79,8 @@ class EvaluationConfig:
     effect: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.budget <= 1 or (self.budget and self.threshold is not None):
+            raise UserError(f"budget is {self.budget}, but must lie between 0 and 1, and takes the place of threshold")
         if self.shots not in (0, 1) or self.limit < 0 or self.beams < 1 or self.batch_size < 1 or self.max_length < 0:
             raise UserError(
                 f"shots ({self.shots}) is 0 or 1, limit ({self.limit}) and max_length ({self.max_length}) are at least "
@@ -98,9 +102,13 @@ def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: Plugin | None
     Raises:
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
     """
-    task, model = find_task(config.task), FusedModel(backbone, plugin, config.setting, config.threshold)
-    template = plugin.template if plugin else "auto"
-    encoder = task_encoder(backbone, template, config.task, config.max_length)
+    task = find_task(config.task)
+    encoder = task_encoder(backbone, plugin.template if plugin else "auto", config.task, config.max_length)
+    threshold = config.threshold
+    if config.budget:
+        held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
+        threshold = _threshold(backbone, plugin, held_out, config)
+    model = FusedModel(backbone, plugin, config.setting, threshold)
     pairs = load_split(config.task, config.directory, config.split)
     examples, cut = encoder.encode_all(pairs)
     if config.shots:
@@ -196,6 +204,23 @@ def _losses(
         features = [one for _, one in loop.run_backbone(Llama(backbone.config), backbone.params, batch_size, examples)]
         total = sum(float(np.sum(one.base_loss * one.weights)) for one in features)
         return {"loss/base": total / sum(float(np.sum(one.weights)) for one in features)}
+    name = plugin.config.setting if model.setting == "base" else model.setting
+    return _evaluator(backbone, plugin, examples, batch_size, name, model.threshold)(plugin.params)
+
+
+def _threshold(
+    backbone: Backbone, plugin: Plugin | None, held_out: Sequence[Example], config: EvaluationConfig
+) -> float:
+    if plugin is None or not plugin.config.routed:
+        raise UserError("a budget sets a router's threshold, and there is no router: leave it out")
+    evaluator = _evaluator(backbone, plugin, held_out, config.batch_size, plugin.config.setting, 0.5)
+    return threshold_for(np.asarray(evaluator.outcomes(plugin.params).probability), config.budget)
+
+
+def _evaluator(
+    backbone: Backbone, plugin: Plugin, examples: Sequence[Example], batch_size: int, name: str, threshold: float
+) -> Evaluator:
+    """Of these examples, whose features are in the tap cache when this returns."""
     side, dtype = plugin.config.side, jax.tree.leaves(backbone.params)[0].dtype
     llama = Llama(backbone.config, side.taps, dtype)
     layout = Layout(backbone.fingerprint, side.taps, plugin.config.hidden_size, dtype.name, side.attends)
@@ -203,8 +228,7 @@ def _losses(
     cache.check_room(examples, TAP_CACHE_GIB)
     loop.fill_cache(cache, llama, backbone.params, batch_size, examples)
     step = make_eval_step(plugin.config, llama)
-    name = plugin.config.setting if model.setting == "base" else model.setting
-    return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, model.threshold)(plugin.params)
+    return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, threshold)
 
 
 def _identity(config: EvaluationConfig, model: FusedModel, questions: Sequence[Question]) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         "params/trainable": trainable,
         "params/trainable_percent": 100 * trainable / total,
         "data/train_examples": len(examples),
+        "data/train_questions": sum(len(pair.turns) for pair in pairs[0]),
         "data/held_out_examples": len(held_out),
         "data/sources_cut": cut + cut_held_out,
         **timing,
