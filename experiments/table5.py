@@ -39,8 +39,8 @@ def report(bench: Bench) -> None:
             found = number(bench.summary(Training(task, size)), "data/train_questions", paper)
             entries[size][task] = found
     notes = [
-        "Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller one is "
-        "part of every larger one.",
+        "Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller one "
+        "is part of every larger one.",
     ]
     write(bench, "table5", "Table 5: training sizes", by_size(bench, entries), notes, plot=False)
 

@@ -67,6 +67,26 @@ def side_effect(
     }
 
 
+def alternatives(model: FusedModel, generated: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
+    """What f alone would have chosen in the place of each generated token.
+
+    Args:
+        model: that generated them.
+        generated: prompt and new tokens of each.
+    """
+    examples = [_example(*one) for one in generated]
+
+    @jax.jit
+    def step(frozen: Params, batch: Any) -> jax.Array:
+        return best_tokens(model.model, frozen, extract(model.model, frozen, batch, everywhere=False).hidden)
+
+    found = []
+    for row, example in enumerate(examples):
+        best = step(model.backbone.params, collate(examples, np.array([row])))
+        found.append(np.asarray(best)[0, : len(example.predict)].tolist())
+    return found
+
+
 def _example(prompt: list[int], new: list[int]) -> Example:
     tokens = np.array([*prompt, *new[:-1]], np.int32)
     return Example(tokens, np.arange(len(prompt) - 1, len(tokens), dtype=np.int32), np.array(new, np.int32))

@@ -141,7 +141,7 @@ def _last_timing(workdir: Path) -> dict[str, float]:
     """The timing in summary.json, for a run that has nothing left to do."""
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        return {name: summary[name] for name in loop.TIMING}
+        return {name: summary[name] for name in (*loop.TIMING, "data/backbone_passes") if name in summary}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -173,7 +173,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
     model = Llama(backbone.config, plugin.side.taps, dtype)
     frozen = backbone.params
     source: loop.Collate = collate
+    passes: dict[str, float] = {}
     if cache is not None:
+        passes = {"data/backbone_passes": len(cache.missing(every))}
         loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
         source = cache.collate
 
@@ -195,6 +197,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
             state, timing = loop.train(
                 config, state, frozen, examples, source, train_step, evaluate, checkpoints, metrics_path
             )
+            timing |= passes
         best = checkpoints.restore(state, best=True)
     params = {name: leaves for name, leaves in (best or state).params.items() if name != "folds"}
     plugin = dataclasses.replace(plugin, threshold=evaluate.threshold_of(evaluate.outcomes(params)))
