@@ -85,12 +85,12 @@ def load_trained(directory: Path) -> Plugin | PeftPlugin:
     Raises:
         UserError: nothing of that kind there, another format version, or a damaged file.
     """
-    if (directory / PEFT_CONFIG).is_file():
-        return load_lora(directory)
     try:
         setting = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["config"]["setting"]
     except (OSError, ValueError, KeyError, TypeError):
-        setting = None  # whatever is wrong, `load_plugin` says it
+        setting = None  # whatever is wrong, the reader says it
+    if setting == "lora" or (directory / PEFT_CONFIG).is_file():
+        return load_lora(directory)
     return load_adapter(directory) if setting == "adapter" else load_plugin(directory)
 
 
@@ -177,7 +177,7 @@ def load_lora(directory: Path) -> PeftPlugin:
     params = _from_peft(directory / PEFT_WEIGHTS)
     config = PeftConfig("lora", rank, alpha, tuple(params))
     if not (directory / CONFIG).exists():
-        return PeftPlugin(config, params, str(described.get("base_model_name_or_path") or ""), "", "")
+        return PeftPlugin(config, params, str(described.get("base_model_name_or_path") or "unknown"), "", "")
     return PeftPlugin(config, params, *_origin(read_description(directory / CONFIG, DESCRIPTIONS["lora"])))
 
 
