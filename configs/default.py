@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "threshold": 0.5,
                 "budget": 0.0,
             },
+            "peft": {"rank": 24, "alpha": 48.0, "targets": "q,v", "width": 48, "remat": "full"},
             "data": {
                 "task": "",
                 "directory": "",

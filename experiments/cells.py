@@ -17,12 +17,13 @@ from experiments.scales import BATCH_SIZE, BEAMS, EPOCHS, LEARNING_RATES, Scale
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.combine import Setting
+from spa_jax.models.peft import rank_for
 from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, summarize
 from spa_jax.scoring.predictions import Prediction, read_predictions
 from spa_jax.training.config import RunConfig, parse
-from spa_jax.training.run import train
+from spa_jax.training.run import peft_config, train
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.plugin import load_plugin
+from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
 THROUGH = ("lora", "adapter")
@@ -136,13 +137,22 @@ class Bench:
         rate = self._rate(training)
         return self._train_at(training, rate, training.name)
 
+    @property
+    def may_run(self) -> bool:
+        """Whether what is not done yet may be done."""
+        return self._run
+
+    def kept(self, path: Path) -> dict[str, Any] | None:
+        """What a measurement has left there, if anything."""
+        return _read(path) if path.exists() else None
+
     def done(self, cell: Cell) -> bool:
         return (self.results / "cells" / f"{cell.name}.json").exists()
 
     def _evaluate(self, cell: Cell, path: Path) -> None:
         plugin = None
         if cell.training is not None:
-            plugin = load_plugin(self.train(cell.training) / "plugin")
+            plugin = load_trained(self.train(cell.training) / "plugin")
         log.info("cell %s", cell.name)
         config = EvaluationConfig(
             cell.task, self._directory(cell.task), limit=self.scale.questions[cell.task], setting=_setting(cell),
@@ -201,8 +211,11 @@ class Bench:
             train={"epochs": training.epochs, "batch_size": BATCH_SIZE, "log_every": 100},
             optimizer={"learning_rate": rate},
         )
+        plain = size_of(parse({**config.to_dict(), "setting": "spa"}), self.backbone)
+        if training.setting in THROUGH:
+            peft = rank_for(peft_config(parse(config.to_dict())), self.backbone.config, plain)
+            config.peft.update(rank=peft.rank, alpha=peft.alpha, width=peft.rank)
         if training.kind == "transformer":
-            plain = size_of(parse(config.to_dict()), self.backbone)
             config.side.update(kind="transformer", heads=2, init="pruned")
             return matched(parse(config.to_dict()), self.backbone, plain)
         return parse(config.to_dict())

@@ -18,12 +18,13 @@ from spa_jax import command
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.peft import Method, Peft, PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split.channel import Answer, Traffic
 from spa_jax.split.generation import generate, open_message
 from spa_jax.split.latency import network_seconds
-from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseConfig, LayerwiseDevice, Method, init_adapters
+from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
 from spa_jax.split.messages_pb2 import Layer, Reply, Taps
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
@@ -91,8 +92,8 @@ def count_spa(backbone: Backbone, setting: Setting, taps: tuple[int, ...], codec
 
 def count_layers(backbone: Backbone, method: Method) -> Traffic:
     """Traffic of 50 tokens after the first, which comes with the prompt."""
-    config = LayerwiseConfig(method, 2, backbone.config)
-    device = LayerwiseDevice(config, init_adapters(config), "bfloat16")
+    config = PeftConfig(method, 2)
+    device = LayerwiseDevice(Peft(config, init_peft(config, backbone.config)), backbone.config, "bfloat16")
     channel = Counter(device.answer, layers=True)
     _, traffic = LayerwiseCloud(backbone, config, "bfloat16", channel).generate(PROMPT, NEW + 1)
     return traffic

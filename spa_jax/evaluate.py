@@ -17,7 +17,7 @@ from spa_jax.data.tasks import TASKS, Split
 from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
-from spa_jax.weights.plugin import load_plugin
+from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
@@ -53,7 +53,7 @@ def main() -> None:
         raise UserError("both --task=NAME and --output=DIR are needed")
     if PLUGIN.value is None and BACKBONE.value is None:
         raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
-    plugin = load_plugin(Path(PLUGIN.value)) if PLUGIN.value is not None else None
+    plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
     config = EvaluationConfig(
         TASK.value, DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
         THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,

@@ -37,7 +37,8 @@ from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import CODECS, REPLIES, Codec, ReplyMode
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.plugin import Plugin, load_plugin
+from spa_jax.weights.peft import PeftPlugin, load_trained
+from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
@@ -188,12 +189,12 @@ def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt
 
 
 def responder(
-    backbone: Backbone, plugin: Plugin | None, sampling: Sampling, beams: Beams | None
+    backbone: Backbone, plugin: Plugin | PeftPlugin | None, sampling: Sampling, beams: Beams | None
 ) -> Callable[[list[int], Any], Tokens]:
     """What answers a prompt's tokens, by `--channel`.
 
     Raises:
-        UserError: a channel without a plugin, or a network that makes no sense.
+        UserError: a channel without a side network at its end, or a network that makes no sense.
     """
     if CHANNEL.value == "none":
         if REPLY.value != "correction":
@@ -202,6 +203,11 @@ def responder(
         return functools.partial(fused_answer, model, sampling, beams)
     if plugin is None:
         raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
+    if isinstance(plugin, PeftPlugin):
+        raise UserError(
+            f"--channel={CHANNEL.value} leads to a side network, and a '{plugin.config.setting}' works within the "
+            "backbone: use --channel=none (experiments.table2_network counts what its layers would exchange)"
+        )
     plugin.check(backbone)
     head = head_for(plugin, backbone)
     if CHANNEL.value == "grpc":
@@ -231,15 +237,17 @@ def main() -> None:
     if BEAMS.value and TEMPERATURE.value:
         raise UserError("--beams searches and --temperature samples: give one of them")
     beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
-    plugin = load_plugin(Path(PLUGIN.value)) if PLUGIN.value is not None else None
+    plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
     backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
     with CHILDREN:
         answer_all(responder(backbone, plugin, sampling, beams), backbone, plugin)
 
 
-def answer_all(respond: Callable[[list[int], Any], Tokens], backbone: Backbone, plugin: Plugin | None) -> None:
+def answer_all(
+    respond: Callable[[list[int], Any], Tokens], backbone: Backbone, plugin: Plugin | PeftPlugin | None
+) -> None:
     """Answers the prompt of the flags, or those typed in."""
-    template = plugin.template if plugin else ("chat" if backbone.tokenizer.chat_template else "plain")
+    template = (plugin.template if plugin else "") or ("chat" if backbone.tokenizer.chat_template else "plain")
     encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
     if PROMPT.value is not None:
         result = answer(respond, encoder, PROMPT.value)

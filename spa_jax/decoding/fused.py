@@ -5,7 +5,7 @@ tokens, N most new tokens, D width.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
 from spa_jax.models.llama import PADDING, Cache, Llama, LlamaOutput, Params, normalize_taps, positions_from_mask
+from spa_jax.models.peft import Method, Peft
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import Plugin
 
 
@@ -43,11 +45,15 @@ class FusedModel:
     """A backbone with an optional plugin, ready to generate."""
 
     def __init__(
-        self, backbone: Backbone, plugin: Plugin | None, setting: Setting | None = None, threshold: float | None = None
+        self,
+        backbone: Backbone,
+        plugin: Plugin | PeftPlugin | None,
+        setting: Setting | None = None,
+        threshold: float | None = None,
     ) -> None:
         """Args:
             backbone: the frozen model.
-            plugin: None for the backbone alone.
+            plugin: None for the backbone alone. A LoRA or Adapter counts as consulted for every token.
             setting: what enters the LM head; by default the plugin's own. `base`, and `s1` of a plugin trained as `spa`
             or
                 `s3` of one trained as `s2`, need nothing the plugin does not have.
@@ -57,8 +63,11 @@ class FusedModel:
             UserError: the plugin is of another backbone, or cannot run in that setting.
         """
         self.setting, self.threshold = check_setting(backbone, plugin, setting, threshold)
-        self.backbone, self.plugin = backbone, plugin
-        taps = plugin.config.side.taps if plugin and self.setting != "base" else ()
+        self.backbone, self._params = backbone, (backbone.params, plugin.params if plugin else {})
+        used = plugin if self.setting != "base" else None
+        self.plugin = used if isinstance(used, Plugin) else None
+        self._peft = used.config if isinstance(used, PeftPlugin) else None
+        taps = self.plugin.config.side.taps if self.plugin else ()
         dtype = jax.tree.leaves(backbone.params)[0].dtype
         self.model = Llama(backbone.config, taps, dtype)
         self._prefill = jax.jit(self._run_prompt, static_argnames=("slots", "room", "beams"))
@@ -124,9 +133,11 @@ class FusedModel:
                 return
             state = self.advance(state, sampling, count + 2)
 
-    @property
-    def _params(self) -> tuple[Params, Params]:
-        return self.backbone.params, self.plugin.params if self.plugin else {}
+    def _run(
+        self, frozen: Params, trainable: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+    ) -> LlamaOutput:
+        peft = Peft(self._peft, trainable) if self._peft else None
+        return self.model.apply({"params": frozen}, tokens, positions, cache, peft)
 
     def _correct(
         self,
@@ -140,7 +151,7 @@ class FusedModel:
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         """f and g `[B,D]` at index `last` `[B]` of the tokens of these rows `[B]`, and the side network's cache."""
         hidden = out.hidden[rows, last]
-        if self.plugin is None or self.setting == "base":
+        if self.plugin is None:
             return hidden, jnp.zeros_like(hidden), side_cache
         config, taps = self.plugin.config, out.taps
         if not config.side.attends:
@@ -166,7 +177,9 @@ class FusedModel:
             sigma = consult(router_logits(trainable, hidden), threshold)
         else:
             sigma = jnp.full(hidden.shape[:1], self.setting != "base")
-        state = combine(self.setting, hidden, g, sigma, offset_of(trainable))
+        state = hidden
+        if self.plugin is not None:
+            state = combine(cast(Setting, self.setting), hidden, g, sigma, offset_of(trainable))
         return choose(self.model, frozen, state, sigma, hypotheses, active, sampling, beams, self.backbone.eos_ids)
 
     def _run_prompt(
@@ -190,9 +203,9 @@ class FusedModel:
         positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
         cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
         side_cache = None
-        if self.plugin is not None and self.setting != "base" and self.plugin.config.side.attends:
+        if self.plugin is not None and self.plugin.config.side.attends:
             side_cache = init_cache(self.plugin.config.side.block, runs, slots, self.model.dtype)
-        out: LlamaOutput = self.model.apply({"params": frozen}, tokens, positions, cache)
+        out = self._run(frozen, trainable, tokens, positions, cache)
         hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, rows, lengths - 1)
         count = beams.width if beams else 1
         hypotheses = begin(groups, count, room, seed, search=beams is not None)
@@ -219,7 +232,7 @@ class FusedModel:
             run, count = active(s), s.hypotheses.tokens.shape[1]
             positions = jnp.repeat(jnp.where(run, s.position, PADDING), count)[:, None]
             tokens = newest(s.hypotheses)[:, None]
-            out: LlamaOutput = self.model.apply({"params": frozen}, tokens, positions, s.cache)
+            out = self._run(frozen, trainable, tokens, positions, s.cache)
             every, only = jnp.arange(len(tokens)), jnp.zeros_like(positions[:, 0])
             hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, every, only)
             hypotheses, parents = self._choose(
@@ -306,8 +319,8 @@ def check_lengths(prompts: Sequence[Sequence[int]], room: int, limit: int) -> In
 
 
 def check_setting(
-    backbone: Backbone, plugin: Plugin | None, setting: Setting | None, threshold: float | None
-) -> tuple[Setting, float]:
+    backbone: Backbone, plugin: Plugin | PeftPlugin | None, setting: Setting | None, threshold: float | None
+) -> tuple[Setting | Method, float]:
     """The setting and threshold to run with; by default the plugin's own.
 
     Raises:
@@ -318,6 +331,11 @@ def check_setting(
             raise UserError(f"setting '{setting}' needs a plugin: name one with --plugin")
         return "base", 0.5
     plugin.check(backbone)
+    if isinstance(plugin, PeftPlugin):
+        trained_as = plugin.config.setting
+        if setting not in (None, "base"):
+            raise UserError(f"a '{trained_as}' cannot run as '{setting}', only as what it is, or as base")
+        return setting or trained_as, plugin.config.threshold
     return check_threshold(plugin.config, setting, threshold)
 
 

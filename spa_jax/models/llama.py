@@ -9,6 +9,7 @@ positions up to its own, so one comparison masks both the future and cache slots
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -23,6 +24,19 @@ Cache = dict[str, jax.Array]
 """Keys and values, `{"k": [B,L,S,K,H], "v": [B,L,S,K,H]}`, rotary embedding applied; see `spa_jax.decoding.cache`."""
 
 Params = dict[str, Any]
+
+Adapt = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(place in a block, its input, its output) -> what the block goes on with in place of that output."""
+
+Remat = Literal["none", "full", "dots"]
+"""What a block keeps of its forward pass for the backward one: everything, its input alone, or products with weights
+too."""
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def unchanged(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The `Adapt` of the backbone alone."""
+    return y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +133,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the given tokens, or over the cache after adding them to it.
-
-    `deltas`, what an adapter elsewhere adds to queries and values before rotation, are `[B,T,N,H]` and `[B,T,K,H]`.
-    """
+    """Grouped-query attention over the given tokens, or over the cache after adding them to it."""
 
     config: LlamaConfig
     dtype: jnp.dtype
@@ -136,16 +147,15 @@ class Attention(nn.Module):
         mask: Bool[Array, "B 1 T S"],
         cache: Cache | None,
         layer: Int[Array, ""],
-        deltas: tuple[jax.Array, jax.Array] | None = None,
+        adapt: Adapt = unchanged,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
 
         def heads(name: str, count: int) -> jax.Array:
-            return nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)(x)
+            dense = nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)
+            return adapt(name, x, dense(x))
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
-        if deltas is not None:
-            q, v = q + deltas[0], v + deltas[1]
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
@@ -156,7 +166,7 @@ class Attention(nn.Module):
             k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False) for name in ("k", "v"))
         mixed = jax.nn.dot_product_attention(q, k.astype(self.dtype), v.astype(self.dtype), mask=mask)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
-        return out(mixed), cache
+        return adapt("o", mixed, out(mixed)), cache
 
 
 class MLP(nn.Module):
@@ -166,14 +176,14 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], adapt: Adapt = unchanged) -> Float[Array, "B T D"]:
         c = self.config
 
-        def dense(name: str, width: int) -> nn.Dense:
-            return nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)
+        def dense(name: str, width: int, x: jax.Array) -> jax.Array:
+            return adapt(name, x, nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)(x))
 
-        gated = nn.silu(dense("gate", c.intermediate_size)(x)) * dense("up", c.intermediate_size)(x)
-        return dense("down", c.hidden_size)(gated)
+        gated = nn.silu(dense("gate", c.intermediate_size, x)) * dense("up", c.intermediate_size, x)
+        return dense("down", c.hidden_size, gated)
 
 
 class Block(nn.Module):
@@ -188,16 +198,18 @@ class Block(nn.Module):
         carry: tuple[jax.Array, jax.Array, Cache | None],
         layer: Int[Array, ""],
         tap_slot: Int[Array, ""],
+        peft: Adapt | None,
         positions: Int[Array, "B T"],
         angles: Float[Array, "B T H/2"],
         mask: Bool[Array, "B 1 T S"],
     ) -> tuple[tuple[jax.Array, jax.Array, Cache | None], None]:
         h, taps, cache = carry
-        eps = self.config.rms_norm_eps
+        eps, adapt = self.config.rms_norm_eps, peft or unchanged
         x = RMSNorm(eps, name="attention_norm")(h)
-        x, cache = Attention(self.config, self.dtype, name="attention")(x, positions, angles, mask, cache, layer)
-        h = h + x
-        h = h + MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h))
+        x, cache = Attention(self.config, self.dtype, name="attention")(x, positions, angles, mask, cache, layer, adapt)
+        h = h + adapt("attention", x, x)
+        x = MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h), adapt)
+        h = h + adapt("mlp", x, x)
         if taps.shape[0]:
             taps = taps.at[tap_slot].set(h, mode="drop")
         return (h, taps, cache), None
@@ -210,20 +222,25 @@ class Llama(nn.Module):
         config: the architecture.
         taps: which of h_0 ... h_L to return, ascending.
         dtype: of activations; parameters are cast to it where they are used.
+        remat: what is kept for the gradient of a `peft`.
     """
 
     config: LlamaConfig
     taps: tuple[int, ...] = ()
     dtype: jnp.dtype = jnp.float32
+    remat: Remat = "none"
 
     def setup(self) -> None:
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         scanned = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )
         self.blocks = scanned(c, self.dtype)
@@ -232,7 +249,11 @@ class Llama(nn.Module):
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        peft: Adapt | None = None,
     ) -> LlamaOutput:
         """Runs tokens at their positions: all of a sequence, a prompt into an empty cache, or the next tokens.
 
@@ -240,6 +261,7 @@ class Llama(nn.Module):
             tokens: token ids, int32.
             positions: absolute position of each token, int32, `PADDING` for padding.
             cache: keys and values of the tokens before; a position at or past its S slots is not stored.
+            peft: what adapts the blocks, a pytree whose leaves have the L blocks first (`spa_jax.models.peft.Peft`).
         """
         c = self.config
         h = self.embed(tokens)
@@ -253,7 +275,7 @@ class Llama(nn.Module):
         keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
         mask = keys <= positions[:, None, :, None]
         layers = jnp.arange(c.num_layers, dtype=jnp.int32)
-        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, positions, angles, mask)
+        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, peft, positions, angles, mask)
         return LlamaOutput(self.norm(h), taps, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

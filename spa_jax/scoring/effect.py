@@ -9,7 +9,7 @@ Along the tokens a model generates greedily, with f the backbone's hidden state 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate, plan
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ROUTED, always
+from spa_jax.models.combine import ROUTED, Setting, always
 from spa_jax.models.llama import Params
 from spa_jax.models.plugin import router_logits
 from spa_jax.models.router import consult
@@ -41,8 +41,8 @@ def side_effect(
     Raises:
         UserError: the model has no side network.
     """
-    plugin, setting = model.plugin, model.setting
-    if plugin is None or setting == "base":
+    plugin, setting = model.plugin, cast(Setting, model.setting)
+    if plugin is None:
         raise UserError("without a side network there is no effect of it to measure: name a plugin")
     config, llama = plugin.config, model.model
 

@@ -35,11 +35,14 @@ from spa_jax.training.evaluation import Evaluator, threshold_for
 from spa_jax.training.rows import task_encoder
 from spa_jax.training.step import make_eval_step
 from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.training.through import scoring
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import cache_directory
 
 PREDICTIONS, SUMMARY = "predictions.jsonl", "evaluation.json"
+AnyPlugin = Plugin | PeftPlugin
 EFFECT_QUESTIONS = 128
 """Of the first so many, what the side network changes."""
 
@@ -96,7 +99,7 @@ class Question(NamedTuple):
     references: tuple[str, ...]
 
 
-def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: Plugin | None, output: Path) -> dict[str, Any]:
+def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: AnyPlugin | None, output: Path) -> dict[str, Any]:
     """Runs or resumes an evaluation, and returns what `evaluation.json` says.
 
     Raises:
@@ -115,7 +118,7 @@ def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: Plugin | None
         shown = _demonstration(encoder, config)
         examples = [encoder.encode_after(shown, pair) for pair in pairs]
     questions = _questions(pairs, examples, config)
-    identity = _identity(config, model, questions)
+    identity = _identity(config, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
     summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
     summary |= _losses(backbone, plugin, model, examples, config.batch_size)
@@ -197,7 +200,7 @@ def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
 
 
 def _losses(
-    backbone: Backbone, plugin: Plugin | None, model: FusedModel, examples: Sequence[Example], batch_size: int
+    backbone: Backbone, plugin: AnyPlugin | None, model: FusedModel, examples: Sequence[Example], batch_size: int
 ) -> dict[str, float]:
     """`loss/...` in nats and `router/usage`, per target token."""
     if plugin is None:
@@ -209,18 +212,23 @@ def _losses(
 
 
 def _threshold(
-    backbone: Backbone, plugin: Plugin | None, held_out: Sequence[Example], config: EvaluationConfig
+    backbone: Backbone, plugin: AnyPlugin | None, held_out: Sequence[Example], config: EvaluationConfig
 ) -> float:
-    if plugin is None or not plugin.config.routed:
+    if not isinstance(plugin, Plugin) or not plugin.config.routed:
         raise UserError("a budget sets a router's threshold, and there is no router: leave it out")
     evaluator = _evaluator(backbone, plugin, held_out, config.batch_size, plugin.config.setting, 0.5)
     return threshold_for(np.asarray(evaluator.outcomes(plugin.params).probability), config.budget)
 
 
 def _evaluator(
-    backbone: Backbone, plugin: Plugin, examples: Sequence[Example], batch_size: int, name: str, threshold: float
+    backbone: Backbone, plugin: AnyPlugin, examples: Sequence[Example], batch_size: int, name: str, threshold: float
 ) -> Evaluator:
-    """Of these examples, whose features are in the tap cache when this returns."""
+    """Of these examples, whose features are in the tap cache when this returns; a LoRA or Adapter can have none."""
+    if isinstance(plugin, PeftPlugin):
+        llama = Llama(backbone.config)
+        collate = scoring(loop.run_backbone(llama, backbone.params, batch_size, examples))
+        step = make_eval_step(plugin.config, llama)
+        return Evaluator(step, backbone.params, examples, collate, batch_size, name, threshold)
     side, dtype = plugin.config.side, jax.tree.leaves(backbone.params)[0].dtype
     llama = Llama(backbone.config, side.taps, dtype)
     layout = Layout(backbone.fingerprint, side.taps, plugin.config.hidden_size, dtype.name, side.attends)
@@ -231,10 +239,11 @@ def _evaluator(
     return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, threshold)
 
 
-def _identity(config: EvaluationConfig, model: FusedModel, questions: Sequence[Question]) -> dict[str, Any]:
+def _identity(
+    config: EvaluationConfig, model: FusedModel, plugin: AnyPlugin | None, questions: Sequence[Question]
+) -> dict[str, Any]:
     """What the predictions depend on, with no place of this machine in it."""
     asked = [hash_of(question.prompt, question.references) for question in questions]
-    plugin = model.plugin
     kept = ("task", "split", "beams", "length_penalty", "shots")
     return {
         **{name: getattr(config, name) for name in kept},

@@ -4,12 +4,12 @@ Every layer then is an exchange: one for LoRA (Hu et al. 2022), where the attent
 device adds to queries and values comes up; two for Adapter (Houlsby et al. 2019), where the output of attention and of
 the feed-forward layer each goes down and what the device adds to it comes up. Greedy, one prompt.
 
-Shape letters: T query length, D width, L blocks, N query heads, K key/value heads, H head width, E adapter width.
+Shape letters: T query length, D width, W numbers that an exchange adds to a position.
 """
 
 import dataclasses
 import functools
-from typing import Literal, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -18,93 +18,62 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.cache import init_cache
+from spa_jax.errors import UserError
 from spa_jax.models.llama import MLP, PADDING, Attention, Cache, Llama, LlamaConfig, Params, rms_norm, rope_frequencies
+from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
 from spa_jax.split import wire
 from spa_jax.split.channel import Channel, Traffic
 from spa_jax.split.messages_pb2 import Layer, Reply
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
 
-Method = Literal["lora", "adapter"]
 
+def places(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
+    """The places of a block that are served by each exchange.
 
-@dataclasses.dataclass(frozen=True)
-class LayerwiseConfig:
-    """An adapter in every layer.
-
-    Attributes:
-        method: `lora` adds x A B to queries and values; `adapter` adds relu(x A) B to the outputs of attention and of
-            the feed-forward layer.
-        rank: E.
-        backbone: shape of the backbone.
+    Raises:
+        UserError: a LoRA on more than the attention's input, which would take more exchanges than are made.
     """
-
-    method: Method
-    rank: int
-    backbone: LlamaConfig
-
-    @property
-    def places(self) -> tuple[tuple[str, ...], ...]:
-        """The adapters of each exchange of a layer."""
-        return (("q", "v"),) if self.method == "lora" else (("attention",), ("mlp",))
-
-    def width(self, name: str) -> int:
-        """Numbers an adapter of that name adds to a position."""
-        c = self.backbone
-        return {"q": c.num_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}.get(name, c.hidden_size)
-
-
-def init_adapters(config: LayerwiseConfig, seed: int = 0) -> Params:
-    """Random float32 adapters `{name: {"a": [L,D,E], "b": [L,E,width]}}`; both factors random, so that they say
-    something."""
-    c, keys = config.backbone, iter(jax.random.split(jax.random.key(seed), 4))
-    names = [name for place in config.places for name in place]
-    shapes = {
-        name: {"a": (c.num_layers, c.hidden_size, config.rank), "b": (c.num_layers, config.rank, config.width(name))}
-        for name in names
-    }
-    return {
-        name: {factor: 0.5 * shape[1] ** -0.5 * jax.random.normal(next(keys), shape) for factor, shape in pair.items()}
-        for name, pair in shapes.items()
-    }
+    if config.setting == "adapter":
+        return tuple((name,) for name in SUBLAYERS)
+    if other := set(config.targets) - {"q", "k", "v"}:
+        raise UserError(f"over a channel LoRA works on q, k and v, not on {', '.join(sorted(other))}")
+    return (config.targets,)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def adapt(
-    config: LayerwiseConfig, codec: Codec, place: int, adapters: Params, layer: Int[Array, ""], x: Encoded
+def answer_layer(
+    config: PeftConfig, codec: Codec, place: int, params: Params, layer: Int[Array, ""], x: Encoded
 ) -> Encoded:
-    """The device's part of an exchange: what its adapters add, side by side, for x `[T,D]`."""
+    """The device's part of an exchange: what is added at its places, side by side, for x `[T,D]`."""
     decoded = wire.decode(x, jnp.float32)
-    added = []
-    for name in config.places[place]:
-        inner = decoded @ adapters[name]["a"][layer]
-        inner = jax.nn.relu(inner) if config.method == "adapter" else inner
-        added.append(inner @ adapters[name]["b"][layer])
-    return wire.encode(codec, jnp.concatenate(added, axis=-1))
+    of_layer = jax.tree.map(lambda leaf: leaf[layer], params)
+    parts = [added(config, of_layer[name], decoded) for name in places(config)[place]]
+    return wire.encode(codec, jnp.concatenate(parts, axis=-1))
 
 
 class LayerwiseDevice:
-    """Adapters that answer the layers of a cloud."""
+    """A LoRA or Adapter that answers the layers of a cloud."""
 
-    def __init__(self, config: LayerwiseConfig, adapters: Params, codec: Codec) -> None:
-        self._config, self._adapters, self._codec = config, adapters, codec
+    def __init__(self, peft: Peft, backbone: LlamaConfig, codec: Codec) -> None:
+        self._peft, self._backbone, self._codec = peft, backbone, codec
 
     def answer(self, message: bytes) -> bytes:
         """Raises:
         WireError: the bytes are no such message."""
         asked = Layer.FromString(message)
-        config = self._config
-        if asked.layer >= config.backbone.num_layers or asked.place >= len(config.places):
+        config = self._peft.config
+        if asked.layer >= self._backbone.num_layers or asked.place >= len(places(config)):
             raise wire.WireError(f"there is no adapter {asked.place} in layer {asked.layer}")
-        x = wire.unpack(self._codec, asked.x, (asked.count, config.backbone.hidden_size))
-        added = adapt(config, self._codec, asked.place, self._adapters, np.int32(asked.layer), x)
-        return Reply(step=asked.step, g=wire.pack(wire.to_host(added))).SerializeToString()
+        x = wire.unpack(self._codec, asked.x, (asked.count, self._backbone.hidden_size))
+        told = answer_layer(config, self._codec, asked.place, self._peft.params, np.int32(asked.layer), x)
+        return Reply(step=asked.step, g=wire.pack(wire.to_host(told))).SerializeToString()
 
 
 class LayerwiseCloud:
     """A backbone that asks a device at every layer."""
 
-    def __init__(self, backbone: Backbone, config: LayerwiseConfig, codec: Codec, channel: Channel) -> None:
+    def __init__(self, backbone: Backbone, config: PeftConfig, codec: Codec, channel: Channel) -> None:
         self._backbone, self._config, self._codec, self._channel = backbone, config, codec, channel
         self._step = 0
 
@@ -129,9 +98,9 @@ class LayerwiseCloud:
         h = frozen["embed"]["embedding"][jnp.asarray(tokens)]
         for layer in range(c.num_layers):
             at = np.int32(layer)
-            if self._config.method == "lora":
-                added = self._ask(layer, 0, _normed(c, frozen, at, h), count)
-                h, cache = _lora_block(c, frozen, at, h, added, positions, cache)
+            if self._config.setting == "lora":
+                told = self._ask(layer, 0, _normed(c, frozen, at, h), count)
+                h, cache = _lora_block(c, self._config.targets, frozen, at, h, told, positions, cache)
             else:
                 mixed, cache = _attention(c, frozen, at, h, positions, cache)
                 h = h + mixed + self._ask(layer, 0, mixed, count)
@@ -144,12 +113,12 @@ class LayerwiseCloud:
         encoded = wire.to_host(wire.encode(self._codec, x[0, :count]))
         message = Layer(step=self._step, layer=layer, place=place, count=count, x=wire.pack(encoded))
         reply = self._channel.exchange(message.SerializeToString())
-        width = sum(map(self._config.width, self._config.places[place]))
+        width = sum(widths(name, self._backbone.config)[1] for name in places(self._config)[place])
         if reply is None:  # a layer cannot do without
             return jnp.zeros((1, x.shape[1], width))
         told = wire.unpack(self._codec, Reply.FromString(reply).g, (count, width))
-        added = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, told)), jnp.dtype(jnp.float32))
-        return jnp.pad(added, ((0, x.shape[1] - count), (0, 0)))[None]
+        decoded = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, told)), jnp.dtype(jnp.float32))
+        return jnp.pad(decoded, ((0, x.shape[1] - count), (0, 0)))[None]
 
 
 def _block(frozen: Params, layer: Int[Array, ""]) -> Params:
@@ -169,14 +138,17 @@ def _attention(
     h: Float[Array, "1 T D"],
     positions: Int[Array, "1 T"],
     cache: Cache,
-    deltas: tuple[jax.Array, jax.Array] | None = None,
+    told: dict[str, Float[Array, "1 T W"]] | None = None,
 ) -> tuple[Float[Array, "1 T D"], Cache]:
+    def adapt(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return y + told[name].reshape(y.shape) if told and name in told else y
+
     params = _block(frozen, layer)
     x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
     mask = jnp.arange(cache["k"].shape[2])[None, None, None, :] <= positions[:, None, :, None]
     attention = Attention(c, jnp.float32)
-    return attention.apply({"params": params["attention"]}, x, positions, angles, mask, cache, layer, deltas)
+    return attention.apply({"params": params["attention"]}, x, positions, angles, mask, cache, layer, adapt)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -187,20 +159,20 @@ def _mlp(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, 
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(6,))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(7,))
 def _lora_block(
     c: LlamaConfig,
+    targets: tuple[str, ...],
     frozen: Params,
     layer: Int[Array, ""],
     h: Float[Array, "1 T D"],
-    added: Float[Array, "1 T W"],
+    told: Float[Array, "1 T W"],
     positions: Int[Array, "1 T"],
     cache: Cache,
 ) -> tuple[Float[Array, "1 T D"], Cache]:
-    split = c.num_heads * c.head_dim
-    queries = added[..., :split].reshape(*added.shape[:2], c.num_heads, c.head_dim)
-    values = added[..., split:].reshape(*added.shape[:2], c.num_kv_heads, c.head_dim)
-    mixed, cache = _attention(c, frozen, layer, h, positions, cache, (queries, values))
+    ends = np.cumsum([widths(name, c)[1] for name in targets])
+    parts = dict(zip(targets, jnp.split(told, ends[:-1], axis=-1)))
+    mixed, cache = _attention(c, frozen, layer, h, positions, cache, parts)
     h = h + mixed
     return h + _mlp(c, frozen, layer, h), cache
 

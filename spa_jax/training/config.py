@@ -9,6 +9,8 @@ from typing import Any, Literal
 from spa_jax.data.encoding import Template
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED
+from spa_jax.models.llama import Remat
+from spa_jax.models.peft import METHODS, TARGETS, Method
 from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
@@ -97,15 +99,36 @@ class RouterOptions(RouterConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class PeftOptions:
+    """`peft.*`, of the settings `lora` and `adapter`.
+
+    Attributes:
+        rank: of LoRA.
+        alpha: of LoRA; what it adds is scaled by alpha / rank.
+        targets: of LoRA, linear maps of a block by comma, such as `q,v`; there are q, k, v, o, gate, up and down.
+        width: of Adapter's bottlenecks.
+        remat: what a block keeps of its forward pass for the backward one: `full` recomputes all of it, `dots` keeps
+            products with weights, `none` keeps everything.
+    """
+
+    rank: int
+    alpha: float
+    targets: str
+    width: int
+    remat: Remat
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run. `dtype` is that of backbone and activations; trainable parameters are float32."""
 
     backbone: str
     dtype: Literal["float32", "bfloat16"]
-    setting: Literal["spa", "s1", "s2", "s3"]
+    setting: Literal["spa", "s1", "s2", "s3"] | Method
     seed: int
     side: SideOptions
     router: RouterOptions
+    peft: PeftOptions
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig
@@ -116,6 +139,9 @@ class RunConfig:
             "seed": 0 <= self.seed < 2**31,
             "side.width": self.side.width > 0,
             "side.heads": self.side.heads > 0,
+            "peft.rank": self.peft.rank > 0,
+            "peft.alpha": 0 < self.peft.alpha < math.inf,
+            "peft.width": self.peft.width > 0,
             "router.budget": 0 <= self.router.budget <= 1,
             "router.margin": math.isfinite(self.router.margin),
             "router.threshold": 0 <= self.router.threshold <= 1,
@@ -154,6 +180,13 @@ class RunConfig:
         if options.objective != "improvement" and (options.cross_fit or options.offset):
             raise UserError(
                 f"router.cross_fit and router.offset go with router.objective='improvement', not '{options.objective}'"
+            )
+        targets = self.peft.targets.split(",")
+        if not set(targets) <= set(TARGETS) or len(set(targets)) < len(targets):
+            raise UserError(f"peft.targets is '{self.peft.targets}': write some of {','.join(TARGETS)}, each once")
+        if self.setting in METHODS and (self.side.kind != "tokenwise" or self.side.init != "random"):
+            raise UserError(
+                f"setting '{self.setting}' has no side network: leave side.kind and side.init at their defaults"
             )
         if self.side.init == "pruned" and self.side.kind != "transformer":
             raise UserError("side.init=pruned copies backbone blocks, which only side.kind=transformer has")

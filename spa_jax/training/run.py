@@ -11,7 +11,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate, plan
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
+from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Llama, Params
+from spa_jax.models.peft import METHODS, PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin, select_taps
 from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
@@ -33,7 +35,9 @@ from spa_jax.training.optimizer import optimizer
 from spa_jax.training.rows import load_pairs, make_encoder
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.training.through import scoring
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.peft import PeftPlugin, save_peft
 from spa_jax.weights.plugin import Plugin, save_plugin
 from spa_jax.weights.registry import cache_directory, load_backbone
 
@@ -43,13 +47,20 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tran
 
 
 def plugin_config(config: RunConfig, backbone: Backbone) -> PluginConfig:
-    """The plugin a run trains."""
+    """The plugin a run of `spa`, `s1`, `s2` or `s3` trains."""
     side = SideConfig(
         config.side.kind, config.side.width, select_taps(config.side.taps, backbone.config), config.side.heads
     )
-    return PluginConfig(
-        config.setting, side, backbone.config.hidden_size, config.router.threshold, config.router.offset
-    )
+    setting = cast(Setting, config.setting)
+    return PluginConfig(setting, side, backbone.config.hidden_size, config.router.threshold, config.router.offset)
+
+
+def peft_config(config: RunConfig) -> PeftConfig:
+    """What a run of `lora` or `adapter` trains."""
+    options = config.peft
+    if config.setting == "lora":
+        return PeftConfig("lora", options.rank, options.alpha, tuple(options.targets.split(",")))
+    return PeftConfig("adapter", options.width)
 
 
 def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: Sequence[list[Example]]) -> None:
@@ -111,8 +122,18 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def trainable_params(config: RunConfig, plugin: PluginConfig, backbone: Backbone) -> Params:
+def backbone_model(config: RunConfig, plugin: PluginConfig | PeftConfig, backbone: Backbone) -> Llama:
+    """The backbone with what a run needs of it."""
+    dtype = jnp.dtype(config.dtype)
+    if isinstance(plugin, PeftConfig):
+        return Llama(backbone.config, (), dtype, remat=config.peft.remat)
+    return Llama(backbone.config, plugin.side.taps, dtype)
+
+
+def trainable_params(config: RunConfig, plugin: PluginConfig | PeftConfig, backbone: Backbone) -> Params:
     """What the optimizer changes: the plugin, and with cross-fitting the side networks of the folds, stacked."""
+    if isinstance(plugin, PeftConfig):
+        return init_peft(plugin, backbone.config, config.seed)
 
     def init(seed: int) -> Params:
         params = init_plugin(plugin, seed, random_router=config.router.objective != "improvement")
@@ -165,12 +186,16 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
             "%d training and %d held-out sources were longer than data.max_length=%d allows and cut at their end",
             cut, cut_held_out, encoder.max_length,
         )  # fmt: skip
-    plugin = plugin_config(config, backbone)
+    plugin = peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
     every = examples + held_out
-    cache = open_tap_cache(config, plugin, backbone, every) if config.tap_cache.enabled else None
+    cache = None
+    if isinstance(plugin, PeftConfig):
+        log.info("'%s' trains through the backbone, which is run at every step: no tap cache", config.setting)
+    elif config.tap_cache.enabled:
+        cache = open_tap_cache(config, plugin, backbone, every)
     open_workdir(workdir, config, backbone, (examples, held_out))
 
-    model = Llama(backbone.config, plugin.side.taps, dtype)
+    model = backbone_model(config, plugin, backbone)
     frozen = backbone.params
     source: loop.Collate = collate
     passes: dict[str, float] = {}
@@ -178,14 +203,17 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         passes = {"data/backbone_passes": len(cache.missing(every))}
         loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
         source = cache.collate
+    held_out_source = source
+    if isinstance(plugin, PeftConfig):
+        held_out_source = scoring(loop.run_backbone(model, frozen, config.train.batch_size, held_out))
 
     steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
     tx = optimizer(config.optimizer, steps)
     fresh = init_state(trainable_params(config, plugin, backbone), tx)
     train_step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
     evaluate = Evaluator(
-        make_eval_step(plugin, model), frozen, held_out, source, config.train.batch_size, config.setting,
-        plugin.threshold, config.router.budget,
+        make_eval_step(plugin, model), frozen, held_out, held_out_source, config.train.batch_size,
+        config.setting, plugin.threshold, config.router.budget,
     )  # fmt: skip
     timing = _last_timing(workdir)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", f"loss/{config.setting}")) as checkpoints:
@@ -200,8 +228,12 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
             timing |= passes
         best = checkpoints.restore(state, best=True)
     params = {name: leaves for name, leaves in (best or state).params.items() if name != "folds"}
-    plugin = dataclasses.replace(plugin, threshold=evaluate.threshold_of(evaluate.outcomes(params)))
-    save_plugin(workdir / "plugin", Plugin(plugin, params, backbone.name, backbone.fingerprint, encoder.template))
+    origin = (backbone.name, backbone.fingerprint, encoder.template)
+    if isinstance(plugin, PeftConfig):
+        save_peft(workdir / "plugin", PeftPlugin(plugin, params, *origin))
+    else:
+        plugin = dataclasses.replace(plugin, threshold=evaluate.threshold_of(evaluate.outcomes(params)))
+        save_plugin(workdir / "plugin", Plugin(plugin, params, *origin))
     trainable, total = count_params(params), backbone.config.num_params
     summary = {
         **evaluate(params),

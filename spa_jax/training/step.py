@@ -10,9 +10,11 @@ import optax
 from jaxtyping import Array, Float
 
 from spa_jax.models.llama import Llama, Params
+from spa_jax.models.peft import PeftConfig
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.training.features import Features, extract
 from spa_jax.training.objective import Outcomes, RouterConfig, Sums, summed_loss, token_outcomes
+from spa_jax.training.through import adapted_outcomes, summed_adapted_loss
 
 
 class TrainState(NamedTuple):
@@ -35,18 +37,25 @@ def features_of(plugin: PluginConfig, model: Llama, frozen: Params, batch: Any) 
 
 
 def make_train_step(
-    plugin: PluginConfig, router: RouterConfig, model: Llama, optimizer: optax.GradientTransformation, accumulate: int
+    plugin: PluginConfig | PeftConfig,
+    router: RouterConfig,
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Sums]]:
     """A jitted `(state, frozen, batch) -> (state, sums)`, compiled once per bucket; the state is donated.
 
-    The batch, a `Batch` or `Features` of B rows, is worked through in `accumulate` parts of B / accumulate rows; the
-    summed loss of all of them is divided by their summed target tokens, so the parts weigh by their tokens.
+    The batch, of B rows, is a `Batch`, or `Features` where a plugin is trained. It is worked through in `accumulate`
+    parts of B / accumulate rows; the summed loss of all of them is divided by their summed target tokens, so the parts
+    weigh by their tokens.
     """
-    loss = functools.partial(summed_loss, plugin=plugin, router=router, model=model)
-    gradients = jax.grad(loss, has_aux=True)
 
     def part(params: Params, frozen: Params, rows: Any) -> tuple[Params, Sums]:
-        return gradients(params, frozen, features_of(plugin, model, frozen, rows))
+        if isinstance(plugin, PeftConfig):
+            through = functools.partial(summed_adapted_loss, peft=plugin, model=model)
+            return jax.grad(through, has_aux=True)(params, frozen, rows)
+        beside = functools.partial(summed_loss, plugin=plugin, router=router, model=model)
+        return jax.grad(beside, has_aux=True)(params, frozen, features_of(plugin, model, frozen, rows))
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Sums]:
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
@@ -66,12 +75,15 @@ def make_train_step(
 
 
 def make_eval_step(
-    plugin: PluginConfig, model: Llama
+    plugin: PluginConfig | PeftConfig, model: Llama
 ) -> Callable[[Params, Params, Any], tuple[Outcomes, Float[Array, "B R"]]]:
-    """A jitted `(params, frozen, batch) -> (token outcomes, weights)`."""
+    """A jitted `(params, frozen, batch) -> (token outcomes, weights)`; the batch is `Scored` where no plugin is
+    evaluated."""
 
     @jax.jit
     def eval_step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Float[Array, "B R"]]:
+        if isinstance(plugin, PeftConfig):
+            return adapted_outcomes(plugin, model, params, frozen, batch), batch.batch.weights
         features = features_of(plugin, model, frozen, batch)
         return token_outcomes(plugin, model, params, frozen, features), features.weights
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from spa_jax.errors import UserError
 from spa_jax.files import replaced_directory, write_json
 from spa_jax.models.llama import Params
+from spa_jax.models.peft import METHODS, PeftConfig
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
@@ -36,26 +37,29 @@ DESCRIPTION = {
 """What plugin_config.json holds: types, and choices in parentheses."""
 
 
+Config = TypeVar("Config", PluginConfig, PeftConfig)
+
+
 @dataclasses.dataclass(frozen=True)
-class Plugin:
-    """A trained side network and router.
+class Trained(Generic[Config]):
+    """What was trained on a backbone.
 
     Attributes:
         config: what it is.
-        params: `{"side": ..., "router": ...}`, float32.
+        params: its float32 parameters.
         backbone: name of the backbone it was trained on.
-        fingerprint: of that backbone; another one's taps mean nothing to this plugin.
+        fingerprint: of that backbone; another one's hidden states mean nothing to it.
         template: how it saw its prompts, `chat` or `plain`.
     """
 
-    config: PluginConfig
+    config: Config
     params: Params
     backbone: str
     fingerprint: str
     template: str
 
     def check(self, backbone: Backbone) -> None:
-        """Refuses a backbone that the plugin was not trained on.
+        """Refuses a backbone that this was not trained on.
 
         Raises:
             UserError: the fingerprints differ.
@@ -65,6 +69,10 @@ class Plugin:
                 f"this plugin was trained on the backbone '{self.backbone}' (fingerprint {self.fingerprint}), not on "
                 f"'{backbone.name}' (fingerprint {backbone.fingerprint}): use that one, or train a plugin for this one"
             )
+
+
+class Plugin(Trained[PluginConfig]):
+    """A trained side network and router: its parameters are `{"side": ..., "router": ...}`."""
 
 
 def save_plugin(directory: Path, plugin: Plugin) -> None:
@@ -87,13 +95,10 @@ def load_plugin(directory: Path) -> Plugin:
     Raises:
         UserError: no plugin there, another format version, a damaged file, or parameters that don't fit its own config.
     """
-    description = _read_description(directory / CONFIG)
+    description = read_description(directory / CONFIG, DESCRIPTION)
     side = SideConfig(**{**description["config"]["side"], "taps": tuple(description["config"]["side"]["taps"])})
     config = PluginConfig(**{**description["config"], "side": side})
-    try:
-        arrays = safetensors.numpy.load_file(directory / WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read '{directory / WEIGHTS}': {error}") from error
+    arrays = read_arrays(directory / WEIGHTS)
     expected = {name: leaf.shape for name, leaf in flatten_dict(init_plugin(config, abstract=True), sep=".").items()}
     found = {name: array.shape for name, array in arrays.items()}
     if found != expected:
@@ -103,7 +108,24 @@ def load_plugin(directory: Path) -> Plugin:
     return Plugin(config, params, description["backbone"], description["fingerprint"], description["template"])
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read '{path}': {error}") from error
+
+
+def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
+    """A plugin_config.json.
+
+    Raises:
+        UserError: it is missing or damaged, of another format version, or not of this pattern.
+    """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -113,7 +135,13 @@ def _read_description(path: Path) -> dict[str, Any]:
     version = description.get("format_version") if isinstance(description, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has plugin format {version}, this spa_jax reads format {FORMAT_VERSION}")
-    if not _matches(description, DESCRIPTION) or not description["config"]["side"]["taps"]:
+    setting = description["config"].get("setting") if isinstance(description.get("config"), dict) else None
+    if setting in METHODS and pattern is DESCRIPTION:
+        raise UserError(
+            f"'{path.parent}' holds a '{setting}', which works within the backbone and has no side network: it runs "
+            "by spa_jax.generate with --channel=none"
+        )
+    if not _matches(description, pattern) or description["config"].get("side", {}).get("taps") == []:
         raise UserError(f"'{path}' is damaged: its keys or values are not those of plugin format {FORMAT_VERSION}")
     return description
 

@@ -6,9 +6,16 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from spa_jax.weights.huggingface import load_tokenizer
+from spa_jax.data.encoding import Encoder
+from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.fused import FusedModel
+from spa_jax.models.peft import PeftConfig, init_peft
+from spa_jax.weights.huggingface import load_directory, load_tokenizer
+from spa_jax.weights.peft import PeftPlugin, save_peft
 from spa_jax.weights.plugin import load_plugin
 
 GENERATE = "spa_jax.generate"
@@ -186,6 +193,29 @@ def test_what_cannot_be_answered_is_refused_in_one_line(
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
     command(GENERATE, *arguments).assert_refused(message)
+
+
+@pytest.mark.parametrize("config", [PeftConfig("lora", 2, 4.0), PeftConfig("adapter", 3)], ids=["lora", "adapter"])
+def test_a_lora_and_an_adapter_answer_within_one_program_alone(config, command, tiny_backbone_directory, tmp_path):
+    backbone, plugin = load_directory(tiny_backbone_directory), tmp_path / "plugin"
+    rng = np.random.default_rng(1)
+    shapes = init_peft(config, backbone.config, abstract=True)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    trained = PeftPlugin(config, params, str(tiny_backbone_directory), backbone.fingerprint, "chat")
+    save_peft(plugin, trained)
+    few, output = "--max_new_tokens=6", tmp_path / "answer.json"
+    result = command(GENERATE, f"--plugin={plugin}", PROMPT, few, "--beams=3", f"--output={output}")
+    assert result.status == 0, result.err
+    prompt = Encoder(backbone.tokenizer, "chat", 128).prompt("What is thing 1?")
+    (expected,) = FusedModel(backbone, trained).generate([prompt], 6, beams=Beams(3))
+    said = json.loads(output.read_text())
+    assert said["tokens"] == expected.tokens
+    assert said["consulted_share"] == 1
+    refused = command(GENERATE, f"--plugin={plugin}", PROMPT, few, "--channel=simulated")
+    refused.assert_refused(
+        f"--channel=simulated leads to a side network, and a '{config.setting}' works within the backbone: use "
+        "--channel=none (experiments.table2_network counts"
+    )
 
 
 def test_a_damaged_plugin_is_one_message(command, plugin, tmp_path):

@@ -53,6 +53,15 @@ def changed(**keys):
         ({"optimizer__weight_decay": -1.0}, "out of range: optimizer.weight_decay"),
         ({"optimizer__final_fraction": 2.0}, "out of range: optimizer.final_fraction"),
         ({"router__margin": float("inf")}, "out of range: router.margin"),
+        ({"peft__rank": 0, "peft__width": 0}, "out of range: peft.rank, peft.width"),
+        ({"peft__alpha": 0.0}, "out of range: peft.alpha"),
+        ({"peft__remat": "some"}, "config key peft.remat is 'some'; choices are 'none', 'full', 'dots'"),
+        ({"peft__targets": "q,w"}, "peft.targets is 'q,w': write some of q,k,v,o,gate,up,down, each once"),
+        ({"peft__targets": "q,q"}, "peft.targets is 'q,q'"),
+        ({"setting": "lora", "side__init": "pruned"}, "setting 'lora' has no side network: leave side.kind and side.i"),
+        ({"setting": "adapter", "side__kind": "transformer"}, "setting 'adapter' has no side network"),
+        ({"setting": "lora", "router__budget": 0.5}, "setting 'lora' has no router: leave router.objective"),
+        ({"setting": "adapter", "router__offset": True}, "setting 'adapter' has no router"),
     ],
 )
 def test_what_is_no_config_is_refused_by_name(keys, message):
