@@ -155,7 +155,7 @@ class Bench:
             plugin = load_trained(self.train(cell.training) / "plugin")
         log.info("cell %s", cell.name)
         config = EvaluationConfig(
-            cell.task, self._directory(cell.task), limit=self.scale.questions[cell.task], setting=_setting(cell),
+            cell.task, self.directory(cell.task), limit=self.scale.questions[cell.task], setting=_setting(cell),
             budget=cell.budget, beams=BEAMS, shots=cell.shots, max_length=self._max_length(cell.training),
             effect=cell.setting in ("spa", "s2"),
         )  # fmt: skip
@@ -203,7 +203,7 @@ class Bench:
             router={"offset": training.offset},
             data={
                 "task": training.task,
-                "directory": self._directory(training.task),
+                "directory": self.directory(training.task),
                 "size": scale.sizes[training.task][training.size],
                 "eval_size": scale.eval_size,
                 "max_length": self._max_length(training),
@@ -224,7 +224,8 @@ class Bench:
         through = training is not None and (training.setting in THROUGH or training.short)
         return self.scale.through_length if through else 0
 
-    def _directory(self, task: str) -> str:
+    def directory(self, task: str) -> str:
+        """Of the task's splits as JSON lines; empty for the hub."""
         return str(Path(self._data) / task.removesuffix("_closed_book")) if self._data else ""
 
     def _predictions(self, cell: Cell) -> Path:

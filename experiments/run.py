@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from experiments import claims, figure4, table1, table2, table3, table4, table5, table6, table7
+from experiments import claims, figure4, router_curve, table1, table2, table3, table4, table5, table6, table7
 from experiments.ablation import hardware
 from experiments.cells import THROUGH, Bench, Cell
 from experiments.report import open_bench
@@ -25,7 +25,18 @@ from spa_jax.files import write_json
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
 ONLY = flags.DEFINE_string("only", "", "Run only cells whose name holds this text.")
 
-MODULES: tuple[ModuleType, ...] = (table6, table1, table3, table4, table5, table7, figure4, table2, claims)
+MODULES: tuple[ModuleType, ...] = (
+    table6,
+    table1,
+    table3,
+    table4,
+    table5,
+    table7,
+    figure4,
+    router_curve,
+    table2,
+    claims,
+)
 """In the order in which their cells are run."""
 
 
