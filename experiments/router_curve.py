@@ -2,8 +2,8 @@
 
     python -m experiments.router_curve --scale=mini --data=DIR
 
-Beside the router: choosing at random, by the entropy of the base's next-token distribution, and by the gain itself, as a
-perfect router would. The area between a curve and never asking, over the gap to always asking, is RouteLLM's APGR
+Beside the router: choosing at random, by the entropy of the base's next-token distribution, and by the gain itself, as
+a perfect router would. The area between a curve and never asking, over the gap to always asking, is RouteLLM's APGR
 (Ong et al. 2024) with loss for quality. Losses are of all target tokens of the test split, teacher-forced.
 """
 
@@ -95,7 +95,7 @@ def report(bench: Bench) -> None:
     rows: dict[str, dict[str, Entry]] = {}
     figure, panels = plt.subplots(1, len(TASKS), figsize=(4.5 * len(TASKS), 3.4), layout="constrained", squeeze=False)
     for task, axes in zip(TASKS, panels[0]):
-        found = curves(bench, task)
+        found = curves(bench, task) or {}
         for name in ("router", "entropy of f", "random", "perfect router") if found else ():
             curve = found[name]
             rows[f"{TITLES[task]}, {name}"] = {
