@@ -198,10 +198,10 @@ class Block(nn.Module):
         carry: tuple[jax.Array, jax.Array, Cache | None],
         layer: Int[Array, ""],
         tap_slot: Int[Array, ""],
-        peft: Adapt | None,
         positions: Int[Array, "B T"],
         angles: Float[Array, "B T H/2"],
         mask: Bool[Array, "B 1 T S"],
+        peft: Adapt | None = None,
     ) -> tuple[tuple[jax.Array, jax.Array, Cache | None], None]:
         h, taps, cache = carry
         eps, adapt = self.config.rms_norm_eps, peft or unchanged
@@ -240,7 +240,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
         )
         self.blocks = scanned(c, self.dtype)
@@ -275,7 +275,7 @@ class Llama(nn.Module):
         keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
         mask = keys <= positions[:, None, :, None]
         layers = jnp.arange(c.num_layers, dtype=jnp.int32)
-        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, peft, positions, angles, mask)
+        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, positions, angles, mask, peft)
         return LlamaOutput(self.norm(h), taps, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
