@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding import beam, sampling
 from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.cache import init_cache, reorder
+from spa_jax.decoding.cache import count_slots, init_cache, place_newest, reorder, see_prompt
 from spa_jax.decoding.hypotheses import Generation, Hypotheses, begin, generations, newest, rows_of
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
-from spa_jax.models.llama import PADDING, Cache, Llama, LlamaOutput, Params, normalize_taps, positions_from_mask
+from spa_jax.models.llama import PADDING, Cache, Llama, LlamaOutput, Params, Places, normalize_taps, positions_from_mask
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult
 from spa_jax.weights.backbone import Backbone
@@ -30,9 +30,10 @@ class DecodeState(NamedTuple):
     """A generation under way; every leaf has the batch first."""
 
     cache: Cache
-    """Of the R rows."""
     side_cache: Cache | None
     """Of a side network that attends; what a device would keep."""
+    seen: Bool[Array, "R S"]
+    """The slots of the tokens that each hypothesis consists of, in both caches."""
     position: Int[Array, " G"]
     """Where the newest token will be run."""
     hypotheses: Hypotheses
@@ -78,7 +79,7 @@ class FusedModel:
         """
         lengths = check_lengths(prompts, room, self.backbone.config.max_position_embeddings)
         tokens = pad_prompts(prompts)
-        slots = bucket(int(lengths.max()) + room, 64)
+        slots = count_slots(int(lengths.max()), room, beams.width if beams else 1)
         frozen, trainable = self._params
         return self._prefill(
             frozen, trainable, tokens, lengths, seed, sampling, self.threshold, slots=slots, room=room, beams=beams
@@ -129,19 +130,21 @@ class FusedModel:
         out: LlamaOutput,
         positions: jax.Array,
         side_cache: Cache | None,
-        last: jax.Array,
+        reads: jax.Array,
+        places: Places | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """f and g `[B,D]` at index `last` `[B]` of each row's tokens, and the side network's cache."""
-        hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)
+        """f and g `[G C,D]` at C indices `reads` `[G,C]` of each group's tokens, and the side network's cache."""
+        hidden = jnp.take_along_axis(out.hidden, reads[:, :, None], axis=1)
+        f = hidden.reshape(-1, hidden.shape[-1])
         if self.plugin is None or self.setting == "base":
-            return hidden[:, 0], jnp.zeros_like(hidden[:, 0]), side_cache
+            return f, jnp.zeros_like(f), side_cache
         config, taps = self.plugin.config, out.taps
         if not config.side.attends:
-            taps, positions = jnp.take_along_axis(taps, last[None, :, None, None], axis=2), last[:, None]
+            taps = jnp.take_along_axis(taps, reads[None, :, :, None], axis=2)
         taps = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
-        g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype)
-        g = jnp.take_along_axis(g, last[:, None, None], axis=1) if config.side.attends else g
-        return hidden[:, 0], g[:, 0], side_cache
+        g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype, places)
+        g = jnp.take_along_axis(g, reads[:, :, None], axis=1) if config.side.attends else g
+        return f, g.reshape(f.shape), side_cache
 
     def _choose(
         self,
@@ -184,13 +187,12 @@ class FusedModel:
         if self.plugin is not None and self.setting != "base" and self.plugin.config.side.attends:
             side_cache = init_cache(self.plugin.config.side.block, groups, slots, self.model.dtype)
         out: LlamaOutput = self.model.apply({"params": frozen}, tokens, positions, cache)
-        hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, lengths - 1)
+        hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, lengths[:, None] - 1)
         count = beams.width if beams else 1
         hypotheses = begin(groups, count, room, seed, search=beams is not None)
         active = jnp.ones(groups, bool)
         hypotheses, _ = self._choose(frozen, trainable, hidden, g, hypotheses, active, sampling, beams, threshold)
-        state = DecodeState(_present(out.cache), side_cache, lengths, hypotheses)
-        return _reordered(state, jnp.repeat(jnp.arange(groups), count)) if beams else state
+        return DecodeState(_present(out.cache), side_cache, see_prompt(lengths, count, slots), lengths, hypotheses)
 
     def _run_tokens(
         self,
@@ -207,17 +209,16 @@ class FusedModel:
             return (s.hypotheses.made < until) & ~s.hypotheses.done
 
         def step(s: DecodeState) -> DecodeState:
-            run, count = active(s), s.hypotheses.tokens.shape[1]
-            positions = jnp.repeat(jnp.where(run, s.position, PADDING), count)[:, None]
-            tokens = newest(s.hypotheses)[:, None]
-            out: LlamaOutput = self.model.apply({"params": frozen}, tokens, positions, s.cache)
-            only = jnp.zeros_like(positions[:, 0])
-            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, only)
-            hypotheses, parents = self._choose(
-                frozen, trainable, hidden, g, s.hypotheses, run, sampling, beams, threshold
-            )
-            s = DecodeState(_present(out.cache), side_cache, s.position + run, hypotheses)
-            return _reordered(s, rows_of(parents)) if beams else s
+            run, chosen = active(s), s.hypotheses
+            tokens = newest(chosen)
+            positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
+            places, seen = place_newest(s.seen, s.position, chosen.made, run)
+            out: LlamaOutput = self.model.apply({"params": frozen}, tokens, positions, s.cache, places)
+            each = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, each, places)
+            hypotheses, parents = self._choose(frozen, trainable, hidden, g, chosen, run, sampling, beams, threshold)
+            seen = reorder(seen, rows_of(parents))
+            return DecodeState(_present(out.cache), side_cache, seen, s.position + run, hypotheses)
 
         return jax.lax.while_loop(lambda s: jnp.any(active(s)), step, state)
 
@@ -225,11 +226,6 @@ class FusedModel:
 def _present(cache: Cache | None) -> Cache:
     assert cache is not None
     return cache
-
-
-def _reordered(state: DecodeState, rows: Int[Array, " R"]) -> DecodeState:
-    cache, side_cache = reorder((state.cache, state.side_cache), rows)
-    return state._replace(cache=cache, side_cache=side_cache)
 
 
 def choose(

@@ -18,7 +18,18 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.cache import init_cache
-from spa_jax.models.llama import MLP, PADDING, Attention, Cache, Llama, LlamaConfig, Params, rms_norm, rope_frequencies
+from spa_jax.models.llama import (
+    MLP,
+    PADDING,
+    Attention,
+    Cache,
+    Llama,
+    LlamaConfig,
+    Params,
+    by_position,
+    rms_norm,
+    rope_frequencies,
+)
 from spa_jax.split import wire
 from spa_jax.split.channel import Channel, Traffic
 from spa_jax.split.messages_pb2 import Layer, Reply
@@ -174,9 +185,10 @@ def _attention(
     params = _block(frozen, layer)
     x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-    mask = jnp.arange(cache["k"].shape[2])[None, None, None, :] <= positions[:, None, :, None]
     attention = Attention(c, jnp.float32)
-    return attention.apply({"params": params["attention"]}, x, positions, angles, mask, cache, layer, deltas)
+    return attention.apply(
+        {"params": params["attention"]}, x, angles, by_position(positions, cache), cache, layer, deltas
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
