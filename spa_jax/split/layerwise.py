@@ -185,10 +185,8 @@ def _attention(
     params = _block(frozen, layer)
     x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-    attention = Attention(c, jnp.float32)
-    return attention.apply(
-        {"params": params["attention"]}, x, angles, by_position(positions, cache), cache, layer, deltas
-    )
+    attention, places = Attention(c, jnp.float32), by_position(positions, cache)
+    return attention.apply({"params": params["attention"]}, x, angles, places, cache, layer, deltas)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
