@@ -2,8 +2,8 @@
 
     python -m experiments.decode_bench --output=experiments/results/decode_bench.json
 
-The backbone alone, greedy and by beam search. Every shape is begun once; `REPEATS` times a few more tokens of each shape
-in turn are timed, so that what disturbs the machine disturbs them all, and the medians count.
+The backbone alone, greedy and by beam search. Every shape is begun once; `REPEATS` times a few more tokens of each
+shape in turn are timed, so that what disturbs the machine disturbs them all, and the medians count.
 """
 
 import dataclasses

@@ -16,8 +16,8 @@ from spa_jax.models.llama import PADDING, Cache, LlamaConfig, Places
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache `{"k", "v"}` of `[B,L,S,K,H]`; `Places` say which slot holds which token."""
-    shape = (batch, config.num_layers, slots, config.num_kv_heads, config.head_dim)
+    """An empty cache `{"k", "v"}` of `[B,L,K,H,S]`; `Places` say which slot holds which token."""
+    shape = (batch, config.num_layers, config.num_kv_heads, config.head_dim, slots)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 

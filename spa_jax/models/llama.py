@@ -21,7 +21,10 @@ PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
 
 Cache = dict[str, jax.Array]
-"""Keys and values, `{"k": [B,L,S,K,H], "v": [B,L,S,K,H]}`, rotary embedding applied; see `spa_jax.decoding.cache`."""
+"""Keys and values, `{"k": [B,L,K,H,S], "v": [B,L,K,H,S]}`, rotary embedding applied; see `spa_jax.decoding.cache`.
+
+The slots come last because so the products of attention read them: XLA transposes nothing on a CPU.
+"""
 
 Params = dict[str, Any]
 
@@ -93,7 +96,7 @@ def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 def by_position(positions: Int[Array, "B T"], cache: Cache | None) -> Places:
     """Each token in the slot of its position, seeing all up to its own: of the cache, or without one of the tokens."""
-    keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
+    keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[-1])[None, None, None, :]
     return Places(positions, keys <= positions[:, None, :, None])
 
 
@@ -165,10 +168,13 @@ class Attention(nn.Module):
         if cache is not None:
             rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
             cache = {
-                name: cache[name].at[rows, layer, places.slots].set(new.astype(cache[name].dtype), mode="drop")
+                name: cache[name].at[rows, layer, :, :, places.slots].set(new.astype(cache[name].dtype), mode="drop")
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False) for name in ("k", "v"))
+            k, v = (
+                jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
+                for name in ("k", "v")
+            )
         mixed = jax.nn.dot_product_attention(q, k.astype(self.dtype), v.astype(self.dtype), mask=places.mask)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
         return out(mixed), cache
