@@ -7,6 +7,7 @@ shape in turn are timed, so that what disturbs the machine disturbs them all, an
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from spa_jax.weights.registry import load_backbone
 OUTPUT = flags.DEFINE_string("output", "experiments/results/decode_bench.json", "Where to write the result.")
 
 BACKBONE = "smollm2-135m-instruct"
-ROOM, REPEATS = 64, 9
+ROOM, REPEATS = 64, 7
 
 
 class Shape(NamedTuple):
@@ -46,12 +47,12 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "1 prompt of 64": Shape(1, 64, None, 6),
-    "8 prompts of 64": Shape(8, 64, None, 4),
-    "16 prompts of 64": Shape(16, 64, None, 4),
-    "1 prompt of 1200": Shape(1, 1200, None, 6),
-    "1 prompt of 64, 4 beams": Shape(1, 64, 4, 6),
-    "16 prompts of 200, 4 beams": Shape(16, 200, 4, 2),
+    "1 prompt of 64": Shape(1, 64, None, 5),
+    "8 prompts of 64": Shape(8, 64, None, 2),
+    "16 prompts of 64": Shape(16, 64, None, 2),
+    "1 prompt of 1200": Shape(1, 1200, None, 3),
+    "1 prompt of 64, 4 beams": Shape(1, 64, 4, 3),
+    "16 prompts of 200, 4 beams": Shape(16, 200, 4, 1),
 }
 PREFILL = (8, 224)
 
@@ -88,6 +89,7 @@ def milliseconds(way: Callable[[], object]) -> float:
 
 def main() -> None:
     use_threads()
+    load = os.getloadavg()[0]
     backbone, rng = dataclasses.replace(load_backbone(BACKBONE), eos_ids=()), np.random.default_rng(0)
     ways = {name: decode(backbone, shape, rng) for name, shape in SHAPES.items()}
     prefill = "forward of {} x {}".format(*PREFILL)
@@ -109,6 +111,7 @@ def main() -> None:
         {
             "command": "python -m experiments.decode_bench",
             "hardware": f"{hardware()}, {THREADS} threads",
+            "load_average_before": load,
             "milliseconds_per_step": medians,
         },
     )
