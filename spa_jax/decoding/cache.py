@@ -1,17 +1,23 @@
-"""The key/value cache: a plain pytree, the batch first in every leaf."""
+"""The key/value cache: a plain pytree, the batch first in every leaf.
+
+The K hypotheses of a group share one row of it. The prompt is there once, then follow K slots for every new position,
+one for each hypothesis. A token keeps its slot whatever becomes of its hypothesis: a beam search moves no keys and
+values, only which slots a hypothesis sees.
+"""
 
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from spa_jax.models.llama import Cache, LlamaConfig
+from spa_jax.data.pipeline import bucket
+from spa_jax.models.llama import PADDING, Cache, LlamaConfig, Places
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache `{"k", "v"}` of `[B,L,S,K,H]`; slot s of a row will hold the token at position s of that row."""
-    shape = (batch, config.num_layers, slots, config.num_kv_heads, config.head_dim)
+    """An empty cache `{"k", "v"}` of `[B,L,K,H,S]`; `Places` say which slot holds which token."""
+    shape = (batch, config.num_layers, config.num_kv_heads, config.head_dim, slots)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
@@ -19,6 +25,30 @@ def cache_bytes(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -
     """Memory that `init_cache` takes."""
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, batch, slots, dtype)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def count_slots(longest: int, room: int, width: int) -> int:
+    """Slots for a prompt of up to `longest` tokens and `room` new ones of each of `width` hypotheses."""
+    return bucket(longest + room * width, 64)
+
+
+def see_prompt(lengths: Int[Array, " G"], width: int, slots: int) -> Bool[Array, "R S"]:
+    """The slots that each of the R = G K hypotheses sees when it has no new token yet."""
+    return jnp.repeat(jnp.arange(slots)[None, :] < lengths[:, None], width, axis=0)
+
+
+def place_newest(
+    seen: Bool[Array, "R S"], position: Int[Array, " G"], made: Int[Array, " G"], running: Bool[Array, " G"]
+) -> tuple[Places, Bool[Array, "R S"]]:
+    """Places `[G,K]` of the newest of `made` tokens, which stands at `position`, and what is seen with it in place.
+
+    A group that is not running places nothing.
+    """
+    groups, width = len(made), len(seen) // len(made)
+    first = position + (made - 1) * (width - 1)
+    slots = jnp.where(running[:, None], first[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], PADDING)
+    seen |= jnp.arange(seen.shape[1])[None, :] == slots.reshape(-1, 1)
+    return Places(slots, seen.reshape(groups, 1, width, -1)), seen
 
 
 Caches = TypeVar("Caches")

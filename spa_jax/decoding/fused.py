@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding import beam, sampling
 from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.cache import init_cache, reorder
+from spa_jax.decoding.cache import count_slots, init_cache, place_newest, reorder, see_prompt
 from spa_jax.decoding.hypotheses import Generation, Hypotheses, begin, generations, newest, rows_of
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
-from spa_jax.models.llama import PADDING, Cache, Llama, LlamaOutput, Params, normalize_taps, positions_from_mask
+from spa_jax.models.llama import PADDING, Cache, Llama, LlamaOutput, Params, Places, normalize_taps, positions_from_mask
 from spa_jax.models.peft import Method, Peft
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult
@@ -33,9 +33,10 @@ class DecodeState(NamedTuple):
     """A generation under way; every leaf has the batch first."""
 
     cache: Cache
-    """Of the R rows."""
     side_cache: Cache | None
     """Of a side network that attends; what a device would keep."""
+    seen: Bool[Array, "R S"]
+    """The slots of the tokens that each hypothesis consists of, in both caches."""
     position: Int[Array, " G"]
     """Where the newest token will be run."""
     hypotheses: Hypotheses
@@ -92,7 +93,7 @@ class FusedModel:
         owners = prompts_begun(prompts)
         whole = np.unique(owners)
         tokens, rows = pad_prompts([prompts[i] for i in whole]), np.searchsorted(whole, owners).astype(np.int32)
-        slots = bucket(int(lengths.max()) + room, 64)
+        slots = count_slots(int(lengths.max()), room, beams.width if beams else 1)
         frozen, trainable = self._params
         return self._prefill(
             frozen, trainable, tokens, lengths[whole], rows, lengths, seed, sampling, self.threshold,
@@ -134,10 +135,16 @@ class FusedModel:
             state = self.advance(state, sampling, count + 2)
 
     def _run(
-        self, frozen: Params, trainable: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+        self,
+        frozen: Params,
+        trainable: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        places: Places | None = None,
     ) -> LlamaOutput:
         peft = Peft(self._peft, trainable) if self._peft else None
-        return self.model.apply({"params": frozen}, tokens, positions, cache, peft)
+        return self.model.apply({"params": frozen}, tokens, positions, cache, places, peft)
 
     def _correct(
         self,
@@ -147,18 +154,19 @@ class FusedModel:
         positions: jax.Array,
         side_cache: Cache | None,
         rows: jax.Array,
-        last: jax.Array,
+        reads: jax.Array,
+        places: Places | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """f and g `[B,D]` at index `last` `[B]` of the tokens of these rows `[B]`, and the side network's cache."""
-        hidden = out.hidden[rows, last]
+        """f and g `[N,D]` at indices `reads` `[N]` of the tokens of these rows `[N]`, and the side network's cache."""
+        f = out.hidden[rows, reads]
         if self.plugin is None:
-            return hidden, jnp.zeros_like(hidden), side_cache
+            return f, jnp.zeros_like(f), side_cache
         config, taps = self.plugin.config, out.taps
         if not config.side.attends:
-            taps, positions = taps[:, rows, last][:, :, None], last[:, None]
+            taps, positions = taps[:, rows, reads][:, :, None], reads[:, None]
         taps = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
-        g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype)
-        return hidden, g[rows, last] if config.side.attends else g[:, 0], side_cache
+        g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype, places)
+        return f, g[rows, reads] if config.side.attends else g[:, 0], side_cache
 
     def _choose(
         self,
@@ -211,8 +219,10 @@ class FusedModel:
         hypotheses = begin(groups, count, room, seed, search=beams is not None)
         active = jnp.ones(groups, bool)
         hypotheses, _ = self._choose(frozen, trainable, hidden, g, hypotheses, active, sampling, beams, threshold)
-        state = DecodeState(_present(out.cache), side_cache, lengths, hypotheses)
-        return _reordered(state, jnp.repeat(rows, count)) if beams or runs < groups else state
+        caches = (_present(out.cache), side_cache)
+        if runs < groups:
+            caches = reorder(caches, rows)
+        return DecodeState(*caches, see_prompt(lengths, count, slots), lengths, hypotheses)
 
     def _run_tokens(
         self,
@@ -229,17 +239,17 @@ class FusedModel:
             return (s.hypotheses.made < until) & ~s.hypotheses.done
 
         def step(s: DecodeState) -> DecodeState:
-            run, count = active(s), s.hypotheses.tokens.shape[1]
-            positions = jnp.repeat(jnp.where(run, s.position, PADDING), count)[:, None]
-            tokens = newest(s.hypotheses)[:, None]
-            out = self._run(frozen, trainable, tokens, positions, s.cache)
-            every, only = jnp.arange(len(tokens)), jnp.zeros_like(positions[:, 0])
-            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, every, only)
-            hypotheses, parents = self._choose(
-                frozen, trainable, hidden, g, s.hypotheses, run, sampling, beams, threshold
-            )
-            s = DecodeState(_present(out.cache), side_cache, s.position + run, hypotheses)
-            return _reordered(s, rows_of(parents)) if beams else s
+            run, chosen = active(s), s.hypotheses
+            tokens = newest(chosen)
+            groups, width = tokens.shape
+            positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
+            places, seen = place_newest(s.seen, s.position, chosen.made, run)
+            out = self._run(frozen, trainable, tokens, positions, s.cache, places)
+            rows, reads = jnp.repeat(jnp.arange(groups), width), jnp.tile(jnp.arange(width), groups)
+            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, rows, reads, places)
+            hypotheses, parents = self._choose(frozen, trainable, hidden, g, chosen, run, sampling, beams, threshold)
+            seen = reorder(seen, rows_of(parents))
+            return DecodeState(_present(out.cache), side_cache, seen, s.position + run, hypotheses)
 
         return jax.lax.while_loop(lambda s: jnp.any(active(s)), step, state)
 
@@ -247,11 +257,6 @@ class FusedModel:
 def _present(cache: Cache | None) -> Cache:
     assert cache is not None
     return cache
-
-
-def _reordered(state: DecodeState, rows: Int[Array, " R"]) -> DecodeState:
-    cache, side_cache = reorder((state.cache, state.side_cache), rows)
-    return state._replace(cache=cache, side_cache=side_cache)
 
 
 def choose(

@@ -79,10 +79,10 @@ def token_keys(keys: PRNGKeyArray, made: Int[Array, " G"]) -> PRNGKeyArray:
     return jax.vmap(jax.random.fold_in)(keys, made)
 
 
-def newest(hypotheses: Hypotheses) -> Int[Array, " R"]:
-    """The last token of each of the R = G K rows; groups need at least one."""
+def newest(hypotheses: Hypotheses) -> Int[Array, "G K"]:
+    """The last token of each hypothesis; groups need at least one."""
     index = jnp.maximum(hypotheses.made - 1, 0)
-    return jnp.take_along_axis(hypotheses.tokens, index[:, None, None], axis=2).reshape(-1)
+    return jnp.take_along_axis(hypotheses.tokens, index[:, None, None], axis=2)[:, :, 0]
 
 
 def rows_of(parents: Int[Array, "G K"]) -> Int[Array, " R"]:

@@ -5,7 +5,8 @@ width, F feed-forward width, V vocabulary, P number of taps.
 
 Every token carries its absolute *position*, and a token at position p lives in cache slot p. A query sees the keys at
 positions up to its own, so one comparison masks both the future and cache slots not written yet. Padding has position
-`PADDING`: no real token sees it and the cache has no slot for it, wherever in the row it stands.
+`PADDING`: no real token sees it and the cache has no slot for it, wherever in the row it stands. Where several
+continuations share one row of a cache, `Places` say instead where tokens live and what they see.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
 
 Cache = dict[str, jax.Array]
-"""Keys and values, `{"k": [B,L,S,K,H], "v": [B,L,S,K,H]}`, rotary embedding applied; see `spa_jax.decoding.cache`."""
+"""Keys and values, `{"k": [B,L,K,H,S], "v": [B,L,K,H,S]}`, rotary embedding applied; see `spa_jax.decoding.cache`.
+
+The slots come last because so the products of attention read them: XLA transposes nothing on a CPU.
+"""
 
 Params = dict[str, Any]
 
@@ -79,6 +83,15 @@ class LlamaConfig:
         return sum(leaf.size for leaf in jax.tree.leaves(init_params(self, abstract=True)))
 
 
+class Places(NamedTuple):
+    """Where tokens live in a cache and which slots they see."""
+
+    slots: Int[Array, "B T"]
+    """A token at or past the cache's S slots is not stored."""
+    mask: Bool[Array, "B 1 T S"]
+    """Its own slot among them."""
+
+
 class LlamaOutput(NamedTuple):
     """What the backbone computes for `[B,T]` tokens."""
 
@@ -93,6 +106,12 @@ class LlamaOutput(NamedTuple):
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions 0, 1, ... of the true entries of each row, `PADDING` for the others, on whichever side they stand."""
     return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, PADDING)
+
+
+def by_position(positions: Int[Array, "B T"], cache: Cache | None) -> Places:
+    """Each token in the slot of its position, seeing all up to its own: of the cache, or without one of the tokens."""
+    keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[-1])[None, None, None, :]
+    return Places(positions, keys <= positions[:, None, :, None])
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
@@ -142,9 +161,8 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
         angles: Float[Array, "B T H/2"],
-        mask: Bool[Array, "B 1 T S"],
+        places: Places,
         cache: Cache | None,
         layer: Int[Array, ""],
         adapt: Adapt = unchanged,
@@ -160,11 +178,14 @@ class Attention(nn.Module):
         if cache is not None:
             rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
             cache = {
-                name: cache[name].at[rows, layer, positions].set(new.astype(cache[name].dtype), mode="drop")
+                name: cache[name].at[rows, layer, :, :, places.slots].set(new.astype(cache[name].dtype), mode="drop")
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = (jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False) for name in ("k", "v"))
-        mixed = jax.nn.dot_product_attention(q, k.astype(self.dtype), v.astype(self.dtype), mask=mask)
+            k, v = (
+                jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
+                for name in ("k", "v")
+            )
+        mixed = jax.nn.dot_product_attention(q, k.astype(self.dtype), v.astype(self.dtype), mask=places.mask)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
         return adapt("o", mixed, out(mixed)), cache
 
@@ -198,15 +219,14 @@ class Block(nn.Module):
         carry: tuple[jax.Array, jax.Array, Cache | None],
         layer: Int[Array, ""],
         tap_slot: Int[Array, ""],
-        positions: Int[Array, "B T"],
         angles: Float[Array, "B T H/2"],
-        mask: Bool[Array, "B 1 T S"],
+        places: Places,
         peft: Adapt | None = None,
     ) -> tuple[tuple[jax.Array, jax.Array, Cache | None], None]:
         h, taps, cache = carry
         eps, adapt = self.config.rms_norm_eps, peft or unchanged
         x = RMSNorm(eps, name="attention_norm")(h)
-        x, cache = Attention(self.config, self.dtype, name="attention")(x, positions, angles, mask, cache, layer, adapt)
+        x, cache = Attention(self.config, self.dtype, name="attention")(x, angles, places, cache, layer, adapt)
         h = h + adapt("attention", x, x)
         x = MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h), adapt)
         h = h + adapt("mlp", x, x)
@@ -240,7 +260,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
         )
         self.blocks = scanned(c, self.dtype)
@@ -253,6 +273,7 @@ class Llama(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         cache: Cache | None = None,
+        places: Places | None = None,
         peft: Adapt | None = None,
     ) -> LlamaOutput:
         """Runs tokens at their positions: all of a sequence, a prompt into an empty cache, or the next tokens.
@@ -260,7 +281,8 @@ class Llama(nn.Module):
         Args:
             tokens: token ids, int32.
             positions: absolute position of each token, int32, `PADDING` for padding.
-            cache: keys and values of the tokens before; a position at or past its S slots is not stored.
+            cache: keys and values of the tokens before.
+            places: of the tokens in it; by default `by_position`.
             peft: what adapts the blocks, a pytree whose leaves have the L blocks first (`spa_jax.models.peft.Peft`).
         """
         c = self.config
@@ -272,10 +294,9 @@ class Llama(nn.Module):
             taps = taps.at[slot_of[0]].set(h)
         tap_slots = jnp.array([slot_of.get(layer + 1, unused) for layer in range(c.num_layers)], jnp.int32)
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
-        mask = keys <= positions[:, None, :, None]
+        places = places or by_position(positions, cache)
         layers = jnp.arange(c.num_layers, dtype=jnp.int32)
-        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, positions, angles, mask, peft)
+        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, angles, places, peft)
         return LlamaOutput(self.norm(h), taps, cache)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

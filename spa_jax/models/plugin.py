@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, Setting
-from spa_jax.models.llama import Cache, LlamaConfig, Params
+from spa_jax.models.llama import Cache, LlamaConfig, Params, Places
 from spa_jax.models.router import Router
 from spa_jax.models.side import SideConfig, TokenwiseSide, TransformerSide
 
@@ -51,15 +51,16 @@ def correction(
     positions: Int[Array, "B T"],
     cache: Cache | None = None,
     dtype: jnp.dtype = jnp.float32,
+    places: Places | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """g of normalised taps at their positions, and the cache with them added.
 
     The token-wise kind heeds neither positions nor cache. The transformer kind sees the given positions and, with a
-    cache of its own (`init_cache` of `config.side.block`), the ones before.
+    cache of its own (`init_cache` of `config.side.block`), the ones before, by position or as `places` say.
     """
     network, variables = side_network(config, dtype), {"params": params["side"]}
     if config.side.attends:
-        return network.apply(variables, taps, positions, cache)
+        return network.apply(variables, taps, positions, cache, places)
     return network.apply(variables, taps), cache
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from spa_jax.models.llama import Block, Cache, LlamaConfig, RMSNorm, rope_frequencies
+from spa_jax.models.llama import Block, Cache, LlamaConfig, Places, RMSNorm, by_position, rope_frequencies
 
 GATE_TEMPERATURE = 0.1
 """Of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""
@@ -119,9 +119,8 @@ class Rung(nn.Module):
         carry: tuple[jax.Array, Cache | None],
         state: Float[Array, "B T E"],
         layer: Int[Array, ""],
-        positions: Int[Array, "B T"],
         angles: Float[Array, "B T H/2"],
-        mask: Bool[Array, "B 1 T S"],
+        places: Places,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         s, cache = carry
         alpha = self.param("gate", nn.initializers.zeros, ()).astype(self.dtype)
@@ -129,7 +128,7 @@ class Rung(nn.Module):
         mixed = mu * s + (1 - mu) * state
         no_taps = jnp.zeros((0, *mixed.shape), self.dtype)
         block = Block(self.config, self.dtype, name="block")
-        (s, _, cache), _ = block((mixed, no_taps, cache), layer, layer, positions, angles, mask)
+        (s, _, cache), _ = block((mixed, no_taps, cache), layer, layer, angles, places)
         return (s, cache), None
 
 
@@ -149,7 +148,11 @@ class TransformerSide(nn.Module):
 
     @nn.compact
     def __call__(
-        self, taps: Float[Array, "P B T D"], positions: Int[Array, "B T"], cache: Cache | None = None
+        self,
+        taps: Float[Array, "P B T D"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        places: Places | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config.block
         down = self.param(
@@ -157,17 +160,16 @@ class TransformerSide(nn.Module):
         )
         states = jnp.einsum("pbtd,pde->pbte", taps.astype(self.dtype), down.astype(self.dtype))
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[2])[None, None, None, :]
-        mask = keys <= positions[:, None, :, None]
+        places = places or by_position(positions, cache)
         ladder = nn.scan(
             Rung,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
         )(c, self.dtype, name="ladder")
         layers = jnp.arange(c.num_layers, dtype=jnp.int32)
-        (s, cache), _ = ladder((jnp.zeros_like(states[0]), cache), states, layers, positions, angles, mask)
+        (s, cache), _ = ladder((jnp.zeros_like(states[0]), cache), states, layers, angles, places)
         s = RMSNorm(c.rms_norm_eps, name="norm")(s)
         initializer = nn.initializers.zeros if self.zero_output else nn.initializers.lecun_normal()
         output = self.param("output", initializer, (c.hidden_size, self.hidden_size))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.cache import init_cache, reorder
+from spa_jax.decoding.cache import init_cache, place_newest, reorder, see_prompt
 from spa_jax.decoding.fused import choose
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, begin, newest, rows_of
 from spa_jax.decoding.sampling import Sampling, append
@@ -59,6 +59,8 @@ class CloudState(NamedTuple):
     """Sessions under way; every leaf has the batch first."""
 
     cache: Cache
+    seen: Bool[Array, "R S"]
+    """The cache slots of the tokens that each hypothesis consists of."""
     position: Int[Array, " G"]
     """Where the newest token will be run."""
     start: Int[Array, " G"]
@@ -112,11 +114,13 @@ def prefill(
         taps = _encode_taps(config, frozen, jnp.take_along_axis(out.taps, last[None], axis=2))
         taps = jax.tree.map(lambda leaf: leaf[:, 0], taps)
     each = jnp.repeat(jnp.arange(groups), width)
-    cache, hidden, taps = reorder((out.cache, hidden, taps), each)
+    hidden, taps = reorder((hidden, taps), each)
     rows, kept = groups * width, room if config.attends else 1
     empty = jax.tree.map(lambda leaf: jnp.zeros((rows, kept, *leaf.shape[1:]), leaf.dtype), taps)
+    assert out.cache is not None
     state = CloudState(
-        cache=cache,
+        cache=out.cache,
+        seen=see_prompt(lengths, width, slots),
         position=lengths,
         start=lengths - 1,
         hypotheses=begin(groups, width, room, seed, search=config.beams is not None),
@@ -175,13 +179,16 @@ def advance(
 
     def step(s: CloudState) -> CloudState:
         run = runs(s)
-        positions = jnp.repeat(jnp.where(run, s.position, PADDING), width)[:, None]
-        tokens = newest(s.hypotheses)[:, None]
-        out = config.model.apply({"params": frozen}, tokens, positions, s.cache)
+        tokens = newest(s.hypotheses)
+        positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
+        places, seen = place_newest(s.seen, s.position, s.hypotheses.made, run)
+        out = config.model.apply({"params": frozen}, tokens, positions, s.cache, places)
         assert out.cache is not None
-        s = s._replace(cache=out.cache, position=s.position + run)
-        taps = jax.tree.map(lambda leaf: leaf[:, 0], _encode_taps(config, frozen, out.taps))
-        return _judge(config, frozen, s, run, out.hidden[:, 0], taps, sampling)
+        s = s._replace(cache=out.cache, seen=seen, position=s.position + run)
+        hidden, taps = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (out.hidden, _encode_taps(config, frozen, out.taps))
+        )
+        return _judge(config, frozen, s, run, hidden, taps, sampling)
 
     return jax.lax.while_loop(lambda s: jnp.any(runs(s)), step, state)
 
@@ -254,6 +261,6 @@ def _finish(
     state = state._replace(hypotheses=hypotheses)
     if config.beams is None:
         return state
-    follow = (state.cache, state.taps, state.unsent, state.origin)
+    follow = (state.seen, state.taps, state.unsent, state.origin)
     follow = jax.lax.cond(some, lambda: reorder(follow, rows_of(parents)), lambda: follow)
-    return state._replace(**dict(zip(("cache", "taps", "unsent", "origin"), follow)))
+    return state._replace(**dict(zip(("seen", "taps", "unsent", "origin"), follow)))

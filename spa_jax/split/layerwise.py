@@ -19,7 +19,18 @@ from jaxtyping import Array, Float, Int
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.cache import init_cache
 from spa_jax.errors import UserError
-from spa_jax.models.llama import MLP, PADDING, Attention, Cache, Llama, LlamaConfig, Params, rms_norm, rope_frequencies
+from spa_jax.models.llama import (
+    MLP,
+    PADDING,
+    Attention,
+    Cache,
+    Llama,
+    LlamaConfig,
+    Params,
+    by_position,
+    rms_norm,
+    rope_frequencies,
+)
 from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
 from spa_jax.split import wire
 from spa_jax.split.channel import Channel, Traffic
@@ -146,9 +157,8 @@ def _attention(
     params = _block(frozen, layer)
     x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-    mask = jnp.arange(cache["k"].shape[2])[None, None, None, :] <= positions[:, None, :, None]
-    attention = Attention(c, jnp.float32)
-    return attention.apply({"params": params["attention"]}, x, positions, angles, mask, cache, layer, adapt)
+    attention, places = Attention(c, jnp.float32), by_position(positions, cache)
+    return attention.apply({"params": params["attention"]}, x, angles, places, cache, layer, adapt)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

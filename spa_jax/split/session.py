@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from spa_jax.data.encoding import Encoder, pieces
 from spa_jax.data.pipeline import bucket
 from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.cache import cache_bytes
+from spa_jax.decoding.cache import cache_bytes, count_slots
 from spa_jax.decoding.fused import check_lengths, pad_prompts
 from spa_jax.decoding.hypotheses import Generation, generations
 from spa_jax.decoding.sampling import Sampling
@@ -61,18 +61,18 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Cache slots of each row."""
-        return bucket(int(self.lengths.max()) + self.room, 64)
+        """Cache slots of each prompt."""
+        return count_slots(int(self.lengths.max()), self.room, self.config.width)
 
     @property
     def bytes(self) -> int:
         """Memory that it takes, nearly: cache, taps that are kept, and of each row logits and vectors of its width."""
-        model, rows = self.config.model, len(self.prompts) * self.config.width
+        model, groups, width = self.config.model, len(self.prompts), self.config.width
         size = model.config
         taps = wire.bytes_per_position(self.config.codec, len(model.taps), size.hidden_size)
         vectors = 4 * (size.vocab_size + 8 * size.hidden_size)
-        kept = taps * (self.slots if self.config.attends else 1)
-        return cache_bytes(size, rows, self.slots, model.dtype) + rows * (kept + vectors)
+        kept = taps * (int(self.lengths.max()) + self.room if self.config.attends else 1)
+        return cache_bytes(size, groups, self.slots, model.dtype) + groups * width * (kept + vectors)
 
 
 class Session:

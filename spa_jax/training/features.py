@@ -41,7 +41,7 @@ class Prefix(NamedTuple):
     """What the backbone makes of C tokens that every row of some data begins with, such as a chat's system prompt."""
 
     cache: Cache
-    """`[1,L,C,K,H]`."""
+    """`[1,L,K,H,C]`."""
     taps: Float[Array, "P 1 C D"]
 
 
@@ -64,7 +64,7 @@ def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix
     cache, start = None, 0
     if prefix is not None:
         start = prefix.taps.shape[2]
-        room = ((0, 0), (0, 0), (0, length - start), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, 0), (0, 0), (0, length - start))
         cache = jax.tree.map(lambda leaf: jnp.pad(jnp.repeat(leaf, rows, axis=0), room), prefix.cache)
     out = model.apply({"params": params}, tokens[:, start:], positions[:, start:], cache)
     within = jnp.maximum(predict - start, 0)

@@ -102,11 +102,10 @@ def test_as_wide_as_the_tree_it_finds_the_best_of_all_sequences():
 
     @jax.jit
     def step(hypotheses, tokens):
-        logits = jnp.asarray(transitions)[tokens].reshape(1, 81, 4)
-        asked = (tokens == 1).reshape(1, 81)
-        return extend(beams, hypotheses, logits, asked, ~hypotheses.done, (end,))
+        logits = jnp.asarray(transitions)[tokens]
+        return extend(beams, hypotheses, logits, tokens == 1, ~hypotheses.done, (end,))
 
-    hypotheses, tokens = begin(1, 81, room, 0, search=True), jnp.zeros(81, jnp.int32)
+    hypotheses, tokens = begin(1, 81, room, 0, search=True), jnp.zeros((1, 81), jnp.int32)
     for _ in range(room):
         hypotheses, parents = step(hypotheses, tokens)
         assert rows_of(parents).shape == (81,)
