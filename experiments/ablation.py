@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import default
-from spa_jax.data.tasks import Pair, read_json_lines
+from spa_jax.data.pairs import Pair, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.llama import Llama
@@ -23,7 +23,8 @@ from spa_jax.models.plugin import PluginConfig, count_params, init_plugin
 from spa_jax.training import loop
 from spa_jax.training.config import RunConfig, parse
 from spa_jax.training.evaluation import Evaluator, threshold_for
-from spa_jax.training.run import make_encoder, open_tap_cache, plugin_config, train
+from spa_jax.training.rows import make_encoder
+from spa_jax.training.run import open_tap_cache, plugin_config, train
 from spa_jax.training.step import make_eval_step
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import load_plugin
@@ -51,7 +52,7 @@ def run_rows(table: Mapping[str, Keys], fixed: Keys, workdir: Path, output: Path
     backbone = load_backbone(default.get_config().backbone)
     data = workdir / "data"
     fixed = {"data.train": str(data / "train.jsonl"), "data.eval": str(data / "validation.jsonl"), **fixed}
-    reference = _size(_config(fixed), backbone)
+    reference = size_of(_config(fixed), backbone)
     results = {}
     for name, keys in table.items():
         done = workdir / "rows" / f"{name}.json"
@@ -119,10 +120,11 @@ def matched(config: RunConfig, backbone: Backbone, size: int) -> RunConfig:
     step = 2 * config.side.heads if config.side.kind == "transformer" else 1
     widths = range(step, 257, step)
     candidates = [dataclasses.replace(config, side=dataclasses.replace(config.side, width=width)) for width in widths]
-    return min(candidates, key=lambda candidate: abs(_size(candidate, backbone) - size))
+    return min(candidates, key=lambda candidate: abs(size_of(candidate, backbone) - size))
 
 
-def _size(config: RunConfig, backbone: Backbone) -> int:
+def size_of(config: RunConfig, backbone: Backbone) -> int:
+    """Trainable parameters."""
     plugin: PluginConfig = plugin_config(config, backbone)
     return count_params(init_plugin(plugin, abstract=True))
 

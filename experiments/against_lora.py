@@ -29,7 +29,7 @@ from spa_jax.data.pipeline import Batch, bucket_of, collate, plan
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.training.config import RunConfig, parse
-from spa_jax.training.run import make_encoder
+from spa_jax.training.rows import make_encoder
 from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl.")

@@ -14,7 +14,7 @@ from absl import flags
 
 from experiments.ablation import run_rows, write_splits
 from spa_jax import command
-from spa_jax.data.tasks import Pair
+from spa_jax.data.pairs import Pair
 
 DATA = flags.DEFINE_string("data", None, "Directory with CoQA's train.jsonl, validation.jsonl and test.jsonl.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/coqa", "Where runs and finished rows are kept.")

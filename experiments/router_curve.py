@@ -1,100 +1,87 @@
-"""What the router is worth at every share: loss against the share of tokens the device is asked for.
+"""What the router is worth at every share of tokens the device is asked for: loss at all of them, ROUGE-L at three.
 
-    python -m experiments.router_curve --plugin=DIR --data=FILE --output=experiments/results/router_curve_sciq.json
+    python -m experiments.router_curve --scale=mini --data=DIR
 
-The plugin has a router; FILE has rows of `{"source", "target"}` it was not trained on, such as what `experiments.sciq`
-leaves in `WORKDIR/data/test.jsonl`. Beside the router: choosing at random, by the entropy of the base's next-token
-distribution, and by the gain itself, as a perfect router would. A plot lies beside the JSON.
+Beside the router: choosing at random, by the entropy of the base's next-token distribution, and by the gain itself, as
+a perfect router would. The area between a curve and never asking, over the gap to always asking, is RouteLLM's APGR
+(Ong et al. 2024) with loss for quality. Losses are of all target tokens of the test split, teacher-forced.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-from absl import flags
 from jaxtyping import Array, Float
-from rich.console import Console
-from rich.table import Table
 
-from experiments.ablation import SHARE, hardware
-from spa_jax import command
-from spa_jax.data.encoding import Encoder
+from experiments.ablation import hardware
+from experiments.cells import Bench, Cell, Training
+from experiments.report import Entry, main_of, number, plt, score, write
+from experiments.scales import BUDGET, TITLES, Scale
 from spa_jax.data.pipeline import collate, plan
-from spa_jax.data.tasks import read_json_lines
-from spa_jax.errors import UserError
+from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
 from spa_jax.models.llama import Llama, Params
 from spa_jax.scoring.router_curve import gap_recovered, loss_by_share, random_loss_by_share
 from spa_jax.training.features import extract
 from spa_jax.training.objective import Outcomes, token_outcomes
+from spa_jax.training.rows import task_encoder
 from spa_jax.weights.plugin import Plugin, load_plugin
-from spa_jax.weights.registry import load_backbone
 
-PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin with a router.")
-DATA = flags.DEFINE_string("data", None, "JSON lines it was not trained on.")
-MAX_LENGTH = flags.DEFINE_integer("max_length", 320, "Tokens of a row, beyond which its source is cut.")
-OUTPUT = flags.DEFINE_string("output", "experiments/results/router_curve.json", "Where to write the result.")
-
-BATCH, POINTS = 8, 21
+TASKS, BUDGETS = ("xsum", "sciq"), (0.25, 0.5, 0.75)
+BATCH, POINTS = 8, 41
 
 
-def main() -> None:
-    if PLUGIN.value is None or DATA.value is None:
-        raise UserError("name a plugin with --plugin=DIR and rows with --data=FILE")
-    plugin = load_plugin(Path(PLUGIN.value))
-    if not plugin.config.routed:
-        raise UserError(f"a plugin trained as '{plugin.config.setting}' has no router")
-    outcomes, entropy = outcomes_of(plugin, Path(DATA.value))
+def cells(scale: Scale) -> list[Cell]:
+    return [Cell(task, "spa", Training(task), budget=budget) for task in TASKS for budget in BUDGETS]
+
+
+def curves(bench: Bench, task: str) -> dict[str, Any] | None:
+    """`{who chooses: {"share": [...], "loss": [...], ...}}`; measured once and kept."""
+    path = bench.results / "router_curve" / f"{task}.json"
+    kept = bench.kept(path)
+    if kept is not None or not bench.may_run:
+        return kept
+    plugin = load_plugin(bench.train(Training(task)) / "plugin")
+    outcomes, entropy = outcomes_of(bench, plugin, task)
     skipped, asked = (np.asarray(part, np.float64) for part in (outcomes.skipped, outcomes.always))
-    curves = {
+    losses = {
         "router": loss_by_share(skipped, asked, np.asarray(outcomes.probability)),
         "random": random_loss_by_share(skipped, asked),
         "entropy of f": loss_by_share(skipped, asked, entropy),
         "perfect router": loss_by_share(skipped, asked, skipped - asked),
     }
-    shares = np.linspace(0, 1, len(skipped) + 1)
-    table = Table("chosen by", f"loss at a share of {SHARE}", "least loss", "at a share of", "gap recovered")
-    rows: dict[str, dict[str, Any]] = {}
-    for name, losses in curves.items():
-        best = int(np.argmin(losses))
-        rows[name] = {
-            f"loss at {SHARE}": float(np.interp(SHARE, shares, losses)),
-            "least loss": float(losses[best]),
-            "share of the least loss": float(shares[best]),
-            "gap recovered": gap_recovered(losses),
-            "loss by share": np.interp(np.linspace(0, 1, POINTS), shares, losses).round(4).tolist(),
+    every, shares = np.linspace(0, 1, len(skipped) + 1), np.linspace(0, 1, POINTS)
+    found: dict[str, Any] = {"hardware": hardware(), "tokens": len(skipped), "share": shares.round(4).tolist()}
+    for name, curve in losses.items():
+        found[name] = {
+            "loss": np.interp(shares, every, curve).round(4).tolist(),
+            "at_budget": float(np.interp(BUDGET, every, curve)),
+            "least": float(curve.min()),
+            "least_at": float(every[curve.argmin()]),
+            "gap_recovered": gap_recovered(curve),
         }
-        table.add_row(name, *(f"{value:.3f}" for value in list(rows[name].values())[:4]))
-        plt.plot(shares, losses, label=name)
-    Console().print(table)
-    used = float(np.mean(np.asarray(outcomes.probability) > plugin.config.threshold))
-    said = "python -m experiments.router_curve --plugin=DIR --data=FILE"
-    output = Path(OUTPUT.value)
-    summary = {"tokens": len(skipped), "share at the plugin's threshold": used, "curves": rows}
-    write_json(output, {"command": said, "hardware": hardware(), **summary})
-    plt.xlabel("share of tokens the device is asked for")
-    plt.ylabel("nats per target token")
-    plt.legend()
-    plt.savefig(output.with_suffix(".png"), dpi=120)
+    write_json(path, found)
+    return found
 
 
-def outcomes_of(plugin: Plugin, data: Path) -> tuple[Outcomes, Float[np.ndarray, " N"]]:
-    """Losses of all target tokens, and the entropy in nats of what the base expects there."""
-    backbone = load_backbone(plugin.backbone)
-    plugin.check(backbone)
-    encoder = Encoder(backbone.tokenizer, plugin.template, MAX_LENGTH.value)
-    examples, _ = encoder.encode_all(read_json_lines(str(data)))
-    model = Llama(backbone.config, plugin.config.side.taps, jnp.dtype(jnp.float32))
+def outcomes_of(bench: Bench, plugin: Plugin, task: str) -> tuple[Outcomes, Float[np.ndarray, " N"]]:
+    """Losses of all target tokens of the test split, and the entropy in nats of what the base expects there."""
+    backbone = bench.backbone
+    encoder = task_encoder(backbone, plugin.template, task)
+    examples, _ = encoder.encode_all(load_split(task, bench.directory(task), "test"))
+    model = Llama(backbone.config, plugin.config.side.taps, jnp.dtype(bench.scale.dtype))
 
     @jax.jit
     def step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Array, Array]:
         features = extract(model, frozen, batch, plugin.config.side.attends)
-        log_p = jax.nn.log_softmax(model.apply({"params": frozen}, features.hidden, method="logits"))
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-        return token_outcomes(plugin.config, model, params, frozen, features), entropy, features.weights
+
+        def entropy(hidden: Array) -> Array:  # of one row, so that little of size V exists
+            log_p = jax.nn.log_softmax(model.apply({"params": frozen}, hidden, method="logits"))
+            return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+        outcomes = token_outcomes(plugin.config, model, params, frozen, features)
+        return outcomes, jax.lax.map(entropy, features.hidden), features.weights
 
     parts = []
     for rows in plan(examples, BATCH):
@@ -104,5 +91,32 @@ def outcomes_of(plugin: Plugin, data: Path) -> tuple[Outcomes, Float[np.ndarray,
     return Outcomes(*columns[:-1]), columns[-1]
 
 
+def report(bench: Bench) -> None:
+    rows: dict[str, dict[str, Entry]] = {}
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(4.5 * len(TASKS), 3.4), layout="constrained", squeeze=False)
+    for task, axes in zip(TASKS, panels[0]):
+        found = curves(bench, task) or {}
+        for name in ("router", "entropy of f", "random", "perfect router") if found else ():
+            curve = found[name]
+            rows[f"{TITLES[task]}, {name}"] = {
+                f"loss at {BUDGET}": number(curve, "at_budget"),
+                "least loss": number(curve, "least"),
+                "at a share of": number(curve, "least_at"),
+                "APGR": number(curve, "gap_recovered"),
+            }
+            axes.plot(found["share"], curve["loss"], label=name)
+        axes.set(title=TITLES[task], xlabel="share of tokens asked for", ylabel="nats per target token")
+        axes.legend()
+        for budget in BUDGETS:
+            result = bench.result(Cell(task, "spa", Training(task), budget=budget))
+            rows[f"{TITLES[task]}, generated at {budget}"] = {
+                "ROUGE-L": score(result),
+                "share of generated tokens": number(result, "consulted_share"),
+            }
+    write(bench, "router_curve", "Cost and quality of the router", rows, plot=False)
+    figure.savefig(bench.results / "router_curve.png", dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    command.run(main)
+    main_of(report)

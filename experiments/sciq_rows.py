@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from spa_jax.data.tasks import Pair
+from spa_jax.data.pairs import Pair
 
 MAX_LENGTH = 320
 """Tokens of a row, beyond which the passage is cut."""

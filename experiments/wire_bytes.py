@@ -23,8 +23,8 @@ from configs import default
 from experiments.ablation import hardware
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
+from spa_jax.data.pairs import read_json_lines
 from spa_jax.data.pipeline import plan
-from spa_jax.data.tasks import read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import always

@@ -85,7 +85,10 @@ def make_backbone_directory(tmp_path_factory) -> Callable[..., Path]:
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(["</s>", "<user>", "<assistant>"])
         tokenizer.save(str(directory / "tokenizer.json"))
-        template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+        template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": template}
         (directory / "tokenizer_config.json").write_text(json.dumps(described))
         v, d, f, layers, heads, kv_heads = tokenizer.get_vocab_size(), 32, 48, 3, 4, 2

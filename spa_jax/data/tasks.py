@@ -1,63 +1,269 @@
-"""Where examples come from: one source text and one target text a row, for each data set."""
+"""The paper's four data sets: where their rows come from, and one prompt and target for each (section 4.1).
+
+A task's rows come from the Hugging Face hub, or from a directory with `train.jsonl`, `validation.jsonl` and
+`test.jsonl` that have the hub's columns. A source begins with the question, so that what is cut from a long one is the
+end of its passage.
+"""
 
 import dataclasses
-import json
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from spa_jax.data import persona
+import numpy as np
+
+from spa_jax.data.pairs import Pair
 from spa_jax.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+Row = Mapping[str, Any]
+
+PARQUET = "refs/convert/parquet"
+"""The hub's own conversion, for data sets that are still laid out by a script."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """What the model reads and what it should say.
+class Task:
+    """A data set as the paper uses it.
 
-    `answer`, where a data set has one, is the phrase a right generation contains. `origin` names the row in messages.
+    Attributes:
+        hub: name on the hub, and its configuration.
+        columns: those that are read, and the type of each in the words of `datasets`: `string`, or a list of it. A dot
+            leads into a column with fields.
+        pair: a row as a source and a target, or several in turn.
+        max_length: most tokens of prompt and target together.
+        new_tokens: most tokens to generate, which is also what a prompt leaves free.
+        scores: how generations are scored, see `spa_jax.scoring.scores`.
+        sizes: Table 5, by name; `full` is the whole train split.
+        paper_full: what the paper counts as full, all splits together.
+        optional: columns that are read where they are there.
+        splits: of the hub, where they are not ours by name.
+        train_file: of a directory, where it is not `train`.
     """
 
-    source: str
-    target: str
-    answer: str | None = None
-    origin: str = ""
+    hub: tuple[str, str | None]
+    columns: Mapping[str, Any]
+    pair: Callable[[Row], Pair]
+    max_length: int
+    new_tokens: int
+    scores: Literal["rouge", "answers"]
+    sizes: Mapping[str, int]
+    paper_full: int
+    optional: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    train_file: str = "train"
 
 
-def read_json_lines(path: str) -> list[Pair]:
-    """Rows of `{"source": ..., "target": ...}`, one JSON object a line, optionally with `"answer"`.
+def _summary(instruction: str, source: str, target: str) -> Callable[[Row], Pair]:
+    return lambda row: Pair(f"{instruction}\n\n{row[source]}", row[target])
+
+
+def _coqa(row: Row) -> Pair:
+    """A conversation about a story, every answer a target; the story stands under the first question."""
+    answers, others = row["answers.input_text"], row.get("additional_answers") or itertools.repeat(())
+    turns = [Pair(q, a, references=tuple(more)) for q, a, more in zip(row["questions"], answers, others)]
+    first = f"Answer in a few words: {turns[0].source}\n\n{row['story']}"
+    return dataclasses.replace(turns[0], source=first, later=tuple(turns[1:]))
+
+
+def _sciq_closed_book(row: Row) -> Pair:
+    return Pair(f"Answer in a few words: {row['question']}", row["correct_answer"])
+
+
+def _sciq(row: Row) -> Pair:
+    """The question and the passage it is about, which some rows lack."""
+    pair, passage = _sciq_closed_book(row), (row.get("support") or "").strip()
+    return dataclasses.replace(pair, source=f"{pair.source}\n\n{passage}") if passage else pair
+
+
+_SCIQ: dict[str, Any] = {
+    "hub": ("allenai/sciq", None),
+    "columns": {"question": "string", "correct_answer": "string"},
+    "new_tokens": 24,
+    "scores": "answers",
+    "sizes": {"small": 5_000, "medium": 10_000},
+    "paper_full": 13_679,
+}
+
+TASKS = {
+    "xsum": Task(
+        hub=("EdinburghNLP/xsum", None),
+        columns={"document": "string", "summary": "string"},
+        pair=_summary("Summarize this article in one sentence.", "document", "summary"),
+        max_length=640,
+        new_tokens=64,
+        scores="rouge",
+        sizes={"small": 10_000, "medium": 100_000},
+        paper_full=227_000,
+    ),
+    "cnn_dailymail": Task(
+        hub=("abisee/cnn_dailymail", "3.0.0"),
+        columns={"article": "string", "highlights": "string"},
+        pair=_summary("List the highlights of this article in a few short sentences.", "article", "highlights"),
+        max_length=896,
+        new_tokens=128,
+        scores="rouge",
+        sizes={"small": 20_000, "medium": 150_000},
+        paper_full=312_000,
+    ),
+    "coqa": Task(
+        hub=("stanfordnlp/coqa", None),
+        columns={"story": "string", "questions": ["string"], "answers.input_text": ["string"]},
+        optional={"additional_answers": [["string"]]},
+        pair=_coqa,
+        max_length=1024,
+        new_tokens=32,
+        scores="answers",
+        sizes={"small": 4_000, "medium": 40_000},
+        paper_full=127_000,
+        splits={"train": "train[:95%]", "validation": "train[95%:]", "test": "validation"},  # the hub has no test
+    ),
+    "sciq": Task(pair=_sciq, optional={"support": "string"}, max_length=384, **_SCIQ),
+    "sciq_closed_book": Task(pair=_sciq_closed_book, max_length=160, train_file="train_closed_book", **_SCIQ),
+}
+"""By name. Sizes count questions where a row has several."""
+
+
+def find_task(name: str) -> Task:
+    """Raises:
+    UserError: there is none of that name."""
+    if name not in TASKS:
+        raise UserError(f"there is no task '{name}'; tasks are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_split(name: str, directory: str, split: Split) -> list[Pair]:
+    """The rows of a task's split, in the order of the source.
+
+    Args:
+        name: of the task.
+        directory: with the splits as JSON lines; empty for the hub.
+        split: which.
 
     Raises:
-        UserError: missing, unreadable or empty file; a line that is no JSON object; a column missing, not text, or
-        empty.
+        UserError: the hub or a file cannot be read; a column is missing, of another type, or empty in some row; no
+        rows.
     """
+    task = find_task(name)
+    where, rows = _local(task, Path(directory), split) if directory else _hub(task, split)
+    if not rows:
+        raise UserError(f"{where} has no rows")
+    return [_pair(task, row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def nested(pairs: Sequence[Pair], size: str | int, name: str = "") -> list[Pair]:
+    """The first rows of one shuffle, so that a smaller size is part of every larger one.
+
+    Args:
+        pairs: all rows.
+        size: how many questions (a row with several counts as many); `full`; or a name of Table 5.
+        name: of the task that size is one of.
+
+    Raises:
+        UserError: more than there are, or no size.
+    """
+    questions = [len(pair.turns) for pair in pairs]
+    wanted = _size(size, name, sum(questions))
+    order = np.random.default_rng(0).permutation(len(pairs))
+    reached = np.cumsum(np.array(questions)[order])
+    if wanted > reached[-1]:
+        raise UserError(f"data.size={size} asks for {wanted:,} questions, but the data has {reached[-1]:,}")
+    return [pairs[row] for row in order[: int(np.searchsorted(reached, wanted)) + 1]]
+
+
+def _size(size: str | int, name: str, everything: int) -> int:
+    if size == "full":
+        return everything
+    sizes = TASKS[name].sizes if name in TASKS else {}
+    if size in sizes:
+        return sizes[str(size)]
+    if str(size).isdecimal() and int(size) > 0:
+        return int(size)
+    raise UserError(f"data.size is '{size}': write a number, {', '.join([*sizes, 'full'])}")
+
+
+def _local(task: Task, directory: Path, split: Split) -> tuple[str, Any]:
+    import datasets
+
+    named = directory / f"{task.train_file if split == 'train' else split}.jsonl"
+    path = named if named.is_file() else directory / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}': a task's directory has train, validation and test.jsonl")
+    if not path.stat().st_size:
+        raise UserError(f"'{path}' has no rows")
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the data file '{path}': {error}") from error
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}, line {number}"
+        rows = _quietly(datasets.load_dataset, "json", data_files=str(path), split="train")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UserError(f"'{path}' is no JSON lines file of one kind of row: {error.__cause__ or error}") from error
+    return f"'{path}'", _typed(task, rows, str(path))
+
+
+def _hub(task: Task, split: Split) -> tuple[str, Any]:
+    import datasets
+
+    hub, config = task.hub
+    wanted = task.splits.get(split, split)
+    try:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{origin} is not JSON ({error.msg}, column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise UserError(f'{origin} is not a JSON object such as {{"source": "...", "target": "..."}}')
-        for column in ("source", "target"):
-            if not isinstance(row.get(column), str) or not row[column].strip():
-                raise UserError(f"{origin}: column '{column}' is missing, empty or not text; columns are {sorted(row)}")
-        if not isinstance(row.get("answer"), str | None):
-            raise UserError(f"{origin}: column 'answer' is not text")
-        pairs.append(Pair(row["source"], row["target"], row.get("answer"), origin))
-    if not pairs:
-        raise UserError(f"the data file '{path}' has no rows")
-    return pairs
+            rows = _quietly(datasets.load_dataset, hub, config, split=wanted)
+        except RuntimeError as error:
+            if "script" not in str(error):
+                raise
+            log.info("%s is laid out by a script; reading the hub's conversion to Parquet", hub)
+            rows = _quietly(datasets.load_dataset, hub, config, split=wanted, revision=PARQUET)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot read '{hub}' from the hub ({reason}): name a directory with its rows as JSON lines instead"
+        ) from error
+    return f"{hub} ({wanted})", _typed(task, rows, hub)
 
 
-def embedded_persona(seed: int, phrasings: int) -> tuple[list[Pair], list[Pair]]:
-    """The embedded default: (training phrasings, held-out phrasings) of one invented person's life."""
-    splits = persona.generate(seed, phrasings or None)
-    train, held_out = (
-        [Pair(pair.source, pair.target, pair.answer, f"persona '{pair.fact_id}'") for pair in split] for split in splits
-    )
-    return train, held_out
+def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Without progress bars of `datasets` and its log of what is said in the exception too."""
+    import datasets
+
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    return load(*arguments, **options)
+
+
+def _typed(task: Task, rows: Any, where: str) -> Any:
+    """The columns of the task, cast to their types."""
+    import datasets
+
+    rows = rows.flatten()
+    missing = sorted(set(task.columns) - set(rows.column_names))
+    if missing:
+        raise UserError(f"'{where}' lacks column {', '.join(missing)}; columns are {', '.join(rows.column_names)}")
+    wanted = {**task.columns, **{name: kind for name, kind in task.optional.items() if name in rows.column_names}}
+    rows = rows.select_columns(list(wanted))
+    try:
+        return rows.cast(datasets.Features({name: _feature(kind) for name, kind in wanted.items()}))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"a column of '{where}' is not of the type it has on the hub: {error}") from error
+
+
+def _feature(kind: Any) -> Any:
+    import datasets
+
+    return datasets.List(_feature(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+
+
+def _pair(task: Task, row: Row, origin: str) -> Pair:
+    for name in task.columns:
+        if not _filled(row[name]):
+            raise UserError(f"{origin}: column '{name}' is empty")
+    pair = dataclasses.replace(task.pair(row), origin=origin)
+    later = tuple(dataclasses.replace(turn, origin=f"{origin}, turn {i}") for i, turn in enumerate(pair.later, start=2))
+    return dataclasses.replace(pair, later=later)
+
+
+def _filled(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) and all(map(_filled, value))

@@ -1,6 +1,7 @@
 """Generation with backbone, side network and router in one process: the reference for the split one.
 
-Shape letters: G groups (prompts), K hypotheses of each, R = G K rows, T prompt tokens, N most new tokens, D width.
+Shape letters: G groups (prompts), U of them that begin no other one, K hypotheses of each, R = G K rows, T prompt
+tokens, N most new tokens, D width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,16 +83,21 @@ class FusedModel:
     ) -> DecodeState:
         """Runs the prompts and chooses the first new token of each, with room for `room` new tokens.
 
+        A prompt that begins another one, as the earlier questions of a conversation do, is run with it.
+
         Raises:
             UserError: a prompt is empty or leaves no room in the backbone's context.
         """
         lengths = check_lengths(prompts, room, self.backbone.config.max_position_embeddings)
-        tokens = pad_prompts(prompts)
+        owners = prompts_begun(prompts)
+        whole = np.unique(owners)
+        tokens, rows = pad_prompts([prompts[i] for i in whole]), np.searchsorted(whole, owners).astype(np.int32)
         slots = bucket(int(lengths.max()) + room, 64)
         frozen, trainable = self._params
         return self._prefill(
-            frozen, trainable, tokens, lengths, seed, sampling, self.threshold, slots=slots, room=room, beams=beams
-        )
+            frozen, trainable, tokens, lengths[whole], rows, lengths, seed, sampling, self.threshold,
+            slots=slots, room=room, beams=beams,
+        )  # fmt: skip
 
     def advance(self, state: DecodeState, sampling: Sampling, until: int, beams: Beams | None = None) -> DecodeState:
         """Goes on in one jitted loop until `until` new tokens are there or every group is done; the state is
@@ -140,19 +146,19 @@ class FusedModel:
         out: LlamaOutput,
         positions: jax.Array,
         side_cache: Cache | None,
+        rows: jax.Array,
         last: jax.Array,
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """f and g `[B,D]` at index `last` `[B]` of each row's tokens, and the side network's cache."""
-        hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)
+        """f and g `[B,D]` at index `last` `[B]` of the tokens of these rows `[B]`, and the side network's cache."""
+        hidden = out.hidden[rows, last]
         if self.plugin is None:
-            return hidden[:, 0], jnp.zeros_like(hidden[:, 0]), side_cache
+            return hidden, jnp.zeros_like(hidden), side_cache
         config, taps = self.plugin.config, out.taps
         if not config.side.attends:
-            taps, positions = jnp.take_along_axis(taps, last[None, :, None, None], axis=2), last[:, None]
+            taps, positions = taps[:, rows, last][:, :, None], last[:, None]
         taps = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
         g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype)
-        g = jnp.take_along_axis(g, last[:, None, None], axis=1) if config.side.attends else g
-        return hidden[:, 0], g[:, 0], side_cache
+        return hidden, g[rows, last] if config.side.attends else g[:, 0], side_cache
 
     def _choose(
         self,
@@ -180,8 +186,10 @@ class FusedModel:
         self,
         frozen: Params,
         trainable: Params,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        tokens: Int[Array, "U T"],
+        whole: Int[Array, " U"],
+        rows: Int[Array, " G"],
+        lengths: Int[Array, " G"],
         seed: jax.Array,
         sampling: Sampling,
         threshold: jax.Array,
@@ -190,20 +198,21 @@ class FusedModel:
         room: int,
         beams: Beams | None,
     ) -> DecodeState:
-        groups, width = tokens.shape
-        positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None])
-        cache = init_cache(self.backbone.config, groups, slots, self.model.dtype)
+        """Of U prompts of which the others are beginnings: `rows` says of which, and `lengths` how much of it."""
+        groups, (runs, width) = len(lengths), tokens.shape
+        positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
+        cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
         side_cache = None
         if self.plugin is not None and self.plugin.config.side.attends:
-            side_cache = init_cache(self.plugin.config.side.block, groups, slots, self.model.dtype)
+            side_cache = init_cache(self.plugin.config.side.block, runs, slots, self.model.dtype)
         out = self._run(frozen, trainable, tokens, positions, cache)
-        hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, lengths - 1)
+        hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, rows, lengths - 1)
         count = beams.width if beams else 1
         hypotheses = begin(groups, count, room, seed, search=beams is not None)
         active = jnp.ones(groups, bool)
         hypotheses, _ = self._choose(frozen, trainable, hidden, g, hypotheses, active, sampling, beams, threshold)
         state = DecodeState(_present(out.cache), side_cache, lengths, hypotheses)
-        return _reordered(state, jnp.repeat(jnp.arange(groups), count)) if beams else state
+        return _reordered(state, jnp.repeat(rows, count)) if beams or runs < groups else state
 
     def _run_tokens(
         self,
@@ -224,8 +233,8 @@ class FusedModel:
             positions = jnp.repeat(jnp.where(run, s.position, PADDING), count)[:, None]
             tokens = newest(s.hypotheses)[:, None]
             out = self._run(frozen, trainable, tokens, positions, s.cache)
-            only = jnp.zeros_like(positions[:, 0])
-            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, only)
+            every, only = jnp.arange(len(tokens)), jnp.zeros_like(positions[:, 0])
+            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, every, only)
             hypotheses, parents = self._choose(
                 frozen, trainable, hidden, g, s.hypotheses, run, sampling, beams, threshold
             )
@@ -278,6 +287,17 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "G T"]:
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return tokens
+
+
+def prompts_begun(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " G"]:
+    """For each prompt the longest one that it is the beginning of, by index; mostly itself."""
+    owners = np.arange(len(prompts), dtype=np.int32)
+    longest: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        begun = next((k for k in longest if list(prompts[k][: len(prompts[i])]) == list(prompts[i])), None)
+        owners[i] = i if begun is None else begun
+        longest += [i] if begun is None else []
+    return owners
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], room: int, limit: int) -> Int[np.ndarray, " G"]:

@@ -15,6 +15,9 @@ from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
 
+TAP_CACHE_GIB = 20.0
+"""Largest tap cache where no config says so."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:
@@ -33,15 +36,24 @@ class DataConfig:
     """`data.*`.
 
     Attributes:
+        task: one of `spa_jax.data.tasks`, which takes the place of `train` and `eval`; empty for those.
+        directory: of the task's splits as JSON lines; empty for the hub.
+        size: of the task's training rows, in the words of `spa_jax.data.tasks.nested`.
+        eval_size: most questions of the task's validation split to evaluate on; 0 for all.
         train: a JSON-lines file of `{"source", "target"}`; empty for the embedded persona.
         eval: the same for evaluation; empty to hold out `eval_fraction` of the training rows.
         eval_fraction: share of the training file held out when `eval` is empty.
         template: `chat`, `plain`, or `auto`: chat where the backbone has a template.
-        max_length: most tokens of prompt and target together; longer sources are cut, longer targets refused.
+        max_length: most tokens of prompt and target together, 0 for the task's (1024 without one); longer sources are
+            cut, longer targets refused.
         phrasings: training phrasings of each fact of the embedded persona; 0 for all.
         persona_seed: whose life the embedded persona is.
     """
 
+    task: str
+    directory: str
+    size: str
+    eval_size: int
     train: str
     eval: str
     eval_fraction: float
@@ -134,7 +146,8 @@ class RunConfig:
             "router.margin": math.isfinite(self.router.margin),
             "router.threshold": 0 <= self.router.threshold <= 1,
             "data.eval_fraction": 0 < self.data.eval_fraction < 1,
-            "data.max_length": self.data.max_length > 1,
+            "data.max_length": self.data.max_length == 0 or self.data.max_length > 1,
+            "data.eval_size": self.data.eval_size >= 0,
             "data.phrasings": self.data.phrasings >= 0,
             "train.epochs": self.train.epochs > 0,
             "train.batch_size": self.train.batch_size > 0,

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import platform
-import random
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from spa_jax.data.encoding import Encoder, Example
+from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate, plan
-from spa_jax.data.tasks import Pair, embedded_persona, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
@@ -30,10 +28,11 @@ from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
 from spa_jax.training import loop
 from spa_jax.training.checkpoint import Checkpoints
-from spa_jax.training.config import DataConfig, RunConfig
+from spa_jax.training.config import RunConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
+from spa_jax.training.rows import load_pairs, make_encoder
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.training.tap_cache import Layout, TapCache
 from spa_jax.training.through import scoring
@@ -45,39 +44,6 @@ from spa_jax.weights.registry import cache_directory, load_backbone
 log = logging.getLogger(__name__)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-
-
-def load_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and evaluation rows.
-
-    Raises:
-        UserError: an unreadable file, or too few rows to hold any out.
-    """
-    if not config.train:
-        if config.eval:
-            raise UserError(
-                "data.eval is set but data.train is not: the embedded persona brings its own held-out phrasings"
-            )
-        return embedded_persona(config.persona_seed, config.phrasings)
-    train = read_json_lines(config.train)
-    if config.eval:
-        return train, read_json_lines(config.eval)
-    held_out = round(config.eval_fraction * len(train))
-    if not 0 < held_out < len(train):
-        raise UserError(
-            f"{len(train)} rows in {config.train} are too few to hold out data.eval_fraction={config.eval_fraction:g}: "
-            "add rows, or name an evaluation file with data.eval"
-        )
-    random.Random(seed).shuffle(train)
-    return train[held_out:], train[:held_out]
-
-
-def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
-    """The prompt format of the config, `auto` resolved."""
-    template = config.template
-    if template == "auto":
-        template = "chat" if backbone.tokenizer.chat_template else "plain"
-    return Encoder(backbone.tokenizer, template, min(config.max_length, backbone.config.max_position_embeddings))
 
 
 def plugin_config(config: RunConfig, backbone: Backbone) -> PluginConfig:
@@ -196,7 +162,7 @@ def _last_timing(workdir: Path) -> dict[str, float]:
     """The timing in summary.json, for a run that has nothing left to do."""
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-        return {name: summary[name] for name in loop.TIMING}
+        return {name: summary[name] for name in (*loop.TIMING, "data/backbone_passes") if name in summary}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -232,7 +198,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
     model = backbone_model(config, plugin, backbone)
     frozen = backbone.params
     source: loop.Collate = collate
+    passes: dict[str, float] = {}
     if cache is not None:
+        passes = {"data/backbone_passes": len(cache.missing(every))}
         loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
         source = cache.collate
     held_out_source = source
@@ -257,6 +225,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
             state, timing = loop.train(
                 config, state, frozen, examples, source, train_step, evaluate, checkpoints, metrics_path
             )
+            timing |= passes
         best = checkpoints.restore(state, best=True)
     params = {name: leaves for name, leaves in (best or state).params.items() if name != "folds"}
     origin = (backbone.name, backbone.fingerprint, encoder.template)
@@ -272,6 +241,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         "params/trainable": trainable,
         "params/trainable_percent": 100 * trainable / total,
         "data/train_examples": len(examples),
+        "data/train_questions": sum(len(pair.turns) for pair in pairs[0]),
         "data/held_out_examples": len(held_out),
         "data/sources_cut": cut + cut_held_out,
         **timing,

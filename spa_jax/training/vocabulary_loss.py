@@ -25,6 +25,14 @@ def token_losses(
     return _losses(model, params, flat, targets.reshape(-1)).reshape(targets.shape)
 
 
+def best_tokens(model: Llama, params: Params, hidden: Float[Array, "*M D"]) -> Int[Array, "*M"]:
+    """The likeliest token by LM head, int32."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chunks, _ = _chunks(flat, jnp.zeros(len(flat), jnp.int32))
+    best = jax.lax.map(lambda h: jnp.argmax(model.apply({"params": params}, h, method="logits"), axis=-1), chunks)
+    return best.reshape(-1)[: len(flat)].reshape(hidden.shape[:-1]).astype(jnp.int32)
+
+
 def _chunks(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     count = hidden.shape[0]
     size = -(-count // -(-count // CHUNK))  # of equal chunks, so that little is padded

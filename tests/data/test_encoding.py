@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_jax.data.encoding import Encoder, Example
-from spa_jax.data.tasks import Pair
+from spa_jax.data.pairs import Pair
 from spa_jax.errors import UserError
 from spa_jax.weights.huggingface import load_tokenizer
 
@@ -97,6 +97,58 @@ def test_a_target_without_room_for_a_prompt_is_refused_by_row(encoder):
         encoder.encode(dataclasses.replace(PAIR, target="y" * 80))
 
 
+TALK = dataclasses.replace(PAIR, later=(Pair("And my dog?", "Rex"), Pair("How old is he?", "7")))
+
+
+def test_every_answer_of_a_conversation_is_a_target_and_each_prompt_begins_the_next(encoder):
+    encoder = dataclasses.replace(encoder, max_length=120)
+    example, cut = encoder.encode(TALK)
+    assert not cut
+    assert encoder.tokenizer.decode(example.targets) == "Miso</s>Rex</s>7</s>"
+    assert [len(prompt) for prompt in example.prompts] == [int(example.predict[i]) + 1 for i in (0, 5, 9)]
+    assert example.prompts[0] == encoder.prompt(PAIR.source)
+    for prompt, more in zip(example.prompts, [*example.prompts[1:], example.tokens.tolist()]):
+        assert more[: len(prompt)] == prompt
+    inside = np.isin(np.arange(len(example.tokens)), example.predict)
+    following = np.append(example.tokens[1:], example.targets[-1])
+    assert following[inside].tolist() == example.targets.tolist()
+
+
+def test_a_conversation_reads_as_its_template_writes_it(tokenizer):
+    written = [tokenizer.decode(Encoder(tokenizer, kind, 120).encode(TALK)[0].tokens) for kind in ("chat", "plain")]
+    assert written == [
+        "<user>What is my cat called?<assistant>Miso</s><user>And my dog?<assistant>Rex</s><user>How old is he?"
+        "<assistant>7",
+        "What is my cat called?\nMiso</s>And my dog?\nRex</s>How old is he?\n7",
+    ]
+
+
+def test_of_a_conversation_only_the_first_source_is_cut(encoder):
+    example, cut = encoder.encode(dataclasses.replace(TALK, source="x" * 100))
+    assert cut
+    assert len(example.tokens) == encoder.max_length
+    assert encoder.tokenizer.decode(example.targets) == "Miso</s>Rex</s>7</s>"
+    with pytest.raises(UserError, match=r"^rows\.jsonl, line 3: the later turns have \d+ tokens"):
+        dataclasses.replace(encoder, max_length=30).encode(TALK)
+
+
+def test_with_a_reserve_what_is_cut_does_not_tell_how_long_the_target_is(tokenizer):
+    encoder = Encoder(tokenizer, "plain", 60, reserve=20)
+    short, middling = (encoder.encode(Pair("x" * 100, "y" * count))[0] for count in (1, 20))
+    assert short.prompts == middling.prompts
+    assert len(short.prompts[0]) == 40
+    (longer,) = encoder.encode(Pair("x" * 100, "y" * 30))[0].prompts
+    assert len(longer) == 30
+
+
+def test_a_chat_template_that_ends_answers_otherwise_is_refused(tiny_backbone_directory):
+    odd = load_tokenizer(tiny_backbone_directory)
+    odd.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+    assert Encoder(odd, "chat", 60).encode(PAIR)[0].predict.size
+    with pytest.raises(UserError, match="does not end an answer with </s>"):
+        Encoder(odd, "chat", 120).encode(TALK)
+
+
 def test_no_chat_template_or_no_eos_or_an_unknown_template_is_refused(tiny_backbone_directory):
     bare = load_tokenizer(tiny_backbone_directory)
     bare.chat_template = None
@@ -136,3 +188,11 @@ def test_smollm2_prompts_are_its_chat_format(smollm2):
     assert text.endswith("<|im_start|>user\nWhat is my cat called?<|im_end|>\n<|im_start|>assistant\nMiso")
     assert smollm2.tokenizer.decode(example.targets) == "Miso<|im_end|>"
     assert example.targets[-1] in smollm2.eos_ids
+
+
+def test_smollm2_conversations_are_its_chat_format(smollm2):
+    turns = [{"role": "user", "content": TALK.source}]
+    for turn, before in zip(TALK.later, TALK.turns):
+        turns += [{"role": "assistant", "content": before.target}, {"role": "user", "content": turn.source}]
+    judge = smollm2.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert Encoder(smollm2.tokenizer, "chat", 512).encode(TALK)[0].prompts[-1] == judge

@@ -1,86 +1,200 @@
-"""Rows of a JSON lines file, and what is said about a bad one."""
+"""The four data sets: prompts, sizes that nest, and what is said about rows that are not theirs."""
 
 import json
+import os
+from pathlib import Path
 
+import datasets
 import pytest
 
-from spa_jax.data.tasks import Pair, embedded_persona, read_json_lines
+from spa_jax.data.pairs import Pair
+from spa_jax.data.tasks import PARQUET, TASKS, load_split, nested
 from spa_jax.errors import UserError
 
-GOOD = '{"source": "a", "target": "b"}'
+ROWS = {
+    "xsum": {"document": "It rained.\nAll day.", "summary": "Rain.", "id": "7"},
+    "cnn_dailymail": {"article": "It rained.", "highlights": "Rain .\nMore rain .", "id": "8"},
+    "sciq": {
+        "question": "What falls?", "distractor1": "a", "distractor2": "b", "distractor3": "c", "correct_answer": "rain",
+        "support": "Rain falls.",
+    },
+    "coqa": {
+        "source": "mctest", "story": "Ann has a cat.", "questions": ["Who?", "What has she?"], "id": "9",
+        "answers": {"input_text": ["Ann", "a cat"], "answer_start": [0, 8], "answer_end": [3, 13]},
+        "additional_answers": [["Ann", "she"], ["cat", "one cat"]],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
 def write(tmp_path):
-    def write(content):
-        path = tmp_path / "rows.jsonl"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
+    def write(*rows, name="test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return str(tmp_path)
 
     return write
 
 
-def test_rows_are_read_in_order_with_their_origin(write):
-    path = write(GOOD + '\n\n{"source": " c ", "target": "d", "answer": "é", "more": 1}\r\n')
-    assert read_json_lines(path) == [
-        Pair("a", "b", None, f"{path}, line 1"),
-        Pair(" c ", "d", "é", f"{path}, line 3"),
-    ]
+def read(directory, name, split="test"):
+    return load_split(name, directory, split)
 
 
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x7f"])
-def test_a_line_ends_at_a_line_feed_alone(character, write):
-    row = {"source": f"one{character}two", "target": "b"}
-    path = write(json.dumps(row, ensure_ascii=False) + "\n" + GOOD)
-    assert [pair.source for pair in read_json_lines(path)] == [row["source"], "a"]
+def test_summaries(write):
+    (pair,) = read(write(ROWS["xsum"]), "xsum")
+    assert (pair.source, pair.target) == ("Summarize this article in one sentence.\n\nIt rained.\nAll day.", "Rain.")
+    (pair,) = read(write(ROWS["cnn_dailymail"]), "cnn_dailymail")
+    assert pair.source.endswith("\n\nIt rained.")
+    assert pair.target == "Rain .\nMore rain ."
 
 
-@pytest.mark.parametrize("line", ["not json", '{"source": "a", "target": ', "{'source': 'a'}", GOOD + GOOD])
-def test_a_line_that_is_not_json_is_named_by_number(line, write):
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 3 is not JSON \("):
-        read_json_lines(write(f"{GOOD}\n\n{line}\n"))
+def test_science_questions_with_and_without_their_passage(write):
+    directory = write(ROWS["sciq"], {**ROWS["sciq"], "support": ""})
+    sources = [pair.source for pair in read(directory, "sciq")]
+    assert sources == ["Answer in a few words: What falls?\n\nRain falls.", "Answer in a few words: What falls?"]
+    assert {pair.source for pair in read(directory, "sciq_closed_book")} == {sources[1]}
+    assert {pair.target for pair in read(directory, "sciq")} == {"rain"}
 
 
-@pytest.mark.parametrize("line", ["[]", "3", "null", '"text"', '["source", "target"]'])
-def test_a_line_that_is_no_object_is_named_by_number(line, write):
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is not a JSON object"):
-        read_json_lines(write(f"{GOOD}\n{line}\n"))
+def test_a_column_that_is_empty_in_every_row_is_still_text(write):
+    (pair,) = read(write({**ROWS["sciq"], "support": None}), "sciq")
+    assert pair.source == "Answer in a few words: What falls?"
 
 
-@pytest.mark.parametrize("bad", [None, 3, "", "  ", ["x"], ...])
-@pytest.mark.parametrize("column", ["source", "target"])
-def test_a_column_missing_empty_or_of_another_type_is_named(column, bad, write):
-    row = {"source": "a", "target": "b", "extra": "c"} | {column: bad}
-    if bad is ...:
-        del row[column]
-    with pytest.raises(UserError, match=rf"line 2: column '{column}' .* columns are \[.*'extra'"):
-        read_json_lines(write(f"{GOOD}\n{json.dumps(row)}\n"))
+def test_the_closed_book_may_have_a_training_file_of_its_own(write):
+    write(ROWS["sciq"], name="train")
+    directory = write(ROWS["sciq"], ROWS["sciq"], name="train_closed_book")
+    assert [len(read(directory, name, "train")) for name in ("sciq", "sciq_closed_book")] == [1, 2]
 
 
-def test_an_answer_that_is_no_text_is_refused(write):
-    with pytest.raises(UserError, match="line 1: column 'answer' is not text"):
-        read_json_lines(write('{"source": "a", "target": "b", "answer": 3}'))
+def test_conversations_have_every_answer_and_the_other_peoples(write):
+    (pair,) = read(write(ROWS["coqa"]), "coqa")
+    assert pair.source == "Answer in a few words: Who?\n\nAnn has a cat."
+    assert [turn.source for turn in pair.later] == ["What has she?"]
+    assert [turn.target for turn in pair.turns] == ["Ann", "a cat"]
+    assert [turn.references for turn in pair.turns] == [("Ann", "she"), ("cat", "one cat")]
+    without = {name: column for name, column in ROWS["coqa"].items() if name != "additional_answers"}
+    (pair,) = read(write(without), "coqa")
+    assert [turn.references for turn in pair.turns] == [(), ()]
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_rows_is_refused(content, write):
-    with pytest.raises(UserError, match=r"rows\.jsonl' has no rows"):
-        read_json_lines(write(content))
+def test_rows_are_named(write):
+    first, second = read(write(ROWS["sciq"], ROWS["sciq"]), "sciq")
+    assert first.origin.endswith("test.jsonl', row 1")
+    assert second.origin.endswith("test.jsonl', row 2")
+    (pair,) = read(write(ROWS["coqa"]), "coqa")
+    assert pair.later[0].origin.endswith("row 1, turn 2")
 
 
-def test_a_file_that_cannot_be_read_is_refused(write, tmp_path):
-    for path in (tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(UserError, match=f"cannot read the data file '{path}'"):
-            read_json_lines(str(path))
-    with pytest.raises(UserError, match=r"cannot read the data file .*utf-8"):
-        read_json_lines(write(GOOD.encode() + b'\n{"source": "\xff", "target": "b"}'))
+BAD = {
+    "column": ([{"text": "a"}], "lacks column document, summary; columns are text"),
+    "type": ([{"document": ["a"], "summary": "b"}], "not of the type it has on the hub"),
+    "empty": ([ROWS["xsum"], {"document": "a", "summary": " "}], r"row 2: column 'summary' is empty"),
+    "null": ([ROWS["xsum"], {"document": None, "summary": "b"}], r"row 2: column 'document' is empty"),
+}
 
 
-def test_the_embedded_persona_gives_pairs_whose_targets_hold_their_answers():
-    train, held_out = embedded_persona(0, 2)
-    assert {pair.source for pair in train}.isdisjoint(pair.source for pair in held_out)
-    assert len(train) < len(embedded_persona(0, 0)[0])
-    answered = [pair for pair in train + held_out if pair.answer]
-    assert answered
-    assert all(pair.answer.lower() in pair.target.lower() for pair in answered)
-    assert all(pair.origin.startswith("persona '") for pair in train + held_out)
+@pytest.mark.parametrize("case", BAD)
+def test_rows_of_something_else_are_refused_by_name(case, write):
+    rows, says = BAD[case]
+    with pytest.raises(UserError, match=says):
+        read(write(*rows), "xsum")
+
+
+@pytest.mark.parametrize(("content", "says"), [("", "has no rows"), ("{", "is no JSON lines file"), (None, "no file")])
+def test_files_that_are_none_are_refused(content, says, tmp_path):
+    if content is not None:
+        (tmp_path / "test.jsonl").write_text(content)
+    with pytest.raises(UserError, match=says):
+        read(str(tmp_path), "xsum")
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="no task 'squad'; tasks are xsum, cnn_dailymail, coqa, sciq"):
+        load_split("squad", "", "test")
+
+
+def test_a_hub_that_is_not_there_is_one_message(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot read 'EdinburghNLP/xsum' from the hub .*name a directory"):
+        load_split("xsum", "", "test")
+
+
+def test_a_data_set_laid_out_by_a_script_is_read_from_the_hubs_conversion(monkeypatch):
+    asked = []
+
+    def load(*which, split, revision=None):
+        asked.append((*which, split, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found xsum.py")
+        return datasets.Dataset.from_list([ROWS["xsum"]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [pair.target for pair in load_split("xsum", "", "test")] == ["Rain."]
+    assert asked == [("EdinburghNLP/xsum", None, "test", None), ("EdinburghNLP/xsum", None, "test", PARQUET)]
+
+
+def test_coqa_is_tested_on_its_validation_and_chosen_on_a_part_of_train(monkeypatch):
+    rows = datasets.Dataset.from_list([ROWS["coqa"]])
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *which, split: asked.append(split) or rows)
+    for split in ("train", "validation", "test"):
+        load_split("coqa", "", split)
+    assert asked == ["train[:95%]", "train[95%:]", "validation"]
+
+
+def some(count):
+    return [Pair(str(i), "x") for i in range(count)]
+
+
+def test_sizes_nest():
+    pairs = some(50)
+    chosen = [nested(pairs, size) for size in ("10", 25, "full")]
+    assert [len(part) for part in chosen] == [10, 25, 50]
+    assert chosen[1][:10] == chosen[0]
+    assert chosen[2][:25] == chosen[1]
+    assert chosen[2] != pairs
+    assert set(chosen[2]) == set(pairs)
+
+
+def test_sizes_count_questions():
+    talks = [Pair(str(i), "x", later=(Pair("y", "z"), Pair("z", "y"))) for i in range(10)]
+    assert [len(nested(talks, size)) for size in (1, 3, 4, 9, 30)] == [1, 1, 2, 3, 10]
+
+
+def test_table_5s_sizes_have_names():
+    assert len(nested(some(5_001), "small", "sciq")) == 5_000
+    sizes = {name: (task.sizes["small"], task.sizes["medium"], task.paper_full) for name, task in TASKS.items()}
+    assert sizes["xsum"] == (10_000, 100_000, 227_000)
+    assert sizes["cnn_dailymail"] == (20_000, 150_000, 312_000)
+    assert sizes["coqa"] == (4_000, 40_000, 127_000)
+    assert sizes["sciq"] == (5_000, 10_000, 13_679)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("51", "asks for 51 questions, but the data has 50"),
+        ("small", "asks for 10,000 questions"),
+        ("tiny", "write a number, small, medium, full"),
+        ("0", "write a number"),
+        ("-3", "write a number"),
+    ],
+)
+def test_a_size_that_is_none_or_too_large_is_refused(size, says):
+    with pytest.raises(UserError, match=says):
+        nested(some(50), size, "xsum")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_real_rows_are_read(name):
+    shared = Path(os.environ.get("SPA_JAX_SHARED") or Path(__file__).parents[3] / "shared") / "data"
+    directory = shared / name.removesuffix("_closed_book")
+    if not directory.is_dir():
+        pytest.skip("the samples of the real data sets are not here")
+    pairs = load_split(name, str(directory), "validation")
+    assert sum(len(pair.turns) for pair in pairs) == {"xsum": 70, "cnn_dailymail": 70, "coqa": 568}.get(name, 124)

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spa_jax.decoding.fused import FusedModel
+from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.fused import FusedModel, prompts_begun
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS
@@ -160,6 +161,22 @@ def test_generation_stops_when_every_row_has_ended(fused):
 def test_a_prompt_in_a_batch_gives_what_it_gives_alone(fused):
     model = fused("spa")
     assert model.generate(PROMPTS, NEW) == [model.generate([prompt], NEW)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beams"])
+@pytest.mark.parametrize("kind", ["tokenwise", "transformer"])
+def test_prompts_that_begin_another_one_are_run_with_it_and_give_what_they_give_alone(kind, beams, backbone):
+    model = FusedModel(backbone, make_plugin("spa", kind=kind))
+    talk = PROMPTS[3]
+    prompts = [talk[:5], PROMPTS[0], talk, talk[:12], talk[:5]]
+    alone = [model.generate([prompt], NEW, beams=beams)[0] for prompt in prompts]
+    together = model.generate(prompts, NEW, beams=beams)
+    assert [g.tokens for g in together] == [g.tokens for g in alone]
+    assert [g.consulted for g in together] == [g.consulted for g in alone]
+
+
+def test_prompts_begin_the_longest_that_goes_on_as_they_do():
+    assert prompts_begun([[1, 2], [1, 2, 3], [1], [2], [1, 2, 4], [1, 2, 3]]).tolist() == [1, 1, 1, 3, 4, 1]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20, top_p=0.95)], ids=["greedy", "sampled"])

@@ -6,15 +6,25 @@ from pathlib import Path
 import pytest
 
 from configs import default
+from spa_jax.data.tasks import TASKS
 from spa_jax.errors import UserError
 from spa_jax.training.config import parse
 
-CONFIGS = sorted(Path(default.__file__).parent.glob("*.py"))
+ROOT = Path(default.__file__).parents[1]
+CONFIGS = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(ROOT.glob("configs/**/*.py"))]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_file_is_valid(path):
-    parse(importlib.import_module(f"configs.{path.stem}").get_config().to_dict())
+@pytest.mark.parametrize("module", CONFIGS)
+def test_every_config_file_is_valid(module):
+    parse(importlib.import_module(module).get_config().to_dict())
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "sciq_closed_book"])
+def test_the_papers_configs_take_another_backbone(task):
+    module = importlib.import_module(f"configs.paper.{task}")
+    config = parse(module.get_config("smollm2-135m-instruct").to_dict())
+    assert (config.backbone, config.data.task) == ("smollm2-135m-instruct", task)
+    assert parse(module.get_config().to_dict()).backbone == "llama-2-7b"
 
 
 def changed(**keys):

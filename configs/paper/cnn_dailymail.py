@@ -1,0 +1,15 @@
+"""CNN/DailyMail 3.0.0 as the paper trains it: SPA on LLaMA-7B, 15 epochs, batch 8.
+
+    python -m spa_jax.train --config=configs/paper/cnn_dailymail.py --workdir=DIR
+
+Another backbone: --config=configs/paper/cnn_dailymail.py:smollm2-135m-instruct. Table 5's smaller sizes:
+--config.data.size=small or medium. What a chip that isn't there makes of it: python -m spa_jax.aot, with the same flag.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.paper import spa
+
+
+def get_config(backbone: str = spa.BACKBONE) -> ConfigDict:
+    return spa.get_config("cnn_dailymail", backbone)

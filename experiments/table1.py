@@ -1,0 +1,39 @@
+"""Table 1: ROUGE-L of one-shot prompting, LST and SPA on the four data sets.
+
+python -m experiments.table1 --scale=mini --data=DIR
+"""
+
+from experiments.cells import Bench, Cell, Training
+from experiments.report import main_of, score, write
+from experiments.scales import TASKS, TITLES, Scale
+
+PAPER = {
+    "one-shot": (17.32, 22.36, 15.32, 17.21),
+    "LST": (28.18, 32.15, 31.24, 23.24),
+    "SPA": (35.52, 39.22, 37.30, 25.38),
+}
+
+
+def table(task: str) -> dict[str, Cell]:
+    """The cells of a column."""
+    return {
+        "one-shot": Cell(task, "base", shots=1),
+        "LST": Cell(task, "s3", Training(task, setting="s2")),
+        "SPA": Cell(task, "spa", Training(task)),
+    }
+
+
+def cells(scale: Scale) -> list[Cell]:
+    return [cell for task in TASKS for cell in table(task).values()]
+
+
+def report(bench: Bench) -> None:
+    rows = {
+        name: {TITLES[task]: score(bench.result(table(task)[name]), paper=paper[i]) for i, task in enumerate(TASKS)}
+        for name, paper in PAPER.items()
+    }
+    write(bench, "table1", "Table 1: ROUGE-L of one-shot prompting, LST and SPA", rows)
+
+
+if __name__ == "__main__":
+    main_of(report)

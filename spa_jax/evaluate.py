@@ -1,0 +1,67 @@
+"""Evaluate a plugin on a task: python -m spa_jax.evaluate --plugin=DIR/plugin --task=sciq --data=DIR --output=DIR
+
+Losses over the whole split, then generations by beam search with their scores and the share of tokens the device was
+asked for. Without --plugin, --backbone names a model that is evaluated alone. The same command again goes on where it
+stopped. What the output holds is said in README.md.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from spa_jax import command
+from spa_jax.data.tasks import TASKS, Split
+from spa_jax.errors import UserError
+from spa_jax.models.combine import SETTINGS, Setting
+from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
+from spa_jax.weights.peft import load_trained
+from spa_jax.weights.registry import load_backbone
+
+PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
+BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
+TASK = flags.DEFINE_enum("task", None, list(TASKS), "What to evaluate on.")
+DATA = flags.DEFINE_string("data", "", "Directory with the task's splits as JSON lines; the hub by default.")
+SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Of the task.")
+LIMIT = flags.DEFINE_integer("limit", 0, "Generate for the first so many questions; 0 is all.")
+SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
+THRESHOLD = flags.DEFINE_float("threshold", None, "Ask the device where p(consult) is above it, from 0 to 1.")
+BUDGET = flags.DEFINE_float("budget", 0.0, "Instead, ask for at most this share of the validation split's tokens.")
+BEAMS = flags.DEFINE_integer("beams", 4, "Width of the beam search; 1 is greedy.")
+LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Of beam search: above 0 favours longer answers.")
+SHOTS = flags.DEFINE_integer("shots", 0, "Training rows to show before each question: 0 or 1.")
+MAX_LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a row, beyond which its source is cut; 0 is the task's.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts that are worked on at once.")
+EFFECT = flags.DEFINE_bool("effect", False, "Also measure what the side network changes (Table 4 of the paper).")
+OUTPUT = flags.DEFINE_string("output", None, "Directory for predictions.jsonl and evaluation.json.")
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Prints what `evaluation.json` says."""
+    table = Table("", "", "95 % interval")
+    for name, value in summary.items():
+        mean, *interval = value if isinstance(value, list) else [value]
+        whole = isinstance(mean, int)
+        table.add_row(name, f"{mean:,}" if whole else f"{mean:.3f}", " to ".join(f"{end:.3f}" for end in interval))
+    Console().print(table)
+
+
+def main() -> None:
+    if TASK.value is None or OUTPUT.value is None:
+        raise UserError("both --task=NAME and --output=DIR are needed")
+    if PLUGIN.value is None and BACKBONE.value is None:
+        raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
+    plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
+    config = EvaluationConfig(
+        TASK.value, DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
+        THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,
+        BATCH_SIZE.value, EFFECT.value,
+    )  # fmt: skip
+    backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
+    show(evaluate(config, backbone, plugin, Path(OUTPUT.value)))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,262 @@
+"""What a plugin, or a backbone alone, is worth on a task: losses over its whole split, and what it generates.
+
+Sigma means two things here. `router/usage` is the *teacher-forced* share of target tokens the device is asked for, and
+`consulted_share` the share of *generated* tokens, EOS included: the paper's usage, and with one exchange a question its
+ratio M of exchanges to tokens.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from spa_jax.data.encoding import Encoder, Example
+from spa_jax.data.pairs import Pair
+from spa_jax.data.tasks import Split, Task, find_task, load_split, nested
+from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.fused import FusedModel
+from spa_jax.decoding.hypotheses import Generation
+from spa_jax.errors import UserError
+from spa_jax.files import write_json
+from spa_jax.models.combine import Setting
+from spa_jax.models.llama import Llama, Params
+from spa_jax.scoring.bootstrap import estimate
+from spa_jax.scoring.effect import side_effect
+from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
+from spa_jax.scoring.scores import score
+from spa_jax.training import loop
+from spa_jax.training.config import TAP_CACHE_GIB
+from spa_jax.training.evaluation import Evaluator, threshold_for
+from spa_jax.training.rows import task_encoder
+from spa_jax.training.step import make_eval_step
+from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.training.through import scoring
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.peft import PeftPlugin
+from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.registry import cache_directory
+
+PREDICTIONS, SUMMARY = "predictions.jsonl", "evaluation.json"
+AnyPlugin = Plugin | PeftPlugin
+EFFECT_QUESTIONS = 128
+"""Of the first so many, what the side network changes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is asked, and how.
+
+    Attributes:
+        task: by name.
+        directory: of the task's splits as JSON lines; empty for the hub.
+        split: which.
+        limit: generate for the first so many questions, in whole rows; 0 for all. Losses are of the whole split.
+        setting: what enters the LM head; None for the plugin's own.
+        threshold: the device is asked where p(consult) is above it; None for the plugin's own.
+        budget: instead, the largest share of the validation split's target tokens to ask for; 0 for none.
+        beams: width of the beam search; 1 is greedy.
+        length_penalty: of the search.
+        shots: training rows to show before each question, 0 or 1.
+        max_length: most tokens of a row, 0 for the task's.
+        batch_size: prompts that are worked on at once.
+        effect: also measure what the side network changes, see `spa_jax.scoring.effect` (Table 4).
+    """
+
+    task: str
+    directory: str
+    split: Split = "test"
+    limit: int = 0
+    setting: Setting | None = None
+    threshold: float | None = None
+    budget: float = 0.0
+    beams: int = 4
+    length_penalty: float = 1.0
+    shots: int = 0
+    max_length: int = 0
+    batch_size: int = 16
+    effect: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget <= 1 or (self.budget and self.threshold is not None):
+            raise UserError(f"budget is {self.budget}, but must lie between 0 and 1, and takes the place of threshold")
+        if self.shots not in (0, 1) or self.limit < 0 or self.beams < 1 or self.batch_size < 1 or self.max_length < 0:
+            raise UserError(
+                f"shots ({self.shots}) is 0 or 1, limit ({self.limit}) and max_length ({self.max_length}) are at least "
+                f"0, beams ({self.beams}) and batch_size ({self.batch_size}) at least 1"
+            )
+
+
+class Question(NamedTuple):
+    """One thing to generate."""
+
+    id: str
+    prompt: list[int]
+    references: tuple[str, ...]
+
+
+def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: AnyPlugin | None, output: Path) -> dict[str, Any]:
+    """Runs or resumes an evaluation, and returns what `evaluation.json` says.
+
+    Raises:
+        UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
+    """
+    task = find_task(config.task)
+    encoder = task_encoder(backbone, plugin.template if plugin else "auto", config.task, config.max_length)
+    threshold = config.threshold
+    if config.budget:
+        held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
+        threshold = _threshold(backbone, plugin, held_out, config)
+    model = FusedModel(backbone, plugin, config.setting, threshold)
+    pairs = load_split(config.task, config.directory, config.split)
+    examples, cut = encoder.encode_all(pairs)
+    if config.shots:
+        shown = _demonstration(encoder, config)
+        examples = [encoder.encode_after(shown, pair) for pair in pairs]
+    questions = _questions(pairs, examples, config)
+    identity = _identity(config, model, plugin, questions)
+    predictions = Predictions(output / PREDICTIONS, identity)
+    summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
+    summary |= _losses(backbone, plugin, model, examples, config.batch_size)
+    beams = Beams(config.beams, config.length_penalty) if config.beams > 1 else None
+    todo = [question for question in questions if question.id not in predictions.rows]
+    for answered in generate_all(model, todo, task.new_tokens, beams, config.batch_size):
+        predictions.add([_prediction(task, encoder, *one) for one in answered])
+    summary |= summarize(list(predictions.rows.values()))
+    if config.effect:
+        some = questions[:EFFECT_QUESTIONS]
+        greedy = itertools.chain.from_iterable(generate_all(model, some, task.new_tokens, None, config.batch_size))
+        summary |= side_effect(model, [(q.prompt, g.tokens) for q, g in greedy], config.batch_size)
+    write_json(output / SUMMARY, {"evaluation": identity, **summary})
+    return summary
+
+
+def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Mean scores with 95 % bootstrap intervals over rows, `[mean, low, high]`, and the share of generated tokens for
+    which the device was asked."""
+    groups = [row.group for row in predictions]
+    scores = {
+        f"score/{name}": list(estimate([row.scores[name] for row in predictions], groups))
+        for name in predictions[0].scores
+    }
+    sources = "".join(row.sources for row in predictions)
+    return {**scores, "consulted_share": sources.count("d") / len(sources), "generated_tokens": len(sources)}
+
+
+def generate_all(
+    model: FusedModel, questions: Sequence[Question], new_tokens: int, beams: Beams | None, batch_size: int
+) -> Iterator[list[tuple[Question, Generation]]]:
+    """Generations of a batch at a time, prompts of about one length together and each conversation's by themselves."""
+    rows: dict[str, list[Question]] = {}
+    for question in questions:
+        rows.setdefault(question.id.partition(".")[0], []).append(question)
+    ordered = sorted(rows.values(), key=lambda row: len(row[-1].prompt))
+    talks = [row for row in ordered if len(row) > 1]
+    alone = [question for row in ordered if len(row) == 1 for question in row]
+    batches = [part[i : i + batch_size] for part in (alone, *talks) for i in range(0, len(part), batch_size)]
+    with loop.progress_bar() as bar:
+        for batch in bar.track(batches, description="generating"):
+            padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # so that few shapes compile
+            generations = model.generate([question.prompt for question in padded], new_tokens, beams=beams)
+            yield list(zip(batch, generations))
+
+
+def _prediction(task: Task, encoder: Encoder, question: Question, generation: Generation) -> Prediction:
+    text = encoder.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
+    sources = "".join("d" if asked else "c" for asked in generation.consulted)
+    scores = {name: round(value, 4) for name, value in score(task.scores, text, question.references).items()}
+    return Prediction(question.id, hash_of(question.prompt, question.references), text, sources, scores)
+
+
+def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: EvaluationConfig) -> list[Question]:
+    questions: list[Question] = []
+    for number, (pair, example) in enumerate(zip(pairs, examples), start=1):
+        if config.limit and len(questions) >= config.limit:
+            break
+        turns = pair.turns
+        for turn, (asked, prompt) in enumerate(zip(turns, example.prompts[-len(turns) :]), start=1):
+            name = str(number) if len(turns) == 1 else f"{number}.{turn}"
+            questions.append(Question(name, prompt, (asked.target, *asked.references)))
+    return questions
+
+
+def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
+    """The first row of the training data's shuffle that is not cut.
+
+    Raises:
+        UserError: all of them are.
+    """
+    train = load_split(config.task, config.directory, "train")
+    for pair in nested(train, "full"):
+        if not encoder.encode(pair)[1]:
+            return pair
+    raise UserError(
+        f"every training row of {config.task} is longer than {encoder.max_length} tokens: none can be shown"
+    )
+
+
+def _losses(
+    backbone: Backbone, plugin: AnyPlugin | None, model: FusedModel, examples: Sequence[Example], batch_size: int
+) -> dict[str, float]:
+    """`loss/...` in nats and `router/usage`, per target token."""
+    if plugin is None:
+        features = [one for _, one in loop.run_backbone(Llama(backbone.config), backbone.params, batch_size, examples)]
+        total = sum(float(np.sum(one.base_loss * one.weights)) for one in features)
+        return {"loss/base": total / sum(float(np.sum(one.weights)) for one in features)}
+    name = plugin.config.setting if model.setting == "base" else model.setting
+    return _evaluator(backbone, plugin, examples, batch_size, name, model.threshold)(plugin.params)
+
+
+def _threshold(
+    backbone: Backbone, plugin: AnyPlugin | None, held_out: Sequence[Example], config: EvaluationConfig
+) -> float:
+    if not isinstance(plugin, Plugin) or not plugin.config.routed:
+        raise UserError("a budget sets a router's threshold, and there is no router: leave it out")
+    evaluator = _evaluator(backbone, plugin, held_out, config.batch_size, plugin.config.setting, 0.5)
+    return threshold_for(np.asarray(evaluator.outcomes(plugin.params).probability), config.budget)
+
+
+def _evaluator(
+    backbone: Backbone, plugin: AnyPlugin, examples: Sequence[Example], batch_size: int, name: str, threshold: float
+) -> Evaluator:
+    """Of these examples, whose features are in the tap cache when this returns; a LoRA or Adapter can have none."""
+    if isinstance(plugin, PeftPlugin):
+        llama = Llama(backbone.config)
+        collate = scoring(loop.run_backbone(llama, backbone.params, batch_size, examples))
+        step = make_eval_step(plugin.config, llama)
+        return Evaluator(step, backbone.params, examples, collate, batch_size, name, threshold)
+    side, dtype = plugin.config.side, jax.tree.leaves(backbone.params)[0].dtype
+    llama = Llama(backbone.config, side.taps, dtype)
+    layout = Layout(backbone.fingerprint, side.taps, plugin.config.hidden_size, dtype.name, side.attends)
+    cache = TapCache(cache_directory() / "taps", layout)
+    cache.check_room(examples, TAP_CACHE_GIB)
+    loop.fill_cache(cache, llama, backbone.params, batch_size, examples)
+    step = make_eval_step(plugin.config, llama)
+    return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, threshold)
+
+
+def _identity(
+    config: EvaluationConfig, model: FusedModel, plugin: AnyPlugin | None, questions: Sequence[Question]
+) -> dict[str, Any]:
+    """What the predictions depend on, with no place of this machine in it."""
+    asked = [hash_of(question.prompt, question.references) for question in questions]
+    kept = ("task", "split", "beams", "length_penalty", "shots")
+    return {
+        **{name: getattr(config, name) for name in kept},
+        "setting": model.setting,
+        "threshold": model.threshold,
+        "backbone": model.backbone.fingerprint,
+        "plugin": None if plugin is None else digest_of(plugin.params),
+        "questions": hashlib.sha256("".join(asked).encode()).hexdigest()[:16],
+    }
+
+
+def digest_of(params: Params) -> str:
+    """16 hex digits that identify trained parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    parts = [jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes() for path, leaf in leaves]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

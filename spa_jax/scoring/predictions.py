@@ -1,0 +1,93 @@
+"""What a model said to the rows of a task, with its scores, as JSON lines that a killed run goes on with.
+
+The first line says of what evaluation they are. A row is known by its id and by a hash of its source and references;
+neither of the data set's own texts is kept.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spa_jax.errors import UserError
+from spa_jax.files import write_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One generation.
+
+    Attributes:
+        id: number of the row in its split, from 1, and of the turn where a row has several: `12` or `12.3`.
+        hash: of source and references, 16 hex digits.
+        text: what was generated.
+        sources: a letter a token, EOS included: `d` where the device was asked, `c` where the cloud was alone.
+        scores: by name, see `spa_jax.scoring.scores`.
+    """
+
+    id: str
+    hash: str
+    text: str
+    sources: str
+    scores: dict[str, float]
+
+    @property
+    def group(self) -> str:
+        """The row, of which one conversation's turns are parts."""
+        return self.id.partition(".")[0]
+
+
+def hash_of(prompt: Sequence[int], references: Sequence[str]) -> str:
+    """16 hex digits that identify a row as it was asked."""
+    return hashlib.sha256(json.dumps([list(prompt), list(references)]).encode()).hexdigest()[:16]
+
+
+class Predictions:
+    """A predictions file."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Opens or creates the file; a last line that was not written whole is dropped.
+
+        Args:
+            path: of the file.
+            identity: of the evaluation, JSON types.
+
+        Raises:
+            UserError: it cannot be written, or holds the predictions of another evaluation.
+        """
+        self._path = path
+        self.rows: dict[str, Prediction] = {}
+        if path.exists():
+            before, rows = read_predictions(path)
+            changed = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+            if changed:
+                raise UserError(
+                    f"'{path}' holds predictions of another evaluation ({', '.join(changed)} differ): choose another "
+                    "--output"
+                )
+            self.rows = {row.id: row for row in rows}
+        lines = [json.dumps({"evaluation": identity}), *(json.dumps(vars(row)) for row in self.rows.values())]
+        write_bytes(path, "".join(line + "\n" for line in lines).encode())
+
+    def add(self, rows: Sequence[Prediction]) -> None:
+        """Appends rows and has them on disk before it returns."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(vars(row)) + "\n" for row in rows)
+        self.rows.update({row.id: row for row in rows})
+
+
+def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
+    """The identity of the evaluation and its rows, in the order of their ids.
+
+    Raises:
+        UserError: the file cannot be read, or is none.
+    """
+    try:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        identity = json.loads(first)["evaluation"]
+        rows = [Prediction(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is no predictions file ({error}): delete it, or choose another --output") from error
+    return identity, sorted(rows, key=lambda row: tuple(map(int, row.id.split("."))))

@@ -1,0 +1,24 @@
+"""The scores of a task: ROUGE for all of them, and exact match and F1 where answers are short."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from spa_jax.scoring.answers import against_humans, exact_match, f1
+from spa_jax.scoring.rouge import rouge
+
+Kind = Literal["rouge", "answers"]
+
+
+def score(kind: Kind, text: str, references: Sequence[str]) -> dict[str, float]:
+    """From 0 to 100: `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, and of answers `exact_match` and `f1`.
+
+    Args:
+        kind: of the task.
+        text: what was generated.
+        references: what people said, at least one.
+    """
+    scores = rouge(text, references)
+    if kind == "answers":
+        scores["exact_match"] = 100 * against_humans(exact_match, text, references)
+        scores["f1"] = 100 * against_humans(f1, text, references)
+    return scores

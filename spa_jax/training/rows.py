@@ -1,0 +1,73 @@
+"""The rows of a run and how they are written as tokens, by its config."""
+
+import random
+
+from spa_jax.data.encoding import Encoder
+from spa_jax.data.pairs import Pair, embedded_persona, read_json_lines
+from spa_jax.data.tasks import find_task, load_split, nested
+from spa_jax.errors import UserError
+from spa_jax.training.config import DataConfig
+from spa_jax.weights.backbone import Backbone
+
+DEFAULT_LENGTH = 1024
+"""Most tokens of a row that belongs to no task."""
+
+
+def load_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and evaluation rows.
+
+    Raises:
+        UserError: an unreadable file or task, too few rows to hold any out, or keys that exclude each other.
+    """
+    if config.task:
+        return _load_task(config)
+    if config.directory or config.size != "full" or config.eval_size:
+        raise UserError("data.directory, data.size and data.eval_size go with data.task: name a task")
+    if not config.train:
+        if config.eval:
+            raise UserError(
+                "data.eval is set but data.train is not: the embedded persona brings its own held-out phrasings"
+            )
+        return embedded_persona(config.persona_seed, config.phrasings)
+    train = read_json_lines(config.train)
+    if config.eval:
+        return train, read_json_lines(config.eval)
+    held_out = round(config.eval_fraction * len(train))
+    if not 0 < held_out < len(train):
+        raise UserError(
+            f"{len(train)} rows in {config.train} are too few to hold out data.eval_fraction={config.eval_fraction:g}: "
+            "add rows, or name an evaluation file with data.eval"
+        )
+    random.Random(seed).shuffle(train)
+    return train[held_out:], train[:held_out]
+
+
+def _load_task(config: DataConfig) -> tuple[list[Pair], list[Pair]]:
+    if config.train or config.eval:
+        raise UserError("data.task brings its own rows: leave data.train and data.eval empty")
+    train, held_out = (load_split(config.task, config.directory, split) for split in ("train", "validation"))
+    if 0 < config.eval_size < sum(len(pair.turns) for pair in held_out):
+        held_out = nested(held_out, config.eval_size)
+    return nested(train, config.size, config.task), held_out
+
+
+def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
+    """The encoder of the run's rows."""
+    return task_encoder(backbone, config.template, config.task, config.max_length)
+
+
+def task_encoder(backbone: Backbone, template: str, task: str, max_length: int = 0) -> Encoder:
+    """The encoder of a task's rows, or with an empty name of a file's.
+
+    Args:
+        backbone: has the tokenizer, and bounds the length.
+        template: of prompts; `auto` is `chat` where the tokenizer has a template.
+        task: by name.
+        max_length: of a row; 0 is the task's, or 1024.
+    """
+    if template == "auto":
+        template = "chat" if backbone.tokenizer.chat_template else "plain"
+    found = find_task(task) if task else None
+    length = max_length or (found.max_length if found else DEFAULT_LENGTH)
+    limit = min(length, backbone.config.max_position_embeddings)
+    return Encoder(backbone.tokenizer, template, limit, found.new_tokens if found else 0)

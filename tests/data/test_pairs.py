@@ -1,0 +1,86 @@
+"""Rows of a JSON lines file, and what is said about a bad one."""
+
+import json
+
+import pytest
+
+from spa_jax.data.pairs import Pair, embedded_persona, read_json_lines
+from spa_jax.errors import UserError
+
+GOOD = '{"source": "a", "target": "b"}'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def test_rows_are_read_in_order_with_their_origin(write):
+    path = write(GOOD + '\n\n{"source": " c ", "target": "d", "answer": "é", "more": 1}\r\n')
+    assert read_json_lines(path) == [
+        Pair("a", "b", None, f"{path}, line 1"),
+        Pair(" c ", "d", "é", f"{path}, line 3"),
+    ]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x7f"])
+def test_a_line_ends_at_a_line_feed_alone(character, write):
+    row = {"source": f"one{character}two", "target": "b"}
+    path = write(json.dumps(row, ensure_ascii=False) + "\n" + GOOD)
+    assert [pair.source for pair in read_json_lines(path)] == [row["source"], "a"]
+
+
+@pytest.mark.parametrize("line", ["not json", '{"source": "a", "target": ', "{'source': 'a'}", GOOD + GOOD])
+def test_a_line_that_is_not_json_is_named_by_number(line, write):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3 is not JSON \("):
+        read_json_lines(write(f"{GOOD}\n\n{line}\n"))
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '"text"', '["source", "target"]'])
+def test_a_line_that_is_no_object_is_named_by_number(line, write):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is not a JSON object"):
+        read_json_lines(write(f"{GOOD}\n{line}\n"))
+
+
+@pytest.mark.parametrize("bad", [None, 3, "", "  ", ["x"], ...])
+@pytest.mark.parametrize("column", ["source", "target"])
+def test_a_column_missing_empty_or_of_another_type_is_named(column, bad, write):
+    row = {"source": "a", "target": "b", "extra": "c"} | {column: bad}
+    if bad is ...:
+        del row[column]
+    with pytest.raises(UserError, match=rf"line 2: column '{column}' .* columns are \[.*'extra'"):
+        read_json_lines(write(f"{GOOD}\n{json.dumps(row)}\n"))
+
+
+def test_an_answer_that_is_no_text_is_refused(write):
+    with pytest.raises(UserError, match="line 1: column 'answer' is not text"):
+        read_json_lines(write('{"source": "a", "target": "b", "answer": 3}'))
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows_is_refused(content, write):
+    with pytest.raises(UserError, match=r"rows\.jsonl' has no rows"):
+        read_json_lines(write(content))
+
+
+def test_a_file_that_cannot_be_read_is_refused(write, tmp_path):
+    for path in (tmp_path / "missing.jsonl", tmp_path):
+        with pytest.raises(UserError, match=f"cannot read the data file '{path}'"):
+            read_json_lines(str(path))
+    with pytest.raises(UserError, match=r"cannot read the data file .*utf-8"):
+        read_json_lines(write(GOOD.encode() + b'\n{"source": "\xff", "target": "b"}'))
+
+
+def test_the_embedded_persona_gives_pairs_whose_targets_hold_their_answers():
+    train, held_out = embedded_persona(0, 2)
+    assert {pair.source for pair in train}.isdisjoint(pair.source for pair in held_out)
+    assert len(train) < len(embedded_persona(0, 0)[0])
+    answered = [pair for pair in train + held_out if pair.answer]
+    assert answered
+    assert all(pair.answer.lower() in pair.target.lower() for pair in answered)
+    assert all(pair.origin.startswith("persona '") for pair in train + held_out)
