@@ -64,11 +64,11 @@ class FusedModel:
             UserError: the plugin is of another backbone, or cannot run in that setting.
         """
         self.setting, self.threshold = check_setting(backbone, plugin, setting, threshold)
-        self.backbone, self._params = backbone, (backbone.params, plugin.params if plugin else {})
+        self.backbone, self.plugin = backbone, plugin
         used = plugin if self.setting != "base" else None
-        self.plugin = used if isinstance(used, Plugin) else None
-        self._peft = used.config if isinstance(used, PeftPlugin) else None
-        taps = self.plugin.config.side.taps if self.plugin else ()
+        self._beside = used.config if isinstance(used, Plugin) else None
+        self._within = used.config if isinstance(used, PeftPlugin) else None
+        taps = self._beside.side.taps if self._beside else ()
         dtype = jax.tree.leaves(backbone.params)[0].dtype
         self.model = Llama(backbone.config, taps, dtype)
         self._prefill = jax.jit(self._run_prompt, static_argnames=("slots", "room", "beams"))
@@ -134,6 +134,10 @@ class FusedModel:
                 return
             state = self.advance(state, sampling, count + 2)
 
+    @property
+    def _params(self) -> tuple[Params, Params]:
+        return self.backbone.params, self.plugin.params if self.plugin else {}
+
     def _run(
         self,
         frozen: Params,
@@ -143,7 +147,7 @@ class FusedModel:
         cache: Cache,
         places: Places | None = None,
     ) -> LlamaOutput:
-        peft = Peft(self._peft, trainable) if self._peft else None
+        peft = Peft(self._within, trainable) if self._within else None
         return self.model.apply({"params": frozen}, tokens, positions, cache, places, peft)
 
     def _correct(
@@ -159,9 +163,9 @@ class FusedModel:
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         """f and g `[N,D]` at indices `reads` `[N]` of the tokens of these rows `[N]`, and the side network's cache."""
         f = out.hidden[rows, reads]
-        if self.plugin is None:
+        if self._beside is None:
             return f, jnp.zeros_like(f), side_cache
-        config, taps = self.plugin.config, out.taps
+        config, taps = self._beside, out.taps
         if not config.side.attends:
             taps, positions = taps[:, rows, reads][:, :, None], reads[:, None]
         taps = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
@@ -186,7 +190,7 @@ class FusedModel:
         else:
             sigma = jnp.full(hidden.shape[:1], self.setting != "base")
         state = hidden
-        if self.plugin is not None:
+        if self._beside is not None:
             state = combine(cast(Setting, self.setting), hidden, g, sigma, offset_of(trainable))
         return choose(self.model, frozen, state, sigma, hypotheses, active, sampling, beams, self.backbone.eos_ids)
 
@@ -211,8 +215,8 @@ class FusedModel:
         positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
         cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
         side_cache = None
-        if self.plugin is not None and self.plugin.config.side.attends:
-            side_cache = init_cache(self.plugin.config.side.block, runs, slots, self.model.dtype)
+        if self._beside is not None and self._beside.side.attends:
+            side_cache = init_cache(self._beside.side.block, runs, slots, self.model.dtype)
         out = self._run(frozen, trainable, tokens, positions, cache)
         hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, rows, lengths - 1)
         count = beams.width if beams else 1

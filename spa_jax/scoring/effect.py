@@ -26,6 +26,7 @@ from spa_jax.models.router import consult
 from spa_jax.training.features import extract
 from spa_jax.training.objective import corrections
 from spa_jax.training.vocabulary_loss import best_tokens
+from spa_jax.weights.plugin import Plugin
 
 
 def side_effect(
@@ -42,7 +43,7 @@ def side_effect(
         UserError: the model has no side network.
     """
     plugin, setting = model.plugin, cast(Setting, model.setting)
-    if plugin is None:
+    if not isinstance(plugin, Plugin) or setting == "base":
         raise UserError("without a side network there is no effect of it to measure: name a plugin")
     config, llama = plugin.config, model.model
 
