@@ -13,13 +13,15 @@ from tiny_split import make_plugin, random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
+from spa_jax.split import metrics
 from spa_jax.split.client import Connection, generate, merged
 from spa_jax.split.device import Device
 from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
+from spa_jax.split.live import Outbox
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
-from spa_jax.split.server import Limits, Outbox, serving
+from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 from spa_jax.weights.registry import load_backbone
 
@@ -164,11 +166,11 @@ def test_a_slow_device_costs_its_deadline_and_another_one_nothing(cloud, plugin,
     here = in_process(cloud, plugin, request_of())
 
     async def scenario(port):
-        silent = by_hand(port, plugin, request_of(new=4), lambda taps, honest: [])
+        silent = by_hand(port, plugin, request_of(new=2), lambda taps, honest: [])
         honest = generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
         return await asyncio.gather(silent, honest)
 
-    silent, honest = run(cloud, scenario, Limits(deadline=1.0))
+    silent, honest = run(cloud, scenario, Limits(deadline=3.0, first_deadline=0))
     assert silent.degraded == sum(map(len, tokens_of(silent))) > 0
     assert [g.tokens for g in honest.generations] == [g.tokens for g in here.generations]
     assert honest.degraded == 0
@@ -348,23 +350,23 @@ def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(c
 
 def test_a_device_that_is_too_slow_skips_to_the_newest_question(cloud, plugin, request_of, monkeypatch):
     """Else it would answer one question late for ever."""
-    in_process(cloud, plugin, request_of())  # so that nothing compiles later
     receive, seen = Device.receive, []
 
     def slow(self, taps):
         seen.append(taps.step)
-        time.sleep(1.5 if len(seen) == 2 else 0.0)
+        while len(seen) == 2 and metrics.EXCHANGES._value.get() < asked + 6:
+            time.sleep(0.01)
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)
+    asked = metrics.EXCHANGES._value.get()
 
     async def scenario(port):
         return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
 
     result = run(cloud, scenario, Limits(deadline=0.4))
-    assert 1 <= result.degraded / len(PROMPTS) < NEW
-    missed = set(range(1, max(seen) + 1)) - set(seen)
-    assert len(missed) >= 1, "no question was out of date when it was read"
+    assert result.degraded >= 4 * len(PROMPTS)
+    assert 3 not in seen, "a question was answered that was out of date"
 
 
 @pytest.mark.parametrize("first", [b"\xff\xffgarbage", b"", FromDevice(cancel=Cancel()).SerializeToString()])
@@ -383,5 +385,5 @@ def test_what_the_cloud_refuses_the_device_says(cloud, plugin, request_of):
     async def scenario(port):
         await generate(Connection(f"127.0.0.1:{port}"), plugin, request)
 
-    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 2"):
+    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 3"):
         run(cloud, scenario)
