@@ -59,7 +59,7 @@ class FusedModel:
         self.backbone, self.plugin = backbone, plugin
         taps = plugin.config.side.taps if plugin and self.setting != "base" else ()
         dtype = jax.tree.leaves(backbone.params)[0].dtype
-        self.model = Llama(backbone.config, taps, dtype)
+        self.model = Llama(backbone.config, taps, dtype, backbone.layout)
         self._prefill = jax.jit(self._run_prompt, static_argnames=("slots", "room", "beams"))
         self._advance = jax.jit(self._run_tokens, static_argnames=("beams",), donate_argnums=(2,))
 

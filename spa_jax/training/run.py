@@ -10,7 +10,7 @@ import os
 import platform
 import random
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.data.encoding import Encoder, Example
-from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.pipeline import bucket_of, collate, plan
 from spa_jax.data.tasks import Pair, embedded_persona, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
@@ -32,6 +32,7 @@ from spa_jax.training.config import DataConfig, RunConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
+from spa_jax.training.sharding import MeshLayout, make_mesh
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.training.tap_cache import Layout, TapCache
 from spa_jax.weights.backbone import Backbone
@@ -104,7 +105,7 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
             raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
         if fingerprint != backbone.fingerprint:
             raise UserError(f"'{workdir}' holds a run on another backbone ({fingerprint}): choose another --workdir")
-        changed = _differences(before, resolved)
+        changed = _differences({**before, "mesh": None}, {**resolved, "mesh": None})  # a run may move to other devices
         if changed:
             raise UserError(
                 f"'{workdir}' holds a run with another config ({'; '.join(changed)}): choose another --workdir"
@@ -171,6 +172,20 @@ def open_tap_cache(config: RunConfig, plugin: PluginConfig, backbone: Backbone, 
     return cache
 
 
+def _own_rows(layout: MeshLayout, source: loop.Collate) -> loop.Collate:
+    """The rows of a batch that this process has to load."""
+
+    def own(examples: Sequence[Example], rows: loop.Rows) -> Any:
+        return source(examples, rows[layout.rows(len(rows))], bucket_of(examples[rows[0]]))
+
+    return own
+
+
+def _on_mesh(layout: MeshLayout, step: Callable[[Any, Params, Any], Any]) -> Callable[[Any, Params, Any], Any]:
+    """A step of batches that the host holds."""
+    return lambda state, frozen, batch: step(state, frozen, layout.put(batch))
+
+
 def _last_timing(workdir: Path) -> dict[str, float]:
     """The timing in summary.json, for a run that has nothing left to do."""
     try:
@@ -190,7 +205,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
     dtype = jnp.dtype(config.dtype)
-    backbone = load_backbone(config.backbone, dtype)
+    layout = MeshLayout(make_mesh(config.mesh))
+    layout.check_batch(config.train.batch_size, config.train.accumulate)
+    backbone = dataclasses.replace(load_backbone(config.backbone, dtype, layout.place), layout=layout)
     encoder = make_encoder(backbone, config.data)
     (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
     log.info("%d training and %d held-out examples", len(examples), len(held_out))
@@ -204,20 +221,22 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
     cache = open_tap_cache(config, plugin, backbone, every) if config.tap_cache.enabled else None
     open_workdir(workdir, config, backbone, (examples, held_out))
 
-    model = Llama(backbone.config, plugin.side.taps, dtype)
+    model = Llama(backbone.config, plugin.side.taps, dtype, layout)
     frozen = backbone.params
     source: loop.Collate = collate
     if cache is not None:
         loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
         source = cache.collate
+    source = _own_rows(layout, source)
 
     steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
     tx = optimizer(config.optimizer, steps)
-    fresh = init_state(trainable_params(config, plugin, backbone), tx)
-    train_step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
+    fresh = layout.place_all(init_state(trainable_params(config, plugin, backbone), tx))
+    train_step = _on_mesh(layout, make_train_step(plugin, config.router, model, tx, config.train.accumulate))
+    eval_step = _on_mesh(layout, make_eval_step(plugin, model))
     evaluate = Evaluator(
-        make_eval_step(plugin, model), frozen, held_out, source, config.train.batch_size, config.setting,
-        plugin.threshold, config.router.budget,
+        eval_step, frozen, held_out, source, config.train.batch_size, config.setting, plugin.threshold,
+        config.router.budget,
     )  # fmt: skip
     timing = _last_timing(workdir)
     with contextlib.closing(Checkpoints(workdir / "checkpoints", f"loss/{config.setting}")) as checkpoints:

@@ -44,12 +44,13 @@ def make_train_step(
     """
     loss = functools.partial(summed_loss, plugin=plugin, router=router, model=model)
     gradients = jax.grad(loss, has_aux=True)
+    layout = model.layout
 
     def part(params: Params, frozen: Params, rows: Any) -> tuple[Params, Sums]:
         return gradients(params, frozen, features_of(plugin, model, frozen, rows))
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Sums]:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: layout(x.reshape(accumulate, -1, *x.shape[1:]), ".B"), batch)
 
         def add(total: Any, rows: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, part(state.params, frozen, rows)), None
@@ -57,10 +58,11 @@ def make_train_step(
         first = jax.eval_shape(part, state.params, frozen, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         (grads, sums), _ = jax.lax.scan(add, zeros, parts)
-        grads = jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads)
+        grads = layout.parameters(jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), {**sums, "gradient_norm": optax.tree.norm(grads)}
+        state = layout.parameters(TrainState(state.step + 1, params, opt_state))
+        return state, {**sums, "gradient_norm": optax.tree.norm(grads)}
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -73,6 +75,7 @@ def make_eval_step(
     @jax.jit
     def eval_step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Float[Array, "B R"]]:
         features = features_of(plugin, model, frozen, batch)
-        return token_outcomes(plugin, model, params, frozen, features), features.weights
+        outcomes = token_outcomes(plugin, model, params, frozen, features), features.weights
+        return jax.tree.map(lambda leaf: model.layout(leaf, ""), outcomes)  # whole, so that every process can read it
 
     return eval_step
