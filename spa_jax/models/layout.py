@@ -21,8 +21,9 @@ class Layout:
     def __call__(self, x: jax.Array, axes: str) -> jax.Array:
         """An activation, or the matrix that makes it, with its leading axes named by letters; `.` is never split.
 
-        B is split with the batch, and N, K, F and V with the parameters that have them; an axis whose size does not
-        divide is whole everywhere.
+        B is split with the batch, and N, K, F and V with the parameters that have them; b is a batch split no further
+        than to the copies of the model, and d a width split as in parameters, for rows looked up where they lie. Where
+        a size does not divide, the axis is whole everywhere.
         """
         return x
 
@@ -32,6 +33,10 @@ class Layout:
 
     def parameters(self, tree: Tree) -> Tree:
         """Parameters, or a state that holds some, each where the table of parameters says."""
+        return tree
+
+    def whole(self, tree: Tree) -> Tree:
+        """Parameters as a program uses them: small ones whole everywhere; a backbone fetches its own by the block."""
         return tree
 
 

@@ -248,7 +248,8 @@ class Llama(nn.Module):
             cache: keys and values of the tokens before; a position at or past its S slots is not stored.
         """
         c = self.config
-        h = self.layout(self.embed(tokens), "BTD")
+        h = self.layout(self.embed(self.layout(tokens, "bT")), "bTd")
+        h = self.layout(h, "BTD")
         if cache is not None:
             cache = {name: self.layout(leaf, "BLSKH") for name, leaf in cache.items()}
         slot_of = {tap: slot for slot, tap in enumerate(self.taps)}

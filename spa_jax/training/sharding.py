@@ -28,7 +28,9 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The axes that split a batch."""
 
-LETTERS: dict[str, Any] = {"B": ROWS, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
+LETTERS: dict[str, Any] = {
+    "B": ROWS, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "b": "data", "d": "fsdp"
+}  # fmt: skip
 """Axes of activations, see `Layout`."""
 
 P = PartitionSpec
@@ -60,7 +62,7 @@ SIDE = {
     r"ladder/block/attention/[qkvo]/kernel": P(None, None, None, None),  # P,E,N,H
     r"ladder/block/mlp/(gate|up|down)/kernel": P(None, None, None),  # P,E,F
 }
-"""A side network is a thousandth of its backbone: splitting its D axes keeps its share of memory that small."""
+"""Split by D where they lie, beside what their optimizer remembers; a program fetches them whole, see `whole`."""
 TABLE = {
     **BACKBONE,
     **{f"side/{name}": spec for name, spec in SIDE.items()},
@@ -173,6 +175,10 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return P(*parts)
 
 
+def _path(keys: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshLayout(Layout):
     """A mesh, and what lies where on it. With one device there is nothing to say, and nothing is said."""
@@ -199,6 +205,16 @@ class MeshLayout(Layout):
         """As of `Layout`."""
         return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
+    def whole(self, tree: Tree) -> Tree:
+        """As of `Layout`."""
+        if self.mesh.size == 1:
+            return tree
+
+        def fetched(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            return leaf if any(re.fullmatch(rule, _path(keys)) for rule in BACKBONE) else self(leaf, "")
+
+        return jax.tree_util.tree_map_with_path(fetched, tree)
+
     def shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of parameters or of a state that holds some.
 
@@ -210,7 +226,7 @@ class MeshLayout(Layout):
         """
 
         def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            path = "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+            path = _path(keys)
             spec = P() if not path and not leaf.shape else spec_of(path, leaf.shape, self.mesh)
             return NamedSharding(self.mesh, spec)
 
@@ -234,7 +250,7 @@ class MeshLayout(Layout):
 
     def rows(self, count: int) -> Int[np.ndarray, " b"]:
         """Which of `count` rows of a batch this process has to load, in their order."""
-        indices = self._batch.addressable_devices_indices_map((count,)).values()
+        indices = self.batch.addressable_devices_indices_map((count,)).values()
         return np.unique(np.concatenate([np.arange(count)[index] for index in indices]))
 
     def put(self, batch: Tree) -> Tree:
@@ -244,7 +260,7 @@ class MeshLayout(Layout):
         share = self.parts // len(self.rows(self.parts))
 
         def whole(leaf: np.ndarray) -> jax.Array:
-            return jax.make_array_from_process_local_data(self._batch, leaf, (leaf.shape[0] * share, *leaf.shape[1:]))
+            return jax.make_array_from_process_local_data(self.batch, leaf, (leaf.shape[0] * share, *leaf.shape[1:]))
 
         return jax.tree.map(whole, batch)
 
@@ -261,5 +277,6 @@ class MeshLayout(Layout):
             )
 
     @property
-    def _batch(self) -> NamedSharding:
+    def batch(self) -> NamedSharding:
+        """How every leaf of a batch is split: by its first axis."""
         return NamedSharding(self.mesh, P(ROWS))

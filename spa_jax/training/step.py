@@ -52,13 +52,16 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Sums]:
         parts = jax.tree.map(lambda x: layout(x.reshape(accumulate, -1, *x.shape[1:]), ".B"), batch)
 
+        whole = layout.whole(state.params)
+
         def add(total: Any, rows: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, part(state.params, frozen, rows)), None
+            grads, sums = jax.tree.map(jnp.add, total, part(whole, frozen, rows))
+            return (layout.parameters(grads), sums), None
 
         first = jax.eval_shape(part, state.params, frozen, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         (grads, sums), _ = jax.lax.scan(add, zeros, parts)
-        grads = layout.parameters(jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads))
+        grads = jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = layout.parameters(TrainState(state.step + 1, params, opt_state))
@@ -75,7 +78,7 @@ def make_eval_step(
     @jax.jit
     def eval_step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Float[Array, "B R"]]:
         features = features_of(plugin, model, frozen, batch)
-        outcomes = token_outcomes(plugin, model, params, frozen, features), features.weights
+        outcomes = token_outcomes(plugin, model, model.layout.whole(params), frozen, features), features.weights
         return jax.tree.map(lambda leaf: model.layout(leaf, ""), outcomes)  # whole, so that every process can read it
 
     return eval_step
