@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-import rich
+import jax
 from absl import flags
+from rich.console import Console
 from rich.table import Table
 
 from spa_jax import command
@@ -65,11 +66,12 @@ def show(programs: list[Compiled]) -> None:
             exchanged = "\n".join(f"{kind} {size / GIB:.3f}" for kind, size in sorted(kinds)) or "none"
             work = [f"{program.cost.flops / 1e12:.3f}", f"{program.cost.bytes / GIB:.1f}", exchanged]
         table.add_row(program.name, *memory, *work, f"{program.seconds:.0f} s")
-    rich.print(table)
+    Console().print(table)
 
 
 def main() -> None:
     config = read_config()
+    jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be one to read
     target = find_target(TOPOLOGY.value, max(config.mesh.slices, 1))
     layout = MeshLayout(make_mesh(config.mesh, target.devices))
     length = LENGTH.value or config.data.max_length
