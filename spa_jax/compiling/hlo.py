@@ -297,30 +297,37 @@ def _moved(instruction: Instruction, body: Computation, computations: dict[str, 
     # What an exchange spread over several instructions only passes through is counted as exchanged.
     passing = {array for i in inner.values() if _kind(i) for array in (*i.arrays, *inner[i.operands[0]].arrays)}
     results = sum(array.size for array in instruction.arrays if not array.fast and array not in passing)
-    parameters = {i.name: i for i in inner.values() if i.opcode == "parameter" and not passing.intersection(i.arrays)}
-    source = {name: name for name in parameters}  # also of what is but another view of it
-    users: dict[str, list[Instruction]] = {name: [] for name in parameters}
-    for user in inner.values():
-        if user.opcode == "bitcast" and user.operands[0] in source:
-            source[user.name] = source[user.operands[0]]
-            continue
-        for name in {source[name] for name in user.operands if name in source}:
-            users[name].append(user)
-
-    def reads(user: Instruction, name: str) -> bool:
-        return [source.get(operand) for operand in user.operands].index(name) == 0
-
     total = in_place = 0
-    for name, parameter in parameters.items():
-        if any(array.fast for array in parameter.arrays):
-            continue
-        used = users[name]
-        if used and all(user.opcode in ("dynamic-slice", "gather") and reads(user, name) for user in used):
-            total += sum(user.size for user in used)
-        elif used and all(user.opcode == "dynamic-update-slice" and reads(user, name) for user in used):
-            updates = sum(inner[user.operands[1]].size for user in used)
-            total += updates
-            in_place += parameter.size - updates
-        else:
-            total += parameter.size
+    for parameter in inner.values():
+        array = parameter.arrays[0] if parameter.opcode == "parameter" and parameter.arrays else None
+        if array is not None and not array.fast and array not in passing:
+            touched, kept = _touched(parameter, inner, computations)
+            total, in_place = total + touched, in_place + kept
     return total + max(results - in_place, 0)
+
+
+def _touched(parameter: Instruction, inner: Computation, computations: dict[str, Computation]) -> tuple[int, int]:
+    """Bytes of a fusion's parameter that are read, and of it those of its result that were in place before."""
+    names = {parameter.name}  # also of what is but another view of it
+    touched = kept = 0
+    for user in inner.values():
+        at = [index for index, name in enumerate(user.operands) if name in names]
+        if not at:
+            continue
+        if user.opcode == "bitcast":
+            names.add(user.name)
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and at == [0]:
+            touched += user.size
+        elif user.opcode in ("dynamic-update-slice", "scatter") and at == [0]:
+            update = inner[user.operands[1 if user.opcode == "dynamic-update-slice" else -1]].size
+            touched, kept = touched + update, kept + parameter.size - update
+        elif user.opcode == "fusion":
+            called = computations[user.calls()[0]]
+            order = [i for i in called.values() if i.opcode == "parameter"]
+            for index in at:
+                position = next(i for i in order if i.text == f"({index})")
+                more, stay = _touched(position, called, computations)
+                touched, kept = touched + more, kept + stay
+        else:
+            return parameter.size, 0
+    return touched, kept
