@@ -47,18 +47,18 @@ def run(tiny_config):
 def test_a_fresh_one_equals_the_base(config, run, tiny_config, tiny_params):
     base = run(tiny_params, TOKENS, POSITIONS).hidden
     fresh = Peft(config, init_peft(config, tiny_config, seed=1))
-    np.testing.assert_array_equal(run(tiny_params, TOKENS, POSITIONS, None, fresh).hidden, base)
-    other = run(tiny_params, TOKENS, POSITIONS, None, random_peft(config, tiny_config)).hidden
+    np.testing.assert_array_equal(run(tiny_params, TOKENS, POSITIONS, None, None, fresh).hidden, base)
+    other = run(tiny_params, TOKENS, POSITIONS, None, None, random_peft(config, tiny_config)).hidden
     assert np.abs(other - base).max() > 0.1
 
 
 @KINDS
 def test_cached_agrees_with_uncached(config, run, tiny_config, tiny_params):
     peft = random_peft(config, tiny_config)
-    whole = run(tiny_params, TOKENS, POSITIONS, None, peft).hidden
+    whole = run(tiny_params, TOKENS, POSITIONS, None, None, peft).hidden
     cache, hidden = init_cache(tiny_config, 2, 16, jnp.float32), []
     for start, end in ((0, 8), *((at, at + 1) for at in range(8, 12))):
-        out = run(tiny_params, TOKENS[:, start:end], POSITIONS[:, start:end], cache, peft)
+        out = run(tiny_params, TOKENS[:, start:end], POSITIONS[:, start:end], cache, None, peft)
         cache = out.cache
         hidden.append(out.hidden)
     np.testing.assert_allclose(np.concatenate(hidden, axis=1), whole, atol=1e-5)
@@ -77,7 +77,7 @@ def test_what_is_kept_for_the_gradient_changes_memory_and_not_the_gradient(confi
         model = Llama(tiny_config, remat=remat)
 
         def loss(params):
-            out = model.apply({"params": tiny_params}, tokens, positions, None, Peft(config, params))
+            out = model.apply({"params": tiny_params}, tokens, positions, None, None, Peft(config, params))
             return jnp.mean(jnp.sin(out.hidden))
 
         program = jax.jit(jax.grad(loss)).lower(peft.params).compile()
