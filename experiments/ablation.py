@@ -100,7 +100,7 @@ def measure(config: RunConfig, workdir: Path, backbone: Backbone, test: Path) ->
     plugin = load_plugin(workdir / "plugin")
     model = Llama(backbone.config, plugin.config.side.taps, jnp.dtype(config.dtype))
     examples, _ = make_encoder(backbone, config.data).encode_all(read_json_lines(str(test)))
-    cache = open_tap_cache(config, plugin.config, backbone, examples)
+    cache = open_tap_cache(config.tap_cache, config.dtype, plugin.config, backbone, examples)
     loop.fill_cache(cache, model, backbone.params, config.train.batch_size, examples)
     step = make_eval_step(plugin.config, model)
     evaluate = Evaluator(

@@ -17,7 +17,7 @@ from experiments.scales import BATCH_SIZE, BEAMS, EPOCHS, LEARNING_RATES, Scale
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.combine import Setting
-from spa_jax.models.peft import rank_for
+from spa_jax.models.peft import METHODS, rank_for
 from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, summarize
 from spa_jax.scoring.predictions import Prediction, read_predictions
 from spa_jax.training.config import RunConfig, parse
@@ -25,9 +25,6 @@ from spa_jax.training.run import peft_config, train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
-
-THROUGH = ("lora", "adapter")
-"""Settings that train through the backbone."""
 
 log = logging.getLogger("spa_jax.experiments")
 
@@ -99,7 +96,7 @@ class Bench:
         results: directory of all scales' results.
         run: whether to do what is not done yet.
         """
-        self.scale, self._data, self._run = scale, data, run
+        self.scale, self._data, self.may_run = scale, data, run
         self._workdir, self.results = workdir / scale.name, results / scale.name
         self._backbone: Backbone | None = None
 
@@ -112,12 +109,11 @@ class Bench:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What the cell measured, its scores from its predictions; None where it is not done and may not be run."""
-        path = self.results / "cells" / f"{cell.name}.json"
-        if not path.exists():
-            if not self._run:
+        if not self.done(cell):
+            if not self.may_run:
                 return None
-            self._evaluate(cell, path)
-        return {**_read(path), **summarize(self.predictions(cell))}
+            self._evaluate(cell, self._path(cell))
+        return {**_read(self._path(cell)), **summarize(self.predictions(cell))}
 
     def predictions(self, cell: Cell) -> list[Prediction]:
         """What the cell's model said, of a cell that is done."""
@@ -127,7 +123,7 @@ class Bench:
         """What the training said of itself; None where it is not done and may not be run."""
         path = self.results / "trainings" / f"{training.name}.json"
         if not path.exists():
-            if not self._run:
+            if not self.may_run:
                 return None
             self.train(training)
         return _read(path)
@@ -137,17 +133,13 @@ class Bench:
         rate = self._rate(training)
         return self._train_at(training, rate, training.name)
 
-    @property
-    def may_run(self) -> bool:
-        """Whether what is not done yet may be done."""
-        return self._run
-
     def kept(self, path: Path) -> dict[str, Any] | None:
         """What a measurement has left there, if anything."""
         return _read(path) if path.exists() else None
 
     def done(self, cell: Cell) -> bool:
-        return (self.results / "cells" / f"{cell.name}.json").exists()
+        """Whether `result` has nothing to run."""
+        return self._path(cell).exists()
 
     def _evaluate(self, cell: Cell, path: Path) -> None:
         plugin = None
@@ -169,7 +161,7 @@ class Bench:
     def _rate(self, training: Training) -> float:
         """The learning rate whose run on the medium size has the least held-out loss."""
         on = dataclasses.replace(training, size="medium", offset=False, epochs=EPOCHS)
-        if training.setting in THROUGH or training.short:
+        if training.setting in METHODS or training.short:
             chosen = self.scale.through_rates
             task, size, epochs = chosen or (training.task, "medium", training.epochs)
             on = dataclasses.replace(training, task=task, size=size, epochs=epochs)
@@ -184,11 +176,16 @@ class Bench:
         return float(min(losses, key=lambda rate: losses[rate]))
 
     def _train_at(self, training: Training, rate: float, name: str) -> Path:
-        run = self._workdir / "trainings" / f"{training.name}-{rate:g}"
+        run, kept = (
+            self._workdir / "trainings" / f"{training.name}-{rate:g}",
+            self.results / "trainings" / f"{name}.json",
+        )
+        if kept.exists() and (run / "plugin").is_dir():  # several cells are of one training
+            return run
         log.info("training %s at %g", training.name, rate)
         summary = train(self._config(training, rate), run)
         write_json(
-            self.results / "trainings" / f"{name}.json",
+            kept,
             {"training": name, "learning_rate": rate, "epochs": training.epochs, "hardware": hardware(), **summary},
         )
         return run
@@ -212,7 +209,7 @@ class Bench:
             optimizer={"learning_rate": rate},
         )
         plain = size_of(parse({**config.to_dict(), "setting": "spa"}), self.backbone)
-        if training.setting in THROUGH:
+        if training.setting in METHODS:
             peft = rank_for(peft_config(parse(config.to_dict())), self.backbone.config, plain)
             config.peft.update(rank=peft.rank, alpha=peft.alpha, width=peft.rank)
         if training.kind == "transformer":
@@ -221,12 +218,15 @@ class Bench:
         return parse(config.to_dict())
 
     def _max_length(self, training: Training | None) -> int:
-        through = training is not None and (training.setting in THROUGH or training.short)
+        through = training is not None and (training.setting in METHODS or training.short)
         return self.scale.through_length if through else 0
 
     def directory(self, task: str) -> str:
         """Of the task's splits as JSON lines; empty for the hub."""
         return str(Path(self._data) / task.removesuffix("_closed_book")) if self._data else ""
+
+    def _path(self, cell: Cell) -> Path:
+        return self.results / "cells" / f"{cell.name}.json"
 
     def _predictions(self, cell: Cell) -> Path:
         return self.results / "predictions" / f"{cell.name}.jsonl"

@@ -15,12 +15,13 @@ from rich.console import Console
 
 from experiments import claims, figure4, router_curve, table1, table2, table3, table4, table5, table6, table7
 from experiments.ablation import hardware
-from experiments.cells import THROUGH, Bench, Cell
+from experiments.cells import Bench, Cell
 from experiments.report import open_bench
 from experiments.scales import LEARNING_RATES
 from spa_jax import command
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
+from spa_jax.models.peft import METHODS
 
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
 ONLY = flags.DEFINE_string("only", "", "Run only cells whose name holds this text.")
@@ -75,7 +76,7 @@ def backbone_passes(bench: Bench) -> dict[str, Any]:
     needed = run = 0
     for path in (bench.results / "trainings").glob("*.json"):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if not any(f"-{method}" in path.stem for method in THROUGH):
+        if not any(f"-{method}" in path.stem for method in METHODS):
             epochs = summary["epochs"]
             needed += epochs * summary["data/train_examples"] + (epochs + 2) * summary["data/held_out_examples"]
             run += summary["data/backbone_passes"]

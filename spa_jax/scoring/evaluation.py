@@ -30,18 +30,18 @@ from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
 from spa_jax.scoring.scores import score
 from spa_jax.training import loop
-from spa_jax.training.config import TAP_CACHE_GIB
+from spa_jax.training.config import TapCacheConfig
 from spa_jax.training.evaluation import Evaluator, threshold_for
 from spa_jax.training.rows import task_encoder
+from spa_jax.training.run import open_tap_cache
 from spa_jax.training.step import make_eval_step
-from spa_jax.training.tap_cache import Layout, TapCache
 from spa_jax.training.through import scoring
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import Plugin
-from spa_jax.weights.registry import cache_directory
 
 PREDICTIONS, SUMMARY = "predictions.jsonl", "evaluation.json"
+TAP_CACHE = TapCacheConfig(enabled=True, directory="", limit_gib=20.0)
 AnyPlugin = Plugin | PeftPlugin
 EFFECT_QUESTIONS = 128
 """Of the first so many, what the side network changes."""
@@ -229,11 +229,9 @@ def _evaluator(
         collate = scoring(loop.run_backbone(llama, backbone.params, batch_size, examples))
         step = make_eval_step(plugin.config, llama)
         return Evaluator(step, backbone.params, examples, collate, batch_size, name, threshold)
-    side, dtype = plugin.config.side, jax.tree.leaves(backbone.params)[0].dtype
-    llama = Llama(backbone.config, side.taps, dtype)
-    layout = Layout(backbone.fingerprint, side.taps, plugin.config.hidden_size, dtype.name, side.attends)
-    cache = TapCache(cache_directory() / "taps", layout)
-    cache.check_room(examples, TAP_CACHE_GIB)
+    dtype = jax.tree.leaves(backbone.params)[0].dtype
+    llama = Llama(backbone.config, plugin.config.side.taps, dtype)
+    cache = open_tap_cache(TAP_CACHE, dtype.name, plugin.config, backbone, examples)
     loop.fill_cache(cache, llama, backbone.params, batch_size, examples)
     step = make_eval_step(plugin.config, llama)
     return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, threshold)

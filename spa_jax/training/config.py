@@ -15,9 +15,6 @@ from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
 
-TAP_CACHE_GIB = 20.0
-"""Largest tap cache where no config says so."""
-
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:

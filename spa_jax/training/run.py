@@ -28,7 +28,7 @@ from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
 from spa_jax.training import loop
 from spa_jax.training.checkpoint import Checkpoints
-from spa_jax.training.config import RunConfig
+from spa_jax.training.config import RunConfig, TapCacheConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
@@ -148,13 +148,15 @@ def trainable_params(config: RunConfig, plugin: PluginConfig | PeftConfig, backb
     return params
 
 
-def open_tap_cache(config: RunConfig, plugin: PluginConfig, backbone: Backbone, examples: list[Example]) -> TapCache:
-    """The tap cache of a run, with room checked; nothing is computed yet."""
-    root = Path(config.tap_cache.directory or cache_directory() / "taps")
+def open_tap_cache(
+    options: TapCacheConfig, dtype: str, plugin: PluginConfig, backbone: Backbone, examples: Sequence[Example]
+) -> TapCache:
+    """The tap cache of a plugin's examples, with room checked; nothing is computed yet."""
+    root = Path(options.directory or cache_directory() / "taps")
     cache = TapCache(
-        root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype, plugin.side.attends)
+        root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, dtype, plugin.side.attends)
     )
-    cache.check_room(examples, config.tap_cache.limit_gib)
+    cache.check_room(examples, options.limit_gib)
     return cache
 
 
@@ -192,7 +194,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
     if isinstance(plugin, PeftConfig):
         log.info("'%s' trains through the backbone, which is run at every step: no tap cache", config.setting)
     elif config.tap_cache.enabled:
-        cache = open_tap_cache(config, plugin, backbone, every)
+        cache = open_tap_cache(config.tap_cache, config.dtype, plugin, backbone, every)
     open_workdir(workdir, config, backbone, (examples, held_out))
 
     model = backbone_model(config, plugin, backbone)
