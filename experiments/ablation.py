@@ -75,7 +75,22 @@ def run_rows(table: Mapping[str, Keys], fixed: Keys, workdir: Path, output: Path
 
 def hardware() -> str:
     """What a measurement was made on."""
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {jax.devices()[0].platform}"
+    device = jax.devices()[0]
+    where = "cpu" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+    return f"{os.cpu_count()} CPU cores ({_processor()}), {where}"
+
+
+def _processor() -> str:
+    """Its name where Linux tells it, with its vectors, which decide what a core can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    told = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    vectors = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    flags = told.get("flags", "").split()
+    found = [vectors[flag] for flag in vectors if flag in flags]
+    return ", ".join([told.get("model name", platform.machine()), *found[:1]])
 
 
 def write_splits(name: str, data: str | None, read: Callable[[Path], list[Pair]], workdir: Path) -> None:
