@@ -29,6 +29,7 @@ from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import MAX_BYTES_UP, METHOD, SERVICE
 from spa_jax.split.local import LocalCloud, cloud_process
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress, Reopen, Reply, Tensor
+from spa_jax.split.server import Limits
 from spa_jax.split.session import Cloud
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
@@ -276,7 +277,7 @@ async def _finished(site: Site, session: str) -> None:
 async def deaf(site: Site) -> str:
     """A device opens a session and does not read its stream until the generation is over."""
     async with site.stream(FromDevice(open=site.bench.request)) as stream:
-        await asyncio.sleep((site.bench.steps + 2) * DEADLINE)
+        await asyncio.sleep(Limits.first_deadline + (site.bench.steps + 1) * DEADLINE)
         progress = Progress()
         async for message in stream.messages():
             if message.HasField("progress"):

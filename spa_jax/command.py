@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 from spa_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which spa_jax does not need
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it says in many lines what a `UserError` says in one
 
 
 class ConsoleHandler(logging.Handler):

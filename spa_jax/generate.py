@@ -27,7 +27,7 @@ from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.printer import Printer
 from spa_jax.split import client
 from spa_jax.split.channel import InProcess, Traffic
-from spa_jax.split.client import Connection, read_token
+from spa_jax.split.client import CloudGone, Connection, read_token
 from spa_jax.split.generation import Connect, generate, open_message
 from spa_jax.split.grpc_channel import check_address
 from spa_jax.split.head import Head, head_of, load_head
@@ -67,6 +67,7 @@ LOSS = flags.DEFINE_float("loss", Network.loss, "Simulated: probability that a m
 DEADLINE = flags.DEFINE_float("deadline", Network.deadline, "Simulated: seconds to wait for the device.")
 CLOUD = flags.DEFINE_string("cloud", None, "grpc: host:port of a cloud; by default one is started on this machine.")
 TLS = flags.DEFINE_bool("tls", False, "grpc: speak TLS.")
+INSECURE = flags.DEFINE_bool("insecure", False, "grpc: speak in the clear with other machines.")
 CA = flags.DEFINE_string("ca", "", "grpc: PEM file of the authorities to trust; the system's by default.")
 TOKEN_FILE = flags.DEFINE_string("token_file", "", "grpc: file with this device's token.")
 OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and what the channel cost as JSON.")
@@ -153,7 +154,12 @@ def remote_answer(
     """From a cloud in another process; `cost` gets what passed between them, the network's time with the cloud's."""
     request = request_for(plugin, sampling, beams, prompt)
     began = time.perf_counter()
-    result = asyncio.run(client.generate(connection, plugin, request, head=head))
+    try:
+        result = asyncio.run(client.generate(connection, plugin, request, head=head))
+    except CloudGone as gone:
+        for generation in gone.generations:
+            yield from zip(generation.tokens, generation.consulted)
+        raise
     (generation,), traffic = result.generations, result.traffic
     seconds = time.perf_counter() - began - traffic.device_seconds
     cost |= costs(traffic, len(generation.tokens), result.degraded, seconds)
@@ -164,16 +170,24 @@ CHILDREN = contextlib.ExitStack()
 """Processes that end with this one."""
 
 
+def own_cloud(backbone: Backbone) -> str:
+    """The address of a cloud on this machine, where nothing but a device that works on can be late."""
+    return CHILDREN.enter_context(cloud_process(backbone.name, "--deadline=60")).address
+
+
 def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
     """Streams the answer to the terminal and returns it as `--output` writes it."""
     printer, text, tokens, sources = Printer(), Pieces(encoder.tokenizer), [], []
     cost: dict[str, Any] = {}
     began = time.perf_counter()
-    for token, consulted in respond(encoder.prompt(prompt), cost):
-        tokens.append(token)
-        sources.append("device" if consulted else "cloud")
-        printer.add(text.add(token), consulted)
-    printer.finish()
+    try:
+        for token, consulted in respond(encoder.prompt(prompt), cost):
+            tokens.append(token)
+            sources.append("device" if consulted else "cloud")
+            printer.add(text.add(token), consulted)
+    finally:
+        if tokens:
+            printer.finish()
     share = sources.count("device") / len(sources)
     seconds = time.perf_counter() - began
     marked = f"tokens from the plugin {printer.marked}"
@@ -211,8 +225,7 @@ def responder(
     plugin.check(backbone)
     head = head_for(plugin, backbone)
     if CHANNEL.value == "grpc":
-        address = CLOUD.value or CHILDREN.enter_context(cloud_process(backbone.name)).address
-        address = check_address(address, TLS.value, insecure=False)
+        address = check_address(CLOUD.value or own_cloud(backbone), TLS.value, INSECURE.value)
         connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
         return functools.partial(remote_answer, connection, plugin, head, sampling, beams)
     connect: Connect = InProcess
@@ -257,6 +270,8 @@ def answer_all(
     for prompt in command.typed_prompts():
         try:
             answer(respond, encoder, prompt)
+        except CloudGone:
+            raise
         except UserError as error:  # such as one prompt that is too long: the next may be answered
             print(f"error: {error}", file=sys.stderr)
 

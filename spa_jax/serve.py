@@ -12,6 +12,7 @@ object a line, prompts and activations never.
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -46,9 +47,18 @@ TLS_CERT = flags.DEFINE_string("tls_cert", "", "cloud: PEM file of its certifica
 TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key.")
 TOKENS = flags.DEFINE_string("tokens", "", "cloud: file with one device token a line; none serves everybody.")
 DEADLINE = flags.DEFINE_float("deadline", Limits.deadline, "cloud: seconds a device has for an answer.")
+FIRST_DEADLINE = flags.DEFINE_float(
+    "first_deadline", Limits.first_deadline, "cloud: seconds for its first answer, before which a device compiles."
+)
 SESSIONS = flags.DEFINE_integer("sessions", Limits.sessions, "cloud: most generations at once.")
+SESSIONS_PER_TOKEN = flags.DEFINE_integer(
+    "sessions_per_token", Limits.sessions_per_token, "cloud: most generations at once of one device token."
+)
 LINGER = flags.DEFINE_float("linger", Limits.linger, "cloud: seconds a finished answer is kept for a lost device.")
 MEMORY = flags.DEFINE_float("memory", Limits.memory / 2**30, "cloud: GiB of the caches of all generations at once.")
+UNTIL_INPUT_ENDS = flags.DEFINE_bool(
+    "until_input_ends", False, "cloud: stop when standard input ends, as it does with the process at its other end."
+)
 INSECURE = flags.DEFINE_bool("insecure", False, "Speak in the clear with other machines.")
 PLUGIN = flags.DEFINE_string("plugin", None, "device: directory of a plugin.")
 CLOUD = flags.DEFINE_string("cloud", "127.0.0.1:8470", "device: host:port of the cloud.")
@@ -85,14 +95,31 @@ async def run_cloud() -> None:
     """Serves until it is told to stop."""
     security = ServerSecurity(TLS_CERT.value, TLS_KEY.value, TOKENS.value)
     address = check_address(f"{HOST.value}:{PORT.value}", bool(TLS_CERT.value), INSECURE.value)
+    limits = Limits(
+        sessions=SESSIONS.value,
+        sessions_per_token=SESSIONS_PER_TOKEN.value,
+        memory=int(MEMORY.value * 2**30),
+        deadline=DEADLINE.value,
+        first_deadline=FIRST_DEADLINE.value,
+        linger=LINGER.value,
+    ).check()
     cloud = Cloud(load_backbone(BACKBONE.value))
     if METRICS_PORT.value:
-        prometheus_client.start_http_server(METRICS_PORT.value, HOST.value)
-    memory = int(MEMORY.value * 2**30)
-    limits = Limits(sessions=SESSIONS.value, memory=memory, deadline=DEADLINE.value, linger=LINGER.value)
-    stop = asyncio.Event()
+        try:
+            prometheus_client.start_http_server(METRICS_PORT.value, HOST.value)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot serve metrics on {HOST.value}:{METRICS_PORT.value}: {error}") from error
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+        loop.add_signal_handler(signum, stop.set)
+
+    def read() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stop.set()
+
+    if UNTIL_INPUT_ENDS.value:
+        loop.add_reader(0, read)
     async with serving(cloud, address, limits, security) as (_, port):
         print(f"serving on port {port}", flush=True)
         await stop.wait()
@@ -186,8 +213,9 @@ def main() -> None:
     if ROLE == "device":
         run_device()
     elif ROLE == "cloud":
-        for handler in logging.getLogger("spa_jax").handlers:
-            handler.setFormatter(JsonLines())
+        lines = logging.getLogger("spa_jax").handlers[0]
+        lines.setFormatter(JsonLines())
+        logging.getLogger().handlers[:] = [lines]  # what gRPC and asyncio say too
         asyncio.run(run_cloud())
     elif ROLE == "head":
         write_head()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import ipaddress
+import ssl
 from pathlib import Path
 
 import grpc
@@ -18,8 +19,14 @@ KEEPALIVE: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
+OLD_CONNECTION: tuple[tuple[str, int], ...] = (
+    ("grpc.max_connection_age_ms", 1_800_000),
+    ("grpc.max_connection_age_grace_ms", 10_000),
+)
+"""A connection is closed then, and the device comes back; nothing else ends a stream that is alive and never read."""
 CLOUD_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_BYTES_UP), ("grpc.max_send_message_length", MAX_BYTES_DOWN), *KEEPALIVE
+    ("grpc.max_receive_message_length", MAX_BYTES_UP), ("grpc.max_send_message_length", MAX_BYTES_DOWN),
+    ("grpc.so_reuseport", 0), *KEEPALIVE, *OLD_CONNECTION
 )  # fmt: skip
 DEVICE_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_BYTES_DOWN), ("grpc.max_send_message_length", MAX_BYTES_UP), *KEEPALIVE
@@ -44,26 +51,29 @@ class ServerSecurity:
         """None without TLS.
 
         Raises:
-            UserError: one file without the other, or one that cannot be read.
+            UserError: one file without the other, or what is in them is no certificate with its key.
         """
         if bool(self.cert) != bool(self.key):
             raise UserError("TLS needs both --tls_cert and --tls_key")
         if not self.cert:
             return None
-        return grpc.ssl_server_credentials([(read_file(self.key), read_file(self.cert))])
+        key, cert = read_file(self.key), read_file(self.cert)
+        try:  # gRPC's own error would say that it cannot listen
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key, password="")
+        except (ssl.SSLError, ValueError) as error:
+            raise UserError(
+                f"'{self.cert}' and '{self.key}' are no certificate and its key, both as PEM and the key without a "
+                f"password: {error}"
+            ) from error
+        return grpc.ssl_server_credentials([(key, cert)])
 
     def device_tokens(self) -> frozenset[str] | None:
         """None where everybody is served.
 
         Raises:
-            UserError: the file cannot be read, or is empty.
+            UserError: as of `read_tokens`.
         """
-        if not self.tokens:
-            return None
-        found = frozenset(line.strip() for line in read_file(self.tokens).decode().splitlines() if line.strip())
-        if not found:
-            raise UserError(f"the token file '{self.tokens}' is empty: write one token a line")
-        return found
+        return frozenset(read_tokens(self.tokens)) if self.tokens else None
 
 
 def check_address(address: str, tls: bool, insecure: bool) -> str:
@@ -88,6 +98,34 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def read_tokens(path: str) -> list[str]:
+    """The tokens in a file, of which every line that is not blank holds one.
+
+    Raises:
+        UserError: the file cannot be read, holds none, or one that no header can carry.
+    """
+    found = [line.strip() for line in read_file(path).decode(errors="replace").splitlines() if line.strip()]
+    if not found:
+        raise UserError(f"the token file '{path}' is empty: write one token a line")
+    if not all(token.isascii() and token.isprintable() for token in found):
+        raise UserError(f"the token file '{path}' holds a token with characters that are not printable ASCII")
+    return found
+
+
+def trusted_roots(path: str) -> bytes:
+    """The PEM file of the authorities to trust.
+
+    Raises:
+        UserError: it cannot be read, or holds no certificate.
+    """
+    roots = read_file(path)
+    try:
+        ssl.create_default_context(cadata=roots.decode())
+    except (ssl.SSLError, ValueError) as error:
+        raise UserError(f"'{path}' holds no certificates as PEM: {error}") from error
+    return roots
 
 
 def read_file(path: str) -> bytes:

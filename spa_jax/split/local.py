@@ -27,7 +27,7 @@ class LocalCloud:
 def cloud_process(
     backbone: str, *flags: str, log: Path | None = None, inside: Sequence[str] = ()
 ) -> Iterator[LocalCloud]:
-    """A cloud that runs while this lasts.
+    """A cloud that runs while this lasts, and no longer than this process, however that ends.
 
     Args:
         backbone: as of `--backbone`.
@@ -38,10 +38,12 @@ def cloud_process(
     Raises:
         UserError: it does not come up.
     """
-    command = [*inside, sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0", *flags]
+    serve = (sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0", "--until_input_ends")
+    command = [*inside, *serve, *flags]
+    pipe = subprocess.PIPE
     with contextlib.ExitStack() as stack:
         stderr = stack.enter_context(log.open("w")) if log is not None else None
-        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True))
+        process = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=stderr, text=True))
         stack.callback(_stop, process)
         assert process.stdout is not None
         line = process.stdout.readline()

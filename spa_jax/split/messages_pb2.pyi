@@ -157,12 +157,12 @@ class Opened(_message.Message):
     def __init__(self, session: _Optional[str] = ..., version: _Optional[int] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reopen(_message.Message):
-    __slots__ = ("session", "version")
+    __slots__ = ("session", "step")
     SESSION_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     session: str
-    version: int
-    def __init__(self, session: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    step: int
+    def __init__(self, session: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ()

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,10 +19,10 @@ from typing import TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
 from spa_jax.split import metrics, wire
 from spa_jax.split.grpc_channel import CLOUD_OPTIONS, METHOD, SERVICE, ServerSecurity
+from spa_jax.split.live import LiveSession
 from spa_jax.split.messages_pb2 import (
     FromCloud,
     FromDevice,
@@ -29,13 +30,13 @@ from spa_jax.split.messages_pb2 import (
     Opened,
     Progress,
     Refusal,
-    Reply,
-    Taps,
 )
-from spa_jax.split.session import Cloud, Session
+from spa_jax.split.session import Cloud
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+LONGEST_REASON = 1000
+"""Characters of a refusal, which may repeat what the device asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Limits:
         sessions_per_token: of one device token.
         memory: bytes of the caches of all sessions under way.
         deadline: seconds a device has for an answer.
-        linger: seconds a finished session is kept for a device that lost its connection.
+        first_deadline: for its first one, if that is longer: a device compiles its programs then.
+        linger: seconds a finished session is kept for a device that lost its connection; at most `sessions` are.
         open_seconds: seconds a stream may take to say what it wants.
     """
 
@@ -55,80 +57,17 @@ class Limits:
     sessions_per_token: int = 8
     memory: int = 4 * 2**30
     deadline: float = 1.0
+    first_deadline: float = 10.0
     linger: float = 30.0
     open_seconds: float = 10.0
 
-
-class Outbox:
-    """What a stream has yet to send.
-
-    A newer question or progress takes the place of an older one, so that a device that does not read costs no memory.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[object, FromCloud] = {}
-        self._changed = asyncio.Event()
-        self._open = True
-
-    def put(self, message: FromCloud) -> None:
-        """Adds a message."""
-        replaceable = message.HasField("progress") or (message.HasField("taps") and not message.taps.prompt)
-        kind = message.WhichOneof("message") if replaceable else object()
-        self._waiting.pop(kind, None)
-        self._waiting[kind] = message
-        self._changed.set()
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        self._open = False
-        self._changed.set()
-
-    async def messages(self) -> AsyncIterator[FromCloud]:
-        """Those that are put, until it is closed and empty."""
-        while True:
-            while self._waiting:
-                yield self._waiting.pop(next(iter(self._waiting)))
-            if not self._open:
-                return
-            self._changed.clear()
-            await self._changed.wait()
-
-
-class LiveSession:
-    """A session, its task, and the stream that is attached to it now."""
-
-    def __init__(self, session: Session, token: str, memory: int, began: float) -> None:
-        self.session, self.token, self.memory, self.began = session, token, memory, began
-        self.prompt: list[Taps] = session.prompt_messages()
-        """Kept until the device has shown that it has them."""
-        self.outbox: Outbox | None = None
-        self.question: Taps | None = None
-        self.answers: asyncio.Queue[Reply] = asyncio.Queue(maxsize=8)
-        self.result: list[Generation] | None = None
-        self.seconds_out = 0.0
-        self.task: asyncio.Task[None] | None = None
-
-    def waited(self, seconds: float) -> None:
-        """Takes note of how long a question was out."""
-        self.seconds_out += seconds
-        metrics.SECONDS_PER_EXCHANGE.observe(seconds)
-
-    def attach(self) -> Outbox:
-        """A new outbox; the stream of the old one, if any, ends."""
-        if self.outbox is not None:
-            self.outbox.close()
-        self.outbox = Outbox()
-        return self.outbox
-
-    def detach(self, outbox: Outbox) -> None:
-        """The stream of this outbox is gone."""
-        if self.outbox is outbox:
-            self.outbox = None
-
-    def say(self, message: FromCloud) -> None:
-        """To the device that is attached, if one is."""
-        if self.outbox is not None:
-            self.outbox.put(message)
+    def check(self) -> "Limits":
+        """Raises:
+        UserError: limits nothing could be within, by name."""
+        for name, value in dataclasses.asdict(self).items():
+            if not (value > 0 or (value == 0 and name in ("linger", "first_deadline"))):
+                raise UserError(f"{name} is {value}, but must be above 0")
+        return self
 
 
 class Server:
@@ -137,17 +76,18 @@ class Server:
     def __init__(self, cloud: Cloud, limits: Limits, tokens: frozenset[str] | None) -> None:
         self._cloud, self._limits, self._tokens = cloud, limits, tokens
         self._live: dict[str, LiveSession] = {}
-        self._opening: list[int] = []  # memory of the sessions whose prompts are running
+        self._opening: list[tuple[str, int]] = []  # token and memory of the sessions whose prompts are running
         self._programs = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="programs")
 
     async def generate(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         """The one method: a stream of `FromDevice`, answered by one of `FromCloud`, both as bytes."""
         metadata = dict(context.invocation_metadata() or ())
         token = str(metadata.get("authorization", "")).removeprefix("Bearer ")
-        if self._tokens is not None and token not in self._tokens:
+        if not self._serves(token):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this device token is unknown to the cloud")
         try:
             first = await asyncio.wait_for(anext(requests), self._limits.open_seconds)
+            metrics.BYTES_UP.inc(len(first))
             live = await self._begin(wire.parse(FromDevice, first), token)
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the stream did not say what it wants")
@@ -174,7 +114,7 @@ class Server:
             live.detach(outbox)
 
     async def close(self) -> None:
-        """Stops all sessions."""
+        """Stops all sessions; no stream may be left that could open another one."""
         tasks = [live.task for live in self._live.values() if live.task is not None]
         for task in tasks:
             task.cancel()
@@ -184,20 +124,22 @@ class Server:
     async def _begin(self, message: FromDevice, token: str) -> LiveSession:
         kind = message.WhichOneof("message")
         if kind == "reopen":
-            live = self._live.get(message.reopen.session)
-            if live is None or live.token != token:
+            found = self._live.get(message.reopen.session)
+            if found is None or found.token != token:
                 raise Refused("unknown-session", "the cloud has no such session any more: generate again")
-            return live
+            if message.reopen.step:
+                found.prompt = []
+            return found
         if kind != "open":
             raise UserError("the first message must open a session")
         plan = await self._run(lambda: self._cloud.plan(message.open))
         began = time.perf_counter()
         self._check_room(plan.bytes, token)
-        self._opening.append(plan.bytes)
+        self._opening.append((token, plan.bytes))
         try:
-            live = LiveSession(await self._run(lambda: self._cloud.begin(plan)), token, plan.bytes, began)
+            live = await self._run(lambda: LiveSession(self._cloud.begin(plan), token, plan.bytes, began))
         finally:
-            self._opening.remove(plan.bytes)
+            self._opening.remove((token, plan.bytes))
         session = live.session
         self._live[session.id] = live
         metrics.SESSIONS.inc()
@@ -205,18 +147,25 @@ class Server:
         log.info("session %s opened: %d prompts", session.id, len(message.open.prompts))
         return live
 
+    def _serves(self, token: str) -> bool:
+        """Compares with every token to the end, so that the time it takes tells nothing about them."""
+        given = token.encode(errors="replace")
+        return self._tokens is None or sum(hmac.compare_digest(given, known.encode()) for known in self._tokens) > 0
+
     def _check_room(self, memory: int, token: str) -> None:
-        limits, mine = self._limits, sum(live.token == token for live in self._live.values())
+        limits = self._limits
+        taken = [*self._opening, *((live.token, live.memory) for live in self._live.values() if live.under_way)]
+        mine = sum(owner == token for owner, _ in taken)
         if memory > limits.memory:
             raise UserError(
                 f"this generation takes {memory / 2**20:.0f} MiB, and the cloud has {limits.memory / 2**20:.0f}: "
                 "ask for fewer new tokens, prompts or beams"
             )
-        if len(self._live) + len(self._opening) >= limits.sessions:
+        if len(taken) >= limits.sessions:
             raise Refused("overloaded", "the cloud has as many sessions as it can take: try again later")
         if self._tokens is not None and mine >= limits.sessions_per_token:
             raise Refused("overloaded", f"this device token has {mine} sessions under way: try again later")
-        if memory + sum(self._opening) + sum(live.memory for live in self._live.values()) > limits.memory:
+        if memory + sum(size for _, size in taken) > limits.memory:
             raise Refused("overloaded", "the cloud's memory is taken by other sessions: try again later")
 
     async def _read(self, live: LiveSession, requests: AsyncIterator[bytes]) -> None:
@@ -242,56 +191,80 @@ class Server:
         for part in live.prompt:
             live.say(FromCloud(taps=part))
         if live.result is not None:
-            self._report(live, live.result, done=True)
+            live.say(live.result)
         elif live.question is not None:
             live.say(FromCloud(taps=live.question))
 
     async def _drive(self, live: LiveSession) -> None:
-        """Runs a session to its end, whoever is attached."""
-        session, reported = live.session, False
+        """Runs a session to its end, whoever is attached, and keeps its result for a while."""
+        session = live.session
         try:
-            while (question := await self._run(session.wanted)) is not None:
-                live.question = question
-                live.say(FromCloud(taps=question))
-                metrics.EXCHANGES.inc()
-                await self._settle(live, question.step)
-                live.question = None
-                if not reported:
-                    metrics.SECONDS_TO_FIRST_TOKEN.observe(time.perf_counter() - live.began)
-                    reported = True
-                if session.config.beams is None:
-                    self._report(live, await self._run(session.result), done=False)
-            live.result = await self._run(session.result)
-            self._report(live, live.result, done=True)
-            count = sum(len(generation.tokens) for generation in live.result)
-            metrics.TOKENS.inc(count)
-            metrics.DEGRADED.inc(session.degraded)
-            metrics.SECONDS_PER_TOKEN.observe((time.perf_counter() - live.began) / max(count, 1))
-            log.info(
-                "session %s: %d tokens, %d degraded, %.4f s of questions being out",
-                session.id,
-                count,
-                session.degraded,
-                live.seconds_out,
-            )
-            live.session.forget()
-            live.memory = 0
-            await asyncio.sleep(self._limits.linger if live.outbox is None else min(1.0, self._limits.linger))
+            await self._generate(live)
+            self._release(live)
+            await asyncio.sleep(self._limits.linger)
         except asyncio.CancelledError:
-            log.info("session %s cancelled", session.id)
+            if live.under_way:
+                log.info("session %s cancelled", session.id)
         except Exception as error:
             log.exception("session %s failed", session.id)
             live.say(FromCloud(refusal=Refusal(kind="failed", reason=type(error).__name__, version=wire.VERSION)))
         finally:
+            self._release(live)
             self._live.pop(session.id, None)
-            metrics.SESSIONS.dec()
             if live.outbox is not None:
                 live.outbox.close()
+
+    async def _generate(self, live: LiveSession) -> None:
+        session, reported = live.session, False
+
+        def first_token() -> None:
+            nonlocal reported
+            if not reported:
+                metrics.SECONDS_TO_FIRST_TOKEN.observe(time.perf_counter() - live.began)
+            reported = True
+
+        while (question := await self._run(session.wanted)) is not None:
+            live.question = question
+            live.say(FromCloud(taps=question))
+            metrics.EXCHANGES.inc()
+            await self._settle(live, question.step)
+            live.question = None
+            first_token()
+            if session.config.beams is None:
+                live.say(await self._run(lambda: self._progress(live, done=False)))
+        live.result = await self._run(lambda: self._progress(live, done=True))
+        first_token()
+        live.say(live.result)
+        count = sum(len(generated.tokens) for generated in live.result.progress.generated)
+        metrics.TOKENS.inc(count)
+        metrics.DEGRADED.inc(session.degraded)
+        metrics.SECONDS_PER_TOKEN.observe((time.perf_counter() - live.began) / max(count, 1))
+        log.info(
+            "session %s: %d tokens, %d degraded, %.4f s of questions being out",
+            session.id,
+            count,
+            session.degraded,
+            live.seconds_out,
+        )
+
+    def _release(self, live: LiveSession) -> None:
+        """Makes room for another session; the results of not too many that are over stay."""
+        if not live.under_way:
+            return
+        live.under_way = False
+        metrics.SESSIONS.dec()
+        self._programs.submit(live.session.forget)  # not here: one of its programs may be running
+        over = [other for other in self._live.values() if not other.under_way]
+        for other in over[: -self._limits.sessions]:
+            if other.task is not None:
+                other.task.cancel()
 
     async def _settle(self, live: LiveSession, step: int) -> None:
         """Waits for an answer that makes sense until the deadline, then goes on with it or without one."""
         began = time.monotonic()
         until = began + self._limits.deadline
+        if step == 1:
+            until = max(until, began + self._limits.first_deadline)
         while True:
             try:
                 answer = await asyncio.wait_for(live.answers.get(), max(until - time.monotonic(), 0))
@@ -312,12 +285,12 @@ class Server:
                 break
         await self._run(lambda: live.session.resume(None))
 
-    def _report(self, live: LiveSession, generations: list[Generation], done: bool) -> None:
+    def _progress(self, live: LiveSession, done: bool) -> FromCloud:
         parts = [
             Generated(tokens=g.tokens, consulted=g.consulted, score=g.score or 0.0, pieces=self._cloud.pieces(g))
-            for g in generations
+            for g in live.session.result()
         ]
-        live.say(FromCloud(progress=Progress(generated=parts, done=done, degraded=live.session.degraded)))
+        return FromCloud(progress=Progress(generated=parts, done=done, degraded=live.session.degraded))
 
     async def _run(self, program: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._programs, program)
@@ -332,7 +305,7 @@ async def serving(
     Raises:
         UserError: certificates or tokens that cannot be used, or an address that is taken.
     """
-    sessions = Server(cloud, limits, security.device_tokens())
+    sessions = Server(cloud, limits.check(), security.device_tokens())
     server = grpc.aio.server(options=CLOUD_OPTIONS, maximum_concurrent_rpcs=4 * limits.sessions)
     handler = grpc.stream_stream_rpc_method_handler(sessions.generate)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
@@ -348,8 +321,9 @@ async def serving(
     try:
         yield server, port
     finally:
-        await sessions.close()
+        await checks.enter_graceful_shutdown()
         await server.stop(grace=1)
+        await sessions.close()
 
 
 class Refused(UserError):
@@ -374,5 +348,6 @@ def _news(message: FromCloud, brought: list[int]) -> FromCloud:
 
 
 def _refusal(kind: str, reason: str) -> bytes:
+    reason = reason[:LONGEST_REASON]
     log.info("refused: %s", reason)
     return FromCloud(refusal=Refusal(kind=kind, reason=reason, version=wire.VERSION)).SerializeToString()

@@ -20,12 +20,16 @@ from spa_jax.models.combine import ROUTED, SETTINGS
 from spa_jax.models.llama import Llama, Params
 from spa_jax.split import wire
 from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
-from spa_jax.split.messages_pb2 import Open, Prompt, Reply, Taps
+from spa_jax.split.messages_pb2 import Open, Reply, Taps
 from spa_jax.split.wire import Encoded
 from spa_jax.weights.backbone import Backbone
 
 CHUNK_POSITIONS = 64
 """Prompt positions a message brings to a side network that attends."""
+MOST_PROMPTS, LONGEST_REQUEST = 2**10, 2**18
+"""Of a generation: prompts, and their characters or tokens together; reading more would keep other sessions waiting."""
+MOST_PROGRAMS = 32
+"""Kinds of generations whose compiled programs are kept; some ten MiB each."""
 
 
 @jax.jit
@@ -187,9 +191,7 @@ class Session:
     def _tokens_of(self, reply: Reply) -> np.ndarray:
         tokens, vocabulary = np.array(reply.tokens, np.int64), self.config.model.config.vocab_size
         if len(tokens) != len(self._asked) or (tokens >= vocabulary).any():
-            raise wire.WireError(
-                f"tokens {tokens.tolist()[:8]} came where {len(self._asked)} below {vocabulary} are due"
-            )
+            raise wire.WireError(f"{len(tokens)} tokens came where {len(self._asked)} below {vocabulary} are due")
         return tokens.astype(np.int32)
 
     def _go_on(self, told: Encoded | np.ndarray, answered: np.ndarray) -> None:
@@ -215,6 +217,7 @@ class Cloud:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
+        self._compiled: set[tuple[object, ...]] = set()
         self._dtype = jax.tree.leaves(backbone.params)[0].dtype
 
     def open(self, request: Open) -> Session:
@@ -226,7 +229,13 @@ class Cloud:
         return self.begin(self.plan(request))
 
     def begin(self, plan: Plan) -> Session:
-        """`open` of what was planned."""
+        """`open` of what was planned; when there are too many programs, all are compiled anew as they are needed."""
+        kind = (plan.config, plan.slots, plan.room, pad_prompts(plan.prompts).shape)
+        if kind not in self._compiled and len(self._compiled) >= MOST_PROGRAMS:
+            for program in (prefill, advance, _select):
+                program.clear_cache()  # type: ignore[attr-defined]
+            self._compiled.clear()
+        self._compiled.add(kind)
         return Session(plan, self._backbone.params)
 
     def plan(self, request: Open) -> Plan:
@@ -249,9 +258,22 @@ class Cloud:
         if request.setting not in SETTINGS or not request.prompts or not 0 <= request.threshold <= 1:
             raise UserError("the device asks for an unknown setting, a threshold out of range, or without a prompt")
         taps = tuple(request.taps)
-        if not taps or list(taps) != sorted(set(taps)) or taps[-1] > backbone.config.num_layers:
-            raise UserError(f"the device asks for taps {taps}, which this backbone has not")
-        prompts = [self._tokens_of(prompt, request.template) for prompt in request.prompts]
+        most = backbone.config.num_layers + 1
+        if not 0 < len(taps) <= most or list(taps) != sorted(set(taps)) or taps[-1] >= most:
+            raise UserError(f"the device asks for taps {taps[:most]}, which this backbone has not")
+        size = sum(len(prompt.text) + len(prompt.tokens) for prompt in request.prompts)
+        if len(request.prompts) > MOST_PROMPTS or size > LONGEST_REQUEST:
+            raise UserError(
+                f"{len(request.prompts)} prompts of {size} characters or tokens are more than the cloud takes at once, "
+                f"{MOST_PROMPTS} and {LONGEST_REQUEST}: ask for them in turn"
+            )
+        encoder = None
+        if any(prompt.text for prompt in request.prompts):
+            encoder = Encoder(backbone.tokenizer, request.template, backbone.config.max_position_embeddings)
+        prompts = [
+            encoder.prompt(prompt.text) if encoder is not None and prompt.text else list(prompt.tokens)
+            for prompt in request.prompts
+        ]
         if any(token >= backbone.config.vocab_size for prompt in prompts for token in prompt):
             raise UserError("the prompt holds tokens that this backbone has not")
         beams = None
@@ -281,12 +303,6 @@ class Cloud:
     def pieces(self, generation: Generation) -> list[str]:
         """The text of each of its tokens."""
         return pieces(self._backbone.tokenizer, generation.tokens)
-
-    def _tokens_of(self, prompt: Prompt, template: str) -> list[int]:
-        if not prompt.text:
-            return list(prompt.tokens)
-        backbone = self._backbone
-        return Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings).prompt(prompt.text)
 
 
 def _floats(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from spa_jax.split.messages_pb2 import Tensor
 
 Parsed = TypeVar("Parsed", bound=Message)
 
-VERSION = 2
+VERSION = 3
 """Of the protocol; either side refuses another one by name."""
 
 Codec = Literal["float32", "bfloat16", "float16", "int8"]
@@ -86,8 +86,10 @@ def unpack(codec: Codec, tensor: Tensor, shape: tuple[int, ...]) -> Encoded:
         )
     values = np.frombuffer(tensor.values, dtype).reshape(shape)
     scales = np.frombuffer(tensor.scales, "<f4").reshape(shape[:-1]) if codec == "int8" else None
-    floats = scales if scales is not None else values
-    if not np.isfinite(floats.astype(np.float32)).all():
+    floats = 127 * scales.astype(np.float64) if scales is not None else values
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(floats.astype(np.float32)).all()
+    if not finite:
         raise WireError("an array came with numbers that are not finite")
     return Encoded(cast(Array, values), cast(Array, scales))
 

@@ -73,7 +73,8 @@ class Reading:
                 session._takes_tokens and session._tokens_of(reply)
                 session._takes_tokens or session._g_of(reply)
         elif who == 7:
-            client._Remote(self.plugins["tokenwise"], self.requests["tokenwise", "correction"], None, None).hear(data)
+            request = self.requests["tokenwise", "correction"]
+            client._Remote(self.plugins["tokenwise"], request, None, None, None).hear(data)
         else:
             wire.parse(FromDevice, data)
 

@@ -1,25 +1,26 @@
 """Cloud and device over gRPC: what they say, and what happens when one of them misbehaves or is gone."""
 
 import asyncio
-import contextlib
 import dataclasses
 import time
 
-import grpc
 import jax
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from streams import Stream, by_hand, connected, run, tokens_of
 from tiny_split import make_plugin, random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
+from spa_jax.split import metrics
 from spa_jax.split.client import Connection, generate, merged
 from spa_jax.split.device import Device
 from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
+from spa_jax.split.grpc_channel import SERVICE, ServerSecurity
+from spa_jax.split.live import Outbox
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
-from spa_jax.split.server import Limits, Outbox, serving
+from spa_jax.split.server import Limits
 from spa_jax.split.session import Cloud
 from spa_jax.weights.registry import load_backbone
 
@@ -45,68 +46,6 @@ def cloud(backbone):
 @pytest.fixture(scope="module")
 def request_of(plugin):
     return lambda beams=None, new=NEW: open_message(plugin, PROMPTS, new, beams=beams)
-
-
-def run(cloud, scenario, limits=None, security=None):
-    """Runs `scenario(port)` beside a server in this process."""
-
-    async def main():
-        async with serving(cloud, "127.0.0.1:0", limits or Limits(deadline=30), security or ServerSecurity()) as (
-            _,
-            port,
-        ):
-            return await asyncio.wait_for(scenario(port), 120)
-
-    return asyncio.run(main())
-
-
-class Stream:
-    """A device by hand."""
-
-    def __init__(self, channel, first, metadata=None):
-        self.outbox = asyncio.Queue()
-        self.say(first)
-        self.call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._drain(), metadata=metadata)
-
-    def say(self, message):
-        self.outbox.put_nowait(message if isinstance(message, bytes) else message.SerializeToString())
-
-    async def hear(self):
-        data = await self.call.read()
-        return None if data is grpc.aio.EOF else FromCloud.FromString(data)
-
-    async def _drain(self):
-        while True:
-            yield await self.outbox.get()
-
-
-@contextlib.asynccontextmanager
-async def connected(port):
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield channel
-
-
-async def by_hand(port, plugin, request, answer, other=None):
-    """Answers each question with what `answer(taps, honest correction)` makes of it; returns the last progress."""
-    async with connected(port) as channel:
-        stream, device, progress = Stream(channel, FromDevice(open=request)), None, Progress()
-        while (message := await stream.hear()) is not None:
-            if message.HasField("opened"):
-                device = device_for(plugin, request, list(message.opened.lengths))
-            if message.HasField("taps"):
-                honest = device.receive(message.taps)
-                for reply in answer(message.taps, honest):
-                    stream.say(reply)
-            if message.HasField("progress"):
-                progress = merged(progress, message.progress)
-                if progress.done:
-                    return progress
-            assert not message.HasField("refusal"), message.refusal.reason
-    return None
-
-
-def tokens_of(progress):
-    return [list(generated.tokens) for generated in progress.generated]
 
 
 @pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
@@ -164,11 +103,11 @@ def test_a_slow_device_costs_its_deadline_and_another_one_nothing(cloud, plugin,
     here = in_process(cloud, plugin, request_of())
 
     async def scenario(port):
-        silent = by_hand(port, plugin, request_of(new=4), lambda taps, honest: [])
+        silent = by_hand(port, plugin, request_of(new=2), lambda taps, honest: [])
         honest = generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
         return await asyncio.gather(silent, honest)
 
-    silent, honest = run(cloud, scenario, Limits(deadline=1.0))
+    silent, honest = run(cloud, scenario, Limits(deadline=3.0, first_deadline=0))
     assert silent.degraded == sum(map(len, tokens_of(silent))) > 0
     assert [g.tokens for g in honest.generations] == [g.tokens for g in here.generations]
     assert honest.degraded == 0
@@ -348,23 +287,23 @@ def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(c
 
 def test_a_device_that_is_too_slow_skips_to_the_newest_question(cloud, plugin, request_of, monkeypatch):
     """Else it would answer one question late for ever."""
-    in_process(cloud, plugin, request_of())  # so that nothing compiles later
     receive, seen = Device.receive, []
 
     def slow(self, taps):
         seen.append(taps.step)
-        time.sleep(1.5 if len(seen) == 2 else 0.0)
+        while len(seen) == 2 and metrics.EXCHANGES._value.get() < asked + 6:
+            time.sleep(0.01)
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)
+    asked = metrics.EXCHANGES._value.get()
 
     async def scenario(port):
         return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
 
     result = run(cloud, scenario, Limits(deadline=0.4))
-    assert 1 <= result.degraded / len(PROMPTS) < NEW
-    missed = set(range(1, max(seen) + 1)) - set(seen)
-    assert len(missed) >= 1, "no question was out of date when it was read"
+    assert result.degraded >= 4 * len(PROMPTS)
+    assert 3 not in seen, "a question was answered that was out of date"
 
 
 @pytest.mark.parametrize("first", [b"\xff\xffgarbage", b"", FromDevice(cancel=Cancel()).SerializeToString()])
@@ -383,5 +322,5 @@ def test_what_the_cloud_refuses_the_device_says(cloud, plugin, request_of):
     async def scenario(port):
         await generate(Connection(f"127.0.0.1:{port}"), plugin, request)
 
-    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 2"):
+    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 3"):
         run(cloud, scenario)

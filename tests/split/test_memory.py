@@ -47,7 +47,7 @@ def test_five_hundred_dropped_sessions_leave_nothing_behind(tiny_backbone_direct
     def over():
         return len(re.findall(r"session \w+: [1-4] tokens, [1-4] degraded", log.read_text(encoding="utf-8")))
 
-    with cloud_process(backbone.name, "--deadline=0.05", "--linger=0.05", log=log) as cloud:
+    with cloud_process(backbone.name, "--deadline=0.05", "--first_deadline=0.05", "--linger=0.05", log=log) as cloud:
         process, sizes = psutil.Process(cloud.process.pid), []
         for count in (FEW, SOME, MANY):
             asyncio.run(drop_until(count, cloud.port))

@@ -1,0 +1,74 @@
+"""Devices by hand, and a server in this process for them."""
+
+import asyncio
+import contextlib
+
+import grpc
+
+from spa_jax.split.client import merged
+from spa_jax.split.generation import device_for
+from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
+from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress
+from spa_jax.split.server import Limits, serving
+
+
+def run(cloud, scenario, limits=None, security=None):
+    """Runs `scenario(port)` beside a server in this process."""
+
+    async def main():
+        async with serving(cloud, "127.0.0.1:0", limits or Limits(deadline=30), security or ServerSecurity()) as (
+            _,
+            port,
+        ):
+            return await asyncio.wait_for(scenario(port), 120)
+
+    return asyncio.run(main())
+
+
+class Stream:
+    """A device by hand."""
+
+    def __init__(self, channel, first, metadata=None):
+        self.outbox = asyncio.Queue()
+        self.say(first)
+        self.call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._drain(), metadata=metadata)
+
+    def say(self, message):
+        self.outbox.put_nowait(message if isinstance(message, bytes) else message.SerializeToString())
+
+    async def hear(self):
+        data = await self.call.read()
+        return None if data is grpc.aio.EOF else FromCloud.FromString(data)
+
+    async def _drain(self):
+        while True:
+            yield await self.outbox.get()
+
+
+@contextlib.asynccontextmanager
+async def connected(port):
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+
+
+async def by_hand(port, plugin, request, answer, other=None):
+    """Answers each question with what `answer(taps, honest correction)` makes of it; returns the last progress."""
+    async with connected(port) as channel:
+        stream, device, progress = Stream(channel, FromDevice(open=request)), None, Progress()
+        while (message := await stream.hear()) is not None:
+            if message.HasField("opened"):
+                device = device_for(plugin, request, list(message.opened.lengths))
+            if message.HasField("taps"):
+                honest = device.receive(message.taps)
+                for reply in answer(message.taps, honest):
+                    stream.say(reply)
+            if message.HasField("progress"):
+                progress = merged(progress, message.progress)
+                if progress.done:
+                    return progress
+            assert not message.HasField("refusal"), message.refusal.reason
+    return None
+
+
+def tokens_of(progress):
+    return [list(generated.tokens) for generated in progress.generated]

@@ -1,0 +1,252 @@
+"""What a cloud lets devices use, and what it will not start with."""
+
+import pytest
+from streams import Stream, connected, run, tokens_of
+from tiny_split import random_plugin
+
+from spa_jax.errors import UserError
+from spa_jax.split import cloud as programs
+from spa_jax.split import metrics, session
+from spa_jax.split.client import Connection, generate, read_token
+from spa_jax.split.device import Device
+from spa_jax.split.generation import generate as in_process
+from spa_jax.split.generation import open_message
+from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
+from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
+from spa_jax.split.server import Limits, serving
+from spa_jax.split.session import Cloud
+from spa_jax.weights.registry import load_backbone
+
+PROMPTS, NEW = ["What is thing 1?"], 4
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone_directory):
+    return load_backbone(str(tiny_backbone_directory))
+
+
+@pytest.fixture(scope="module")
+def cloud(backbone):
+    return Cloud(backbone)
+
+
+@pytest.fixture(scope="module")
+def plugin(backbone):
+    """Always asked, so that every token is an exchange."""
+    return random_plugin(backbone, "s1")
+
+
+@pytest.fixture(scope="module")
+def request_(plugin):
+    return open_message(plugin, PROMPTS, NEW)
+
+
+def test_sessions_that_are_opened_at_once_count_for_their_token(cloud, request_, tmp_path):
+    (tmp_path / "tokens").write_text("one\n")
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            header = [("authorization", "Bearer one")]
+            streams = [Stream(channel, FromDevice(open=request_), header) for _ in range(6)]
+            firsts = [await stream.hear() for stream in streams]
+            for stream in streams:
+                stream.say(FromDevice(cancel=Cancel()))
+            return firsts
+
+    firsts = run(
+        cloud, scenario, Limits(sessions_per_token=2, deadline=30), ServerSecurity(tokens=f"{tmp_path}/tokens")
+    )
+    assert sorted(first.WhichOneof("message") for first in firsts) == 2 * ["opened"] + 4 * ["refusal"]
+    assert {first.refusal.kind for first in firsts if first.HasField("refusal")} == {"overloaded"}
+
+
+def test_a_finished_session_takes_no_room_and_its_result_can_be_had_again_for_a_while(cloud, plugin, request_):
+    """Of results, as many are kept as there may be sessions."""
+    here = in_process(cloud, plugin, request_)
+
+    async def scenario(port):
+        sessions, again = [], []
+        async with connected(port) as channel:
+            for _ in range(3):
+                device = Stream(channel, FromDevice(open=request_))
+                sessions.append((await device.hear()).opened.session)
+                while await device.hear() is not None:
+                    pass
+            for name in sessions:
+                back = Stream(channel, FromDevice(reopen=Reopen(session=name)))
+                first = await back.hear()
+                again.append(await back.hear() if first.HasField("opened") else first)
+        return again
+
+    limits = Limits(sessions=2, deadline=0.05, first_deadline=0)
+    gone, *kept = run(cloud, scenario, limits)
+    base = in_process(cloud, plugin, open_message(plugin, PROMPTS, NEW, setting="base"))
+    assert gone.refusal.kind == "unknown-session"
+    for message in kept:
+        assert message.progress.done
+        assert (
+            tokens_of(message.progress) == [g.tokens for g in base.generations] != [g.tokens for g in here.generations]
+        )
+
+
+def test_a_device_that_has_answered_is_not_told_the_prompt_again(cloud, backbone):
+    from dataclasses import replace
+
+    from tiny_split import make_plugin
+
+    plugin = replace(make_plugin("s1", "transformer"), fingerprint=backbone.fingerprint)
+
+    async def scenario(port):
+        told = []
+        async with connected(port) as channel:
+            stream = Stream(channel, FromDevice(open=open_message(plugin, PROMPTS, NEW)))
+            name = (await stream.hear()).opened.session
+            for step in (0, 1):
+                stream = Stream(channel, FromDevice(reopen=Reopen(session=name, step=step)))
+                assert (await stream.hear()).HasField("opened")
+                told.append((await stream.hear()).taps.prompt)
+            stream.say(FromDevice(cancel=Cancel()))
+        return told
+
+    assert run(cloud, scenario) == [True, False]
+
+
+def test_a_device_has_longer_for_its_first_answer(cloud, plugin, request_, monkeypatch):
+    """It compiles its programs then."""
+    receive = Device.receive
+
+    async def scenario(port):
+        seen, asked = [], metrics.EXCHANGES._value.get()
+
+        def slow(self, taps):
+            if taps.step == 1:
+                waited.wait(1.0)
+                assert metrics.EXCHANGES._value.get() == asked + 1, "the cloud has gone on"
+            return receive(self, taps)
+
+        waited = __import__("threading").Event()
+        monkeypatch.setattr(Device, "receive", slow)
+        await generate(
+            Connection(f"127.0.0.1:{port}"), plugin, request_, lambda progress: seen.append(progress.degraded)
+        )
+        return seen[0]
+
+    assert run(cloud, scenario, Limits(deadline=0.2, first_deadline=60)) == 0
+
+
+def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugin, monkeypatch):
+    def never(*_):
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(session, "Encoder", never)
+    many, long = (open_message(plugin, PROMPTS, NEW) for _ in range(2))
+    many.prompts.extend([Prompt(text="a")] * session.MOST_PROMPTS)
+    long.prompts.extend([Prompt(text="a" * session.LONGEST_REQUEST)])
+    for request in (many, long):
+        with pytest.raises(UserError, match="more than the cloud takes at once"):
+            cloud.plan(request)
+
+
+def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugin, request_, monkeypatch):
+    cloud = Cloud(backbone)
+    here = in_process(cloud, plugin, request_)
+    monkeypatch.setattr(session, "MOST_PROGRAMS", 2)
+    programs.prefill.clear_cache()
+    cloud = Cloud(backbone)
+    open_one, sizes = cloud.open(request_), []
+    for new in (5, 6, 7):
+        cloud.open(open_message(plugin, PROMPTS, new))
+        sizes.append(programs.prefill._cache_size())
+    assert sizes == [2, 1, 2]
+    rest = open_one.wanted()
+    assert rest.step == 1
+    while open_one.wanted() is not None:
+        open_one.resume(None)
+    base = in_process(cloud, plugin, open_message(plugin, PROMPTS, NEW, setting="base"))
+    assert [g.tokens for g in open_one.result()] == [g.tokens for g in base.generations]
+    assert here.generations != base.generations
+
+
+def test_a_generation_without_a_question_has_its_first_token_counted(cloud, plugin):
+    def counted():
+        return metrics.SECONDS_TO_FIRST_TOKEN._sum.get(), metrics.BYTES_UP._value.get()
+
+    request = open_message(plugin, PROMPTS, NEW, setting="base")
+    before = counted()
+    result = run(cloud, lambda port: generate(Connection(f"127.0.0.1:{port}"), plugin, request))
+    seconds, up = (now - then for now, then in zip(counted(), before))
+    assert result.traffic.exchanges == 0
+    assert seconds > 0
+    assert up >= request.ByteSize()
+
+
+def test_a_port_that_is_taken_is_not_shared(cloud):
+    async def scenario(port):
+        with pytest.raises(UserError, match=rf"cannot listen on 127.0.0.1:{port}"):
+            async with serving(cloud, f"127.0.0.1:{port}", Limits(), ServerSecurity()):
+                pass
+
+    run(cloud, scenario)
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [({"deadline": 0}, "deadline is 0"), ({"sessions": -1}, "sessions is -1"), ({"linger": -1.0}, "linger is -1.0"),
+     ({"deadline": float("nan")}, "deadline is nan")],
+)  # fmt: skip
+def test_limits_nothing_could_be_within_are_refused(limits, says):
+    with pytest.raises(UserError, match=says):
+        Limits(**limits).check()
+
+
+def test_files_that_are_no_certificates_are_named(tmp_path):
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    one, other = authority.issue_cert("127.0.0.1"), authority.issue_cert("127.0.0.1")
+    for name, pem in (("cert", one.cert_chain_pems[0]), ("key", one.private_key_pem), ("other", other.private_key_pem)):
+        pem.write_to_path(tmp_path / name)
+    (tmp_path / "text").write_text("no certificate")
+    (tmp_path / "empty").write_text("")
+    assert ServerSecurity(f"{tmp_path}/cert", f"{tmp_path}/key").credentials() is not None
+    for cert, key in (("text", "key"), ("cert", "text"), ("cert", "other"), ("empty", "empty")):
+        with pytest.raises(UserError, match=f"{cert}' and '.*{key}' are no certificate and its key"):
+            ServerSecurity(f"{tmp_path}/{cert}", f"{tmp_path}/{key}").credentials()
+    assert trusted_roots(f"{tmp_path}/cert") == (tmp_path / "cert").read_bytes()
+    for name in ("text", "empty"):
+        with pytest.raises(UserError, match="holds no certificates as PEM"):
+            trusted_roots(f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [(b"", "is empty"), (b" \n\n", "is empty"), ("schlüssel\n".encode(), "printable ASCII"), (b"\xff\xfe\n", "ASCII"),
+     (b"a\x00b\n", "printable ASCII")],
+)  # fmt: skip
+def test_token_files_that_no_header_can_carry_are_refused(held, says, tmp_path):
+    (tmp_path / "tokens").write_bytes(held)
+    with pytest.raises(UserError, match=says):
+        ServerSecurity(tokens=f"{tmp_path}/tokens").device_tokens()
+    with pytest.raises(UserError, match=says):
+        read_token(f"{tmp_path}/tokens")
+
+
+def test_a_device_has_one_token_and_a_cloud_as_many_as_there_are_lines(tmp_path):
+    (tmp_path / "tokens").write_text("one\n\n two \n")
+    assert ServerSecurity(tokens=f"{tmp_path}/tokens").device_tokens() == {"one", "two"}
+    with pytest.raises(UserError, match="holds 2 tokens, and a device has one"):
+        read_token(f"{tmp_path}/tokens")
+    (tmp_path / "tokens").write_text(" one\n")
+    assert read_token(f"{tmp_path}/tokens") == "one"
+    assert read_token("") == ""
+
+
+@pytest.mark.parametrize("given", ["", "Bearer ", "Bearer tw", "Bearer twoo", "Bearer TWO"])
+def test_a_token_that_is_nearly_right_is_wrong(given, cloud, plugin, request_, tmp_path):
+    (tmp_path / "tokens").write_text("one\ntwo\n")
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            call = Stream(channel, FromDevice(open=request_), [("authorization", given)]).call
+            return await call.code()
+
+    assert run(cloud, scenario, security=ServerSecurity(tokens=f"{tmp_path}/tokens")).name == "UNAUTHENTICATED"
