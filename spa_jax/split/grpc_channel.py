@@ -122,8 +122,8 @@ def trusted_roots(path: str) -> bytes:
     """
     roots = read_file(path)
     try:
-        ssl.create_default_context(cadata=roots.decode())
-    except (ssl.SSLError, ValueError) as error:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError as error:
         raise UserError(f"'{path}' holds no certificates as PEM: {error}") from error
     return roots
 

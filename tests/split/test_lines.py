@@ -6,7 +6,6 @@ import dataclasses
 import threading
 import time
 
-import grpc
 import pytest
 from streams import Stream, connected, run
 from tiny_split import make_plugin, random_plugin
@@ -17,6 +16,7 @@ from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.generation import open_message
+from spa_jax.split.live import LiveSession
 from spa_jax.split.messages_pb2 import FromDevice
 from spa_jax.split.server import Limits
 from spa_jax.split.session import Cloud
@@ -118,26 +118,37 @@ def test_a_connection_that_grows_old_is_closed_and_only_who_reads_comes_back(clo
     """Nothing else would end the stream of a device that lives and never reads."""
     old = (("grpc.max_connection_age_ms", 1000), ("grpc.max_connection_age_grace_ms", 100))
     assert not {name for name, _ in old} - dict(grpc_channel.CLOUD_OPTIONS).keys()
-    monkeypatch.setattr(server, "CLOUD_OPTIONS", (*grpc_channel.CLOUD_OPTIONS, *old))
+    monkeypatch.setattr(server, "CLOUD_OPTIONS", tuple((dict(grpc_channel.CLOUD_OPTIONS) | dict(old)).items()))
     request = open_message(plugin, PROMPTS, NEW)
     here = in_process(cloud, plugin, request)
-    receive = Device.receive
+    receive, attach, lives = Device.receive, LiveSession.attach, []
 
     def slow(self, taps):
         time.sleep(0.5)
         return receive(self, taps)
 
+    def attached(self):
+        lives.append(self)
+        return attach(self)
+
     monkeypatch.setattr(Device, "receive", slow)
+    monkeypatch.setattr(LiveSession, "attach", attached)
 
     async def scenario(port):
         async with connected(port) as channel, Relay(port) as relay:
             deaf = Stream(channel, FromDevice(open=request))
+            while not lives:
+                await asyncio.sleep(0.01)
             there = await generate(Connection(relay.address), plugin, request)
-            return there, await deaf.call.code(), relay.connections
+            while lives[0].outbox is not None:
+                await asyncio.sleep(0.01)
+            waits = lives[0].under_way
+            deaf.call.cancel()
+            return there, waits, relay.connections
 
-    there, code, connections = run(cloud, scenario)
+    there, waits, connections = run(cloud, scenario, Limits(deadline=600))
     assert connections >= 2
-    assert code != grpc.StatusCode.OK
+    assert waits, "the session of the deaf device was over, and with it the stream"
     assert there.generations == here.generations
 
 
@@ -176,12 +187,12 @@ def test_an_error_of_the_side_network_is_the_users_to_see(cloud, plugin, monkeyp
 def test_a_cloud_without_a_free_stream_is_overloaded(cloud, plugin):
     async def scenario(port):
         async with connected(port) as channel:
-            idle = [channel.stream_stream(grpc_path())(nothing()) for _ in range(4)]
-            while not [call for call in idle if call.done()]:
-                try:
-                    await generate(Connection(f"127.0.0.1:{port}"), plugin, open_message(plugin, PROMPTS, 1))
-                except UserError as error:
-                    return error
+            idle = [channel.stream_stream(grpc_path())(nothing()) for _ in range(5)]
+            while not any(call.done() for call in idle):  # there is room for four
+                await asyncio.sleep(0.01)
+            with pytest.raises(UserError) as refused:
+                await generate(Connection(f"127.0.0.1:{port}"), plugin, open_message(plugin, PROMPTS, 1))
+            return refused.value
 
     async def nothing():
         await asyncio.sleep(600)
