@@ -97,6 +97,9 @@ class Server:
         except UserError as error:
             yield _refusal("refused", str(error))
             return
+        except asyncio.CancelledError:  # gRPC would log a traceback where nothing is wrong
+            log.info("a stream ended before its session was open")
+            return
         outbox, session = live.attach(), live.session
         opened = Opened(session=session.id, version=wire.VERSION, lengths=session.lengths)
         outbox.put(FromCloud(opened=opened))
