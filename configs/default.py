@@ -2,7 +2,7 @@
 
     python -m spa_jax.train --config=configs/default.py --workdir=DIR --config.data.train=mine.jsonl
 
-What each key means is said in spa_jax/training/config.py, training/optimizer.py and training/objective.py.
+What each key means is said in spa_jax/training/config.py, optimizer.py, objective.py and sharding.py.
 """
 
 from ml_collections import ConfigDict
@@ -50,5 +50,6 @@ def get_config() -> ConfigDict:
                 "beta2": 0.999,
             },
             "tap_cache": {"enabled": True, "directory": "", "limit_gib": 20.0},
+            "mesh": {"data": -1, "fsdp": -1, "tensor": 1, "slices": -1},
         }
     )

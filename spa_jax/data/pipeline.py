@@ -66,10 +66,10 @@ def plan(examples: Sequence[Example], batch_size: int, seed: int | None = None) 
     return whole if seeds is None else whole.shuffle(seed=int(seeds[-1]))
 
 
-def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Batch:
-    """The batch of these rows, padded to their bucket."""
+def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None) -> Batch:
+    """The batch of these rows, padded to their bucket, or to the one given where they are a part of a batch."""
     chosen = [examples[row] for row in rows if row >= 0]
-    length, width = bucket_of(chosen[0])
+    length, width = shape or bucket_of(chosen[0])
     tokens = np.zeros((len(rows), length), np.int32)
     lengths = np.zeros(len(rows), np.int32)
     predict, targets = np.zeros((2, len(rows), width), np.int32)

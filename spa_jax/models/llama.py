@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spa_jax.models.layout import ONE_DEVICE, Layout
+
 PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
 
@@ -212,6 +214,7 @@ class Block(nn.Module):
 
     config: LlamaConfig
     dtype: jnp.dtype
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -230,6 +233,7 @@ class Block(nn.Module):
         h = h + adapt("attention", x, x)
         x = MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h), adapt)
         h = h + adapt("mlp", x, x)
+        h = self.layout(h, "BTD")
         if taps.shape[0]:
             taps = taps.at[tap_slot].set(h, mode="drop")
         return (h, taps, cache), None
@@ -243,12 +247,14 @@ class Llama(nn.Module):
         taps: which of h_0 ... h_L to return, ascending.
         dtype: of activations; parameters are cast to it where they are used.
         remat: what is kept for the gradient of a `peft`.
+        layout: how activations lie on devices.
     """
 
     config: LlamaConfig
     taps: tuple[int, ...] = ()
     dtype: jnp.dtype = jnp.float32
     remat: Remat = "none"
+    layout: Layout = ONE_DEVICE
 
     def setup(self) -> None:
         c = self.config
@@ -263,7 +269,7 @@ class Llama(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
         )
-        self.blocks = scanned(c, self.dtype)
+        self.blocks = scanned(c, self.dtype, self.layout)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
@@ -286,10 +292,13 @@ class Llama(nn.Module):
             peft: what adapts the blocks, a pytree whose leaves have the L blocks first (`spa_jax.models.peft.Peft`).
         """
         c = self.config
-        h = self.embed(tokens)
+        h = self.layout(self.embed(self.layout(tokens, "bT")), "bTd")
+        h = self.layout(h, "BTD")
+        if cache is not None:
+            cache = {name: self.layout(leaf, "BLKHS") for name, leaf in cache.items()}
         slot_of = {tap: slot for slot, tap in enumerate(self.taps)}
         unused = len(self.taps)
-        taps = jnp.zeros((len(self.taps), *h.shape), h.dtype)
+        taps = self.layout(jnp.zeros((len(self.taps), *h.shape), h.dtype), "PBTD")
         if 0 in slot_of:
             taps = taps.at[slot_of[0]].set(h)
         tap_slots = jnp.array([slot_of.get(layer + 1, unused) for layer in range(c.num_layers)], jnp.int32)

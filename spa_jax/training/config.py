@@ -14,6 +14,7 @@ from spa_jax.models.peft import METHODS, TARGETS, Method
 from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
+from spa_jax.training.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     tap_cache: TapCacheConfig
+    mesh: MeshConfig
 
     def __post_init__(self) -> None:
         bounds = {
@@ -159,12 +161,14 @@ class RunConfig:
             "optimizer.beta1": 0 <= self.optimizer.beta1 < 1,
             "optimizer.beta2": 0 <= self.optimizer.beta2 < 1,
             "tap_cache.limit_gib": self.tap_cache.limit_gib > 0,
+            **{f"mesh.{name}": size == -1 or size > 0 for name, size in dataclasses.asdict(self.mesh).items()},
         }
         wrong = [name for name, holds in bounds.items() if not holds]
         if wrong:
             raise UserError(
                 f"config values out of range: {', '.join(wrong)} (sizes and rates are positive, fractions and "
-                "thresholds lie between 0 and 1, and train.accumulate divides train.batch_size)"
+                "thresholds lie between 0 and 1, train.accumulate divides train.batch_size, and -1 leaves a size of "
+                "the mesh open)"
             )
         options = self.router
         if self.setting not in ROUTED and (

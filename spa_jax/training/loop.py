@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 TIMING = ("train/steps", "time/train_seconds", "tokens/per_second")
 
 Rows = np.ndarray
-Collate = Callable[[Sequence[Example], Rows], Any]
+Collate = Callable[..., Any]  # of (examples, rows[, shape]), see `pipeline.collate`
 TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -65,7 +65,9 @@ def run_backbone(
     pending = None
     with progress_bar() as bar:
         for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
-            dispatched = None if batch is None else (rows, program(model, frozen, batch, everywhere, prefix))
+            dispatched = None
+            if batch is not None:
+                dispatched = rows, program(model, frozen, model.layout.put(batch), everywhere, prefix)
             if pending is not None:
                 chosen, features = pending[0], jax.device_get(pending[1])
                 for i, row in enumerate(chosen):
@@ -143,9 +145,12 @@ def train(
     eval_every = config.train.eval_every or len(epoch)
     file = MetricsFile(metrics_path, start)
     selector = f"loss/{config.setting}"
+    tokens = 0.0
 
     def report(step: int, sums: Any, dispatched: float) -> None:
+        nonlocal tokens
         values = jax.device_get(sums)
+        tokens += float(values["tokens"])
         seconds = time.perf_counter() - dispatched
         metrics = {f"train/{name}": value for name, value in means(values, config.setting).items()}
         metrics |= {"train/gradient_norm": values["gradient_norm"], "tokens/per_second": values["tokens"] / seconds}
@@ -157,7 +162,7 @@ def train(
         rate = metrics["tokens/per_second"]
         bar.update(task, loss=f"{loss:.3f}", usage=f"{usage:.2f}", rate=f"{rate:,.0f}")
 
-    began, tokens = time.perf_counter(), 0.0
+    began = time.perf_counter()
     pending = None
     batches = prefetched(epoch.repeat(config.train.epochs)[start:steps].map(lambda rows: collate_rows(examples, rows)))
     columns = progress_bar(loss="loss", usage="consulted", rate="tokens/s")
@@ -167,7 +172,6 @@ def train(
             batch = next(batches)
             dispatched = time.perf_counter()
             state, sums = train_step(state, frozen, batch)
-            tokens += float(np.sum(batch.weights))
             if pending is not None:
                 report(*pending)
             pending = (step, sums, dispatched)

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.pipeline import bucket_of, collate, plan
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
@@ -33,6 +33,7 @@ from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
 from spa_jax.training.rows import load_pairs, make_encoder
+from spa_jax.training.sharding import MeshLayout, make_mesh
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.training.tap_cache import Layout, TapCache
 from spa_jax.training.through import scoring
@@ -81,7 +82,7 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
             raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
         if fingerprint != backbone.fingerprint:
             raise UserError(f"'{workdir}' holds a run on another backbone ({fingerprint}): choose another --workdir")
-        changed = _differences(before, resolved)
+        changed = _differences({**before, "mesh": None}, {**resolved, "mesh": None})  # a run may move to other devices
         if changed:
             raise UserError(
                 f"'{workdir}' holds a run with another config ({'; '.join(changed)}): choose another --workdir"
@@ -126,8 +127,8 @@ def backbone_model(config: RunConfig, plugin: PluginConfig | PeftConfig, backbon
     """The backbone with what a run needs of it."""
     dtype = jnp.dtype(config.dtype)
     if isinstance(plugin, PeftConfig):
-        return Llama(backbone.config, (), dtype, remat=config.peft.remat)
-    return Llama(backbone.config, plugin.side.taps, dtype)
+        return Llama(backbone.config, (), dtype, config.peft.remat, backbone.layout)
+    return Llama(backbone.config, plugin.side.taps, dtype, layout=backbone.layout)
 
 
 def trainable_params(config: RunConfig, plugin: PluginConfig | PeftConfig, backbone: Backbone) -> Params:
@@ -160,6 +161,20 @@ def open_tap_cache(
     return cache
 
 
+def _own_rows(layout: MeshLayout, source: loop.Collate) -> loop.Collate:
+    """The rows of a batch that this process has to load."""
+
+    def own(examples: Sequence[Example], rows: loop.Rows) -> Any:
+        return source(examples, rows[layout.rows(len(rows))], bucket_of(examples[rows[0]]))
+
+    return own
+
+
+def _on_mesh(layout: MeshLayout, step: Callable[[Any, Params, Any], Any]) -> Callable[[Any, Params, Any], Any]:
+    """A step of batches that the host holds."""
+    return lambda state, frozen, batch: step(state, frozen, layout.put(batch))
+
+
 def _last_timing(workdir: Path) -> dict[str, float]:
     """The timing in summary.json, for a run that has nothing left to do."""
     try:
@@ -179,7 +194,9 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
     dtype = jnp.dtype(config.dtype)
-    backbone = load_backbone(config.backbone, dtype)
+    layout = MeshLayout(make_mesh(config.mesh))
+    layout.check_batch(config.train.batch_size, config.train.accumulate)
+    backbone = dataclasses.replace(load_backbone(config.backbone, dtype, layout.place), layout=layout)
     encoder = make_encoder(backbone, config.data)
     (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
     log.info("%d training and %d held-out examples", len(examples), len(held_out))
@@ -205,16 +222,18 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         passes = {"data/backbone_passes": len(cache.missing(every))}
         loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
         source = cache.collate
-    held_out_source = source
+    source = held_out_source = _own_rows(layout, source)
     if isinstance(plugin, PeftConfig):
-        held_out_source = scoring(loop.run_backbone(model, frozen, config.train.batch_size, held_out))
+        scored = scoring(loop.run_backbone(model, frozen, config.train.batch_size, held_out))
+        held_out_source = _own_rows(layout, scored)
 
     steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
     tx = optimizer(config.optimizer, steps)
-    fresh = init_state(trainable_params(config, plugin, backbone), tx)
-    train_step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
+    fresh = layout.place_all(init_state(trainable_params(config, plugin, backbone), tx))
+    train_step = _on_mesh(layout, make_train_step(plugin, config.router, model, tx, config.train.accumulate))
+    eval_step = _on_mesh(layout, make_eval_step(plugin, model))
     evaluate = Evaluator(
-        make_eval_step(plugin, model), frozen, held_out, held_out_source, config.train.batch_size,
+        eval_step, frozen, held_out, held_out_source, config.train.batch_size,
         config.setting, plugin.threshold, config.router.budget,
     )  # fmt: skip
     timing = _last_timing(workdir)

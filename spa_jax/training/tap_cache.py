@@ -152,9 +152,11 @@ class TapCache:
             offset += count * dtype.itemsize
         return arrays
 
-    def collate(self, examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Features:
-        """The batch of these rows, padded to their bucket; a row of -1 has no weight anywhere."""
-        batch = collate(examples, rows)
+    def collate(
+        self, examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None
+    ) -> Features:
+        """The batch of these rows, as of `pipeline.collate`; a row of -1 has no weight anywhere."""
+        batch = collate(examples, rows, shape)
         shapes = self.layout.shapes(batch.tokens.shape[1], batch.predict.shape[1])
         hidden, taps, base_loss = (np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes)
         for i, row in enumerate(rows):

@@ -55,12 +55,14 @@ def adapted_outcomes(peft: PeftConfig, model: Llama, params: Params, frozen: Par
 
 def scoring(
     features: Iterable[tuple[int, Features]],
-) -> Callable[[Sequence[Example], Int[np.ndarray, " B"]], Scored]:
-    """A `collate` of the examples whose features these are, by index."""
+) -> Callable[..., Scored]:
+    """A `pipeline.collate` of the examples whose features these are, by index."""
     base = {index: np.asarray(of_row.base_loss) for index, of_row in features}
 
-    def collate_scored(examples: Sequence[Example], rows: Int[np.ndarray, " B"]) -> Scored:
-        batch = collate(examples, rows)
+    def collate_scored(
+        examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None
+    ) -> Scored:
+        batch = collate(examples, rows, shape)
         none = np.zeros_like(batch.weights[0])
         return Scored(batch, np.stack([base[int(row)] if row >= 0 else none for row in rows]))
 

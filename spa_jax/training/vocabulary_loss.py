@@ -9,12 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from spa_jax.models.layout import Layout
 from spa_jax.models.llama import Llama, Params
 
 CHUNK = 256
-"""Most positions whose logits exist at one time."""
+"""Most positions whose logits exist at one time, of each part of the batch."""
 
 
 def token_losses(
@@ -22,23 +23,42 @@ def token_losses(
 ) -> Float[Array, "*M"]:
     """-log softmax(LM head(hidden))[target] in nats, float32; differentiable in `hidden` alone."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return _losses(model, params, flat, targets.reshape(-1)).reshape(targets.shape)
+    return _losses(model, _head(model, params), flat, targets.reshape(-1)).reshape(targets.shape)
 
 
 def best_tokens(model: Llama, params: Params, hidden: Float[Array, "*M D"]) -> Int[Array, "*M"]:
     """The likeliest token by LM head, int32."""
     flat = hidden.reshape(-1, hidden.shape[-1])
-    chunks, _ = _chunks(flat, jnp.zeros(len(flat), jnp.int32))
-    best = jax.lax.map(lambda h: jnp.argmax(model.apply({"params": params}, h, method="logits"), axis=-1), chunks)
-    return best.reshape(-1)[: len(flat)].reshape(hidden.shape[:-1]).astype(jnp.int32)
+    head = _head(model, params)
+    best = jax.lax.map(lambda h: jnp.argmax(_logits(model, head, h), axis=-1), _chunk(model.layout, flat))
+    return _unchunk(model.layout, best, len(flat)).reshape(hidden.shape[:-1]).astype(jnp.int32)
 
 
-def _chunks(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    count = hidden.shape[0]
-    size = -(-count // -(-count // CHUNK))  # of equal chunks, so that little is padded
-    padding = -count % size
-    hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
-    return hidden.reshape(-1, size, hidden.shape[-1]), targets.reshape(-1, size)
+def _head(model: Llama, params: Params) -> Params:
+    """What `logits` reads, split by V alone: fetched once, and not for every chunk."""
+    if model.config.tie_word_embeddings:
+        return {"embed": {"embedding": model.layout(params["embed"]["embedding"], "VD")}}
+    return {"lm_head": {"kernel": model.layout(params["lm_head"]["kernel"], "DV")}}
+
+
+def _chunk(layout: Layout, x: Shaped[Array, "M ..."]) -> Shaped[Array, "chunks size ..."]:
+    """Equal chunks of positions, so that little is padded. Every chunk takes as many from each part of the batch, and
+    so keeps all devices busy."""
+    parts = layout.parts if x.shape[0] % layout.parts == 0 else 1
+    count = x.shape[0] // parts
+    size = -(-count // -(-count // CHUNK))
+    x = x.reshape(parts, count, *x.shape[1:])
+    x = jnp.pad(x, ((0, 0), (0, -count % size), *[(0, 0)] * (x.ndim - 2)))
+    x = jnp.moveaxis(x.reshape(parts, -1, size, *x.shape[2:]), 1, 0)
+    return layout(x.reshape(-1, parts * size, *x.shape[3:]), ".B")
+
+
+def _unchunk(layout: Layout, x: Shaped[Array, "chunks size ..."], total: int) -> Shaped[Array, "M ..."]:
+    """`_chunk` undone."""
+    parts = layout.parts if total % layout.parts == 0 else 1
+    x = jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+    x = x.reshape(parts, -1, *x.shape[3:])[:, : total // parts]
+    return layout(x.reshape(total, *x.shape[2:]), "B")
 
 
 def _chunk_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -50,23 +70,29 @@ def _chunk_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.A
 def _losses(model: Llama, params: Params, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     def chunk(xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         h, t = xs
-        return _chunk_loss(model.apply({"params": params}, h, method="logits"), t)[0]
+        return _chunk_loss(_logits(model, params, h), t)[0]
 
-    return jax.lax.map(chunk, _chunks(hidden, targets)).reshape(-1)[: hidden.shape[0]]
+    layout = model.layout
+    losses = jax.lax.map(chunk, (_chunk(layout, hidden), _chunk(layout, targets)))
+    return _unchunk(layout, losses, hidden.shape[0])
+
+
+def _logits(model: Llama, params: Params, hidden: jax.Array) -> jax.Array:
+    return model.layout(model.apply({"params": params}, hidden, method="logits"), "BV")
 
 
 def _forward(model: Llama, params: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     def chunk(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, t = xs
-        logits, pull_back = jax.vjp(lambda x: model.apply({"params": params}, x, method="logits"), h)
+        logits, pull_back = jax.vjp(lambda x: _logits(model, params, x), h)
         losses, normalizer = _chunk_loss(logits, t)
         softmax = jnp.exp(logits - normalizer[:, None])
         (gradient,) = pull_back(softmax - jax.nn.one_hot(t, logits.shape[-1], dtype=logits.dtype))
         return losses, gradient
 
-    losses, gradient = jax.lax.map(chunk, _chunks(hidden, targets))
-    count = hidden.shape[0]
-    return losses.reshape(-1)[:count], gradient.reshape(-1, hidden.shape[-1])[:count]
+    layout, total = model.layout, hidden.shape[0]
+    losses, gradient = jax.lax.map(chunk, (_chunk(layout, hidden), _chunk(layout, targets)))
+    return _unchunk(layout, losses, total), _unchunk(layout, gradient, total)
 
 
 def _backward(model: Llama, gradient: jax.Array, cotangent: jax.Array) -> tuple[None, jax.Array, None]:

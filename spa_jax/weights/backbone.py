@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from spa_jax.models.layout import ONE_DEVICE, Layout
 from spa_jax.models.llama import LlamaConfig, Params
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Backbone:
         tokenizer: maps text to ids and back, without torch; its `chat_template` is None for a base model.
         eos_ids: ids that end a generation, ascending; empty when the checkpoint names none.
         fingerprint: 32 hex digits that identify architecture and weights, whatever dtype they were loaded as.
+        layout: how they lie on devices.
     """
 
     name: str
@@ -28,3 +30,4 @@ class Backbone:
     tokenizer: "PreTrainedTokenizerFast"
     eos_ids: tuple[int, ...]
     fingerprint: str
+    layout: Layout = ONE_DEVICE

@@ -1,0 +1,217 @@
+"""The programs of a config, compiled from shapes alone: no weights, no data, no devices."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from spa_jax.compiling.hlo import Cost, cost
+from spa_jax.data.pipeline import Batch, bucket
+from spa_jax.decoding.cache import count_slots, init_cache
+from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.llama import Llama, Params, init_params
+from spa_jax.models.peft import METHODS
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.split import wire
+from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
+from spa_jax.split.device import Seen, correct
+from spa_jax.split.wire import Codec, Encoded
+from spa_jax.training.config import RunConfig
+from spa_jax.training.features import extract
+from spa_jax.training.optimizer import optimizer
+from spa_jax.training.run import backbone_model, peft_config, plugin_config, trainable_params
+from spa_jax.training.sharding import MeshLayout
+from spa_jax.training.step import init_state, make_train_step
+from spa_jax.weights.architectures import architecture
+from spa_jax.weights.backbone import Backbone
+
+ProgramName = Literal["train", "cloud", "device"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one call of a program.
+
+    Attributes:
+        rows: B.
+        length: tokens of a row; in generation, of a prompt.
+        targets: R, how many of them predict a target; in training.
+        room: most new tokens; in generation.
+    """
+
+    rows: int
+    length: int
+    targets: int
+    room: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+        name: which.
+        seconds: that compiling took.
+        argument_bytes: of a chip's arguments.
+        temporary_bytes: of what a chip holds beside arguments and results while it runs.
+        peak_bytes: the most that a chip holds at one time; where it does not fit, what the compiler says, or None.
+        fits: whether the compiler found room for it.
+        cost: of one run; None where it does not fit.
+    """
+
+    name: str
+    seconds: float
+    argument_bytes: int | None
+    temporary_bytes: int | None
+    peak_bytes: int | None
+    fits: bool
+    cost: Cost | None
+
+
+def compile_programs(
+    config: RunConfig, which: ProgramName, layout: MeshLayout, sizes: Sizes, codec: Codec
+) -> Iterator[Compiled]:
+    """Compiles the programs that a config runs: to train, in the cloud, or on a device.
+
+    Raises:
+        UserError: the backbone's architecture is not known, or it cannot be split over the mesh.
+    """
+    dtype = jnp.dtype(config.dtype)
+    shape = architecture(config.backbone)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init_params(shape, abstract=True))
+    frozen = _placed(layout, frozen)
+    tokenizer: Any = None
+    backbone = Backbone(config.backbone, shape, frozen, tokenizer, (2,), "", layout)
+    if which == "train":
+        yield from _train(config, backbone, layout, sizes)
+        return
+    plugin = plugin_config(config, backbone)
+    model = Llama(shape, plugin.side.taps, dtype, layout=layout)
+    if which == "cloud":
+        yield from _cloud(plugin, model, frozen, sizes, codec)
+    else:
+        yield _device(plugin, layout, sizes, codec)
+
+
+def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Sizes) -> Iterator[Compiled]:
+    plugin = peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
+    model = backbone_model(config, plugin, backbone)
+    layout.check_batch(sizes.rows, config.train.accumulate)
+    length, targets = bucket(sizes.length, 32), bucket(sizes.targets, 8)
+    integer, shapes = jnp.int32, [(sizes.rows, length), (sizes.rows,), *[(sizes.rows, targets)] * 3]
+    dtypes: list[Any] = [integer, integer, integer, integer, jnp.float32]
+    leaves: list[Any] = [_array(layout, shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+    batch: Any = Batch(*leaves)
+    tx = optimizer(config.optimizer, 100)
+
+    def fresh(params: Params) -> Any:
+        return init_state(trainable_params(config, plugin, dataclasses.replace(backbone, params=params)), tx)
+
+    state = _placed(layout, jax.eval_shape(fresh, backbone.params))
+    if config.tap_cache.enabled and isinstance(plugin, PluginConfig):
+        backbone_pass = jax.jit(extract, static_argnums=(0, 3))
+        arguments = (model, backbone.params, batch, plugin.side.attends)
+        yield _compile("backbone pass", backbone_pass, *arguments)[0]
+        features = jax.eval_shape(
+            lambda params, batch: extract(model, params, batch, plugin.side.attends), *arguments[1:3]
+        )
+        batch = jax.tree.map(lambda leaf: _array(layout, leaf.shape, leaf.dtype), features)
+    step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
+    yield _compile("train step", step, state, backbone.params, batch)[0]
+
+
+def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, codec: Codec) -> Iterator[Compiled]:
+    groups, d = sizes.rows, model.config.hidden_size
+    config = CloudConfig(model, plugin.setting, codec, plugin.side.attends, "correction", None, (2,))
+    everywhere = NamedSharding(_mesh(model), PartitionSpec())
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+    router: Any = RouterState(array(groups, d, 2), array(groups), array(groups, d))
+    slots = count_slots(sizes.length, sizes.room, 1)
+    program, outputs = _compile(
+        "prefill", prefill, config, frozen, router, array(groups, bucket(sizes.length, 32), dtype=jnp.int32),
+        array(groups, dtype=jnp.int32), 0, GREEDY, slots=slots, room=sizes.room,
+    )  # fmt: skip
+    yield program
+    if outputs is None:
+        return
+    state = outputs[0]
+    told = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, (groups, d)))
+    over = array(groups, dtype=jnp.bool)
+    yield _compile("advance", advance, config, frozen, state, told, over, over, GREEDY)[0]
+
+
+def _device(plugin: PluginConfig, layout: MeshLayout, sizes: Sizes, codec: Codec) -> Compiled:
+    one = NamedSharding(jax.sharding.Mesh(layout.mesh.devices.reshape(-1)[:1], "device"), PartitionSpec())
+    rows, block = sizes.rows, plugin.side.block
+    positions, cache = 1, None
+    if plugin.side.attends:
+        positions = 64
+        slots = count_slots(sizes.length, sizes.room, 1)
+        cache = jax.eval_shape(lambda: init_cache(block, rows, slots, jnp.dtype(jnp.float32)))
+    integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    taps = _encoded(codec, (rows, positions, len(plugin.side.taps), plugin.hidden_size))
+    seen = Seen(taps, jax.ShapeDtypeStruct((rows, positions), jnp.int32), integers, integers)  # type: ignore[arg-type]
+    arguments = (init_plugin(plugin, abstract=True)["side"], cache, seen)
+    side, cache, seen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arguments)
+    return _compile("correct", correct, plugin, codec, side, cache, seen)[0]
+
+
+def _mesh(model: Llama) -> jax.sharding.Mesh:
+    assert isinstance(model.layout, MeshLayout)
+    return model.layout.mesh
+
+
+def _encoded(codec: Codec, shape: tuple[int, ...]) -> Encoded:
+    return jax.eval_shape(lambda: wire.encode(codec, jnp.zeros(shape)))
+
+
+def _array(layout: MeshLayout, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
+
+
+def _placed(layout: MeshLayout, tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        layout.shardings(tree),
+    )
+
+
+def _compile(name: str, program: Any, *arguments: Any, **static: Any) -> tuple[Compiled, Any]:
+    """What came of it, and its results as shapes with shardings, None where it does not fit."""
+    lowered = program.lower(*arguments, **static)
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(name, time.perf_counter() - began, None, None, _asked_for(str(error)), False, None), None
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    outputs = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        compiled.out_info,
+        compiled.output_shardings,
+    )
+    arguments_and_temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Compiled(name, seconds, *arguments_and_temporaries, peak, True, cost(compiled.as_text())), outputs
+
+
+def _asked_for(message: str) -> int | None:
+    """Bytes that a program would have needed, by the compiler's words."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
+    if not found:
+        return None
+    number, unit = (part for part in found.groups() if part)
+    return int(float(number) * 1024 ** (" KMGT".index(unit)))

@@ -1,0 +1,78 @@
+"""Devices to compile for, there or not."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from spa_jax.errors import UserError
+
+GIB = 2**30
+USABLE = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+"""GiB of a chip's memory that the TPU compiler lets a program use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program is compiled for.
+
+    Attributes:
+        devices: one for each chip.
+        memory: bytes of a chip that a program may use.
+    """
+
+    devices: Sequence[Any]
+    memory: int
+
+
+def find_target(name: str, slices: int = 1) -> Target:
+    """Devices by name.
+
+    Args:
+        name: a TPU topology such as `v5e:2x4` or `v5p:4x4x4`, which needs the TPU compiler and no TPU; `cpu` or `gpu`
+            for what this machine has.
+        slices: how many such topologies there are.
+
+    Raises:
+        UserError: there is no such topology, no such device, or no TPU compiler.
+    """
+    chip, _, layout = name.partition(":")
+    if chip in USABLE:
+        jax.config.update("jax_platforms", "cpu")
+        return Target(_tpu(chip, layout, slices), int(USABLE[chip] * GIB))
+    if name not in ("cpu", "gpu"):
+        raise UserError(f"there is no topology '{name}': give cpu, gpu, or one such as v5e:2x4 of {', '.join(USABLE)}")
+    try:
+        devices = jax.devices(name)
+    except RuntimeError as error:
+        raise UserError(f"this machine has no {name} that JAX can use: {error}") from error
+    if name == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    else:
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    return Target(devices, memory)
+
+
+def _tpu(chip: str, layout: str, slices: int) -> Sequence[Any]:
+    # The compiler asks the machine it is on for its TPUs, unless it is told that there are some.
+    known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for variable, value in (known | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+        os.environ.setdefault(variable, value)
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if chip == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as the other generations have it
+    sizes = [int(size) for size in layout.split("x") if size.isdecimal()]
+    if sizes and math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(f"{chip}:{layout}", platform="tpu", **options).devices
+    except Exception as error:  # of several types, some with a page of text
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot compile for '{chip}:{layout}' ({reason}): give one that exists, and install the TPU compiler "
+            "in an environment of its own with pip install 'spa_jax[tpu]'"
+        ) from error

@@ -1,0 +1,43 @@
+"""How arrays lie on devices, as far as a model needs to know: it names the axes of what it computes by the letters of
+its shapes. What a letter means on a mesh is said in `spa_jax.training.sharding`."""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+
+Tree = TypeVar("Tree")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Of one device, where there is nothing to say: everything is returned as it is."""
+
+    @property
+    def parts(self) -> int:
+        """Equal parts that the batch is split into."""
+        return 1
+
+    def __call__(self, x: jax.Array, axes: str) -> jax.Array:
+        """An activation, or the matrix that makes it, with its leading axes named by letters; `.` is never split.
+
+        B is split with the batch, and N, K, F and V with the parameters that have them; b is a batch split no further
+        than to the copies of the model, and d a width split as in parameters, for rows looked up where they lie. Where
+        a size does not divide, the axis is whole everywhere.
+        """
+        return x
+
+    def put(self, batch: Tree) -> Tree:
+        """A batch of host arrays for a jitted program."""
+        return batch
+
+    def parameters(self, tree: Tree) -> Tree:
+        """Parameters, or a state that holds some, each where the table of parameters says."""
+        return tree
+
+    def whole(self, tree: Tree) -> Tree:
+        """Parameters as a program uses them: small ones whole everywhere; a backbone fetches its own by the block."""
+        return tree
+
+
+ONE_DEVICE = Layout()

@@ -1,0 +1,285 @@
+"""One model on any mesh: which device holds what.
+
+A mesh has three axes. `data` holds copies of everything; `fsdp` splits both the batch and the parameters, so that a
+device fetches a block's weights when it needs them (Zhao et al. 2023); `tensor` splits heads, feed-forward features and
+vocabulary (Shoeybi et al. 2019). One table says where a parameter is split; there is no default, so a parameter that it
+does not know is an error. Shape letters: L blocks, D width, N query heads, K key/value heads, H head width, F
+feed-forward width, V vocabulary; P taps, E side width.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from spa_jax.errors import UserError
+from spa_jax.models.layout import Layout
+
+Tree = TypeVar("Tree")
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""The axes that split a batch."""
+
+LETTERS: dict[str, Any] = {
+    "B": ROWS, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "b": "data", "d": "fsdp"
+}  # fmt: skip
+"""Axes of activations, see `Layout`."""
+
+P = PartitionSpec
+BACKBONE = {
+    r"embed/embedding": P("tensor", "fsdp"),  # V,D
+    r"blocks/(attention|mlp)_norm/scale": P(None, None),  # L,D
+    r"blocks/attention/[qkv]/kernel": P(None, "fsdp", "tensor", None),  # L,D,N,H
+    r"blocks/attention/[qkv]/bias": P(None, "tensor", None),  # L,N,H
+    r"blocks/attention/o/kernel": P(None, "tensor", None, "fsdp"),  # L,N,H,D
+    r"blocks/attention/o/bias": P(None, None),  # L,D
+    r"blocks/mlp/(gate|up)/kernel": P(None, "fsdp", "tensor"),  # L,D,F
+    r"blocks/mlp/(gate|up)/bias": P(None, "tensor"),  # L,F
+    r"blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),  # L,F,D
+    r"blocks/mlp/down/bias": P(None, None),  # L,D
+    r"norm/scale": P(None),  # D
+    r"lm_head/kernel": P("fsdp", "tensor"),  # D,V
+}
+SIDE = {
+    r"down": P(None, "fsdp", None),  # P,D,E
+    r"output": P(None, "fsdp"),  # E,D
+    r"gate": P(None),
+    r"adapter_in": P(None, None, "fsdp"),  # P,E,D
+    r"adapter_in_bias": P(None, "fsdp"),  # P,D
+    r"adapter_out": P(None, "fsdp", None),  # P,D,E
+    r"adapter_out_bias": P(None, None),  # P,E
+    r"norm/scale": P(None),  # E
+    r"ladder/gate": P(None),
+    r"ladder/block/(attention|mlp)_norm/scale": P(None, None),  # P,E
+    r"ladder/block/attention/[qkvo]/kernel": P(None, None, None, None),  # P,E,N,H
+    r"ladder/block/mlp/(gate|up|down)/kernel": P(None, None, None),  # P,E,F
+}
+"""Split by D where they lie, beside what their optimizer remembers; a program fetches them whole, see `whole`."""
+TABLE = {
+    **BACKBONE,
+    r"(attention|mlp|[qkvo]|gate|up|down)/a": P(None, "fsdp", None),  # L,I,E
+    r"(attention|mlp|[qkvo]|gate|up|down)/b": P(None, None, "fsdp"),  # L,E,O
+    r"(attention|mlp)/[ab]_bias": P(None, None),  # L,E and L,D
+    **{f"side/{name}": spec for name, spec in SIDE.items()},
+    **{f"folds/{name}": P(None, *spec) for name, spec in SIDE.items()},
+    r"router/kernel": P(None, None),  # D,2
+    r"router/offset": P(None),  # D
+}
+"""Parameter path -> where each of its axes is split."""
+
+FEWER_ARE_COPIED = re.compile(r"blocks/attention/[kv]/(kernel|bias)")
+"""Where axes of size less than `tensor` are not split: grouped-query attention has few key/value heads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """`mesh.*`: how many devices lie along each axis; -1 leaves it open.
+
+    The innermost axis that is open takes what is left, and the others get one device of each slice. By default every
+    slice holds one copy of the backbone, split over its devices by `fsdp`, which any size of backbone fits; with a
+    small one, `fsdp=1` saves fetching its weights.
+
+    Attributes:
+        data: copies of the backbone, those of all slices together.
+        fsdp: parts of a copy; the batch is split into data * fsdp parts.
+        tensor: parts of each head, feed-forward and vocabulary axis; it exchanges activations in every block, so it
+            belongs within fast links.
+        slices: groups of devices with fast links within and slow ones between; only `data` reaches over them. Open, it
+            is what the hardware says.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    slices: int
+
+
+def mesh_shape(config: MeshConfig, devices: int, slices: int) -> tuple[int, int, int]:
+    """Devices along data, fsdp and tensor.
+
+    Raises:
+        UserError: they do not multiply to the devices there are.
+    """
+    wanted = {axis: getattr(config, axis) for axis in AXES}
+    innermost = next((axis for axis in reversed(AXES) if wanted[axis] == -1), None)
+    shape = {axis: size if size != -1 else slices if axis == "data" else 1 for axis, size in wanted.items()}
+    if innermost is not None:
+        shape[innermost] = devices // math.prod(size for axis, size in shape.items() if axis != innermost)
+    if math.prod(shape.values()) != devices or shape["data"] % slices:
+        sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in wanted.items())
+        raise UserError(
+            f"{sizes} do not fit {devices} devices in {slices} slices: their product must be {devices}, and mesh.data "
+            "a multiple of the slices"
+        )
+    return shape["data"], shape["fsdp"], shape["tensor"]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over these devices, by default all there are in all processes.
+
+    Raises:
+        UserError: the devices do not make up such a mesh.
+    """
+    devices = jax.devices() if devices is None else devices
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = found if config.slices == -1 else config.slices
+    data, fsdp, tensor = mesh_shape(config, len(devices), slices)
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True), AXES)
+    processes = len({device.process_index for device in devices})
+    if slices not in (found, processes):
+        raise UserError(
+            f"mesh.slices={slices}, but the devices form {found} slices, and {processes} processes hold them: leave it "
+            "open with mesh.slices=-1"
+        )
+    inner, outer = (data // slices, fsdp, tensor), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=slices != found, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES)
+
+
+def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where a parameter is split.
+
+    Args:
+        path: slash-separated.
+        shape: of the whole parameter.
+        mesh: where it is split.
+
+    Raises:
+        UserError: the table does not know the parameter, or one of its axes does not divide.
+    """
+    spec = next((spec for pattern, spec in TABLE.items() if re.fullmatch(pattern, path)), None)
+    if spec is None:
+        raise UserError(f"no rule of spa_jax.training.sharding says where the parameter '{path}' is split: add one")
+    if len(spec) != len(shape):
+        raise UserError(f"the rule for the parameter '{path}' has {len(spec)} axes, and the parameter {list(shape)}")
+    parts = []
+    for index, (axis, size) in enumerate(zip(spec, shape)):
+        count = mesh.shape[axis] if axis else 1
+        if size % count:
+            if size < count and FEWER_ARE_COPIED.fullmatch(path):
+                axis = None
+            else:
+                raise UserError(
+                    f"axis {index} of the parameter '{path}' {list(shape)} does not divide by mesh.{axis}={count}: "
+                    f"choose a mesh.{axis} that divides {size}"
+                )
+        parts.append(axis)
+    return P(*parts)
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshLayout(Layout):
+    """A mesh, and what lies where on it. With one device there is nothing to say, and nothing is said."""
+
+    mesh: Mesh
+
+    @property
+    def parts(self) -> int:
+        """Equal parts that the batch is split into."""
+        return math.prod(self.mesh.shape[axis] for axis in ROWS)
+
+    def __call__(self, x: jax.Array, axes: str) -> jax.Array:
+        """As of `Layout`."""
+        if self.mesh.size == 1:
+            return x
+        parts = []
+        for letter, size in zip(axes, x.shape):
+            axis = LETTERS.get(letter)
+            count = self.parts if axis == ROWS else self.mesh.shape[axis] if axis else 1
+            parts.append(axis if size % count == 0 else None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*parts)))
+
+    def parameters(self, tree: Tree) -> Tree:
+        """As of `Layout`."""
+        return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def whole(self, tree: Tree) -> Tree:
+        """As of `Layout`."""
+        if self.mesh.size == 1:
+            return tree
+
+        def fetched(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            return leaf if any(re.fullmatch(rule, _path(keys)) for rule in BACKBONE) else self(leaf, "")
+
+        return jax.tree_util.tree_map_with_path(fetched, tree)
+
+    def shardings(self, tree: Any) -> Any:
+        """The sharding of every leaf of parameters or of a state that holds some.
+
+        What belongs to a parameter, such as its averages in an optimizer, lies where it does; a number that belongs to
+        none, such as a step, is everywhere.
+
+        Raises:
+            UserError: as of `spec_of`.
+        """
+
+        def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            path = _path(keys)
+            spec = P() if not path and not leaf.shape else spec_of(path, leaf.shape, self.mesh)
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+    def place(self, path: str, array: Float[np.ndarray, "..."]) -> jax.Array:
+        """Puts a parameter that the host holds on the devices, each of which gets its part; see `mapping.Place`."""
+        if self.mesh.size == 1:
+            return jax.device_put(array)
+        return self._scatter(array, NamedSharding(self.mesh, spec_of(path, array.shape, self.mesh)))
+
+    def place_all(self, tree: Tree) -> Tree:
+        """Puts a whole tree of `shardings` on the devices; every process has to hold the same one."""
+        return tree if self.mesh.size == 1 else jax.tree.map(self._scatter, tree, self.shardings(tree))
+
+    def _scatter(self, array: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    def rows(self, count: int) -> Int[np.ndarray, " b"]:
+        """Which of `count` rows of a batch this process has to load, in their order."""
+        indices = self.batch.addressable_devices_indices_map((count,)).values()
+        return np.unique(np.concatenate([np.arange(count)[index] for index in indices]))
+
+    def put(self, batch: Tree) -> Tree:
+        """As of `Layout`: the global batch, of which this process brings its `rows`."""
+        if self.mesh.size == 1:
+            return batch
+        share = self.parts // len(self.rows(self.parts))
+
+        def whole(leaf: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(self.batch, leaf, (leaf.shape[0] * share, *leaf.shape[1:]))
+
+        return jax.tree.map(whole, batch)
+
+    def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
+        """Refuses a batch that cannot be split.
+
+        Raises:
+            UserError: with the numbers.
+        """
+        if batch_size % (accumulate * self.parts):
+            raise UserError(
+                f"train.batch_size={batch_size} in train.accumulate={accumulate} parts does not divide by mesh.data * "
+                f"mesh.fsdp = {self.parts}: make it a multiple of {accumulate * self.parts}, or mesh.tensor larger"
+            )
+
+    @property
+    def batch(self) -> NamedSharding:
+        """How every leaf of a batch is split: by its first axis."""
+        return NamedSharding(self.mesh, P(ROWS))

@@ -1,0 +1,59 @@
+"""What the TPU compiler makes of LLaMA, for chips that are not here. `SPA_JAX_TPU_PYTHON` names the Python of an
+environment that has it."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def compile_for(tmp_path_factory):
+    python = os.environ.get("SPA_JAX_TPU_PYTHON")
+    if not python:
+        pytest.skip("SPA_JAX_TPU_PYTHON names no Python with the TPU compiler")
+
+    def compile_one(topology, *arguments):
+        output = tmp_path_factory.mktemp("aot") / "report.json"
+        config = ["--config=configs/paper/llama_7b.py", f"--topology={topology}", f"--output={output}"]
+        command = [python, "-m", "spa_jax.aot", *config, *arguments]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stderr[-4000:]
+        return done.returncode, json.loads(output.read_text())
+
+    return compile_one
+
+
+def test_training_llama_7b_fits_eight_small_chips(compile_for):
+    status, report = compile_for("v5e:2x4")
+    (step,) = report["programs"]
+    assert status == 0
+    assert report["fits"]
+    assert report["chips"] == 8
+    assert step["argument_bytes"] < 1.75 * GIB
+    assert step["temporary_bytes"] < 1.1 * GIB
+    forward = 2 * 6.6e9 * 1024  # of a chip's row, all parameters but the embedding
+    assert forward < report["flops_per_chip"] < 1.15 * forward
+    assert step["cost"]["unknown_loops"] == 0
+    largest = max(step["cost"]["largest_outside"].values())
+    assert largest <= 32000 * 4096 * 2  # the LM head; a backbone is 50 times that
+
+
+def test_one_small_chip_is_too_small_to_train_llama_7b(compile_for):
+    status, report = compile_for("v5e:1x1", "--config.mesh.fsdp=1", "--rows=8")
+    assert status == 1
+    assert not report["fits"]
+
+
+def test_the_cloud_half_of_llama_7b_fits_four_small_chips(compile_for):
+    mesh = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")
+    status, report = compile_for("v5e:2x2", "--program=cloud", *mesh, "--rows=8", "--length=896")
+    assert status == 0
+    assert [program["name"] for program in report["programs"]] == ["prefill", "advance"]
+    weights = 2 * 6.74e9 / 4
+    assert weights < report["peak_bytes_per_chip"] < report["chip_bytes"]

@@ -1,0 +1,133 @@
+"""What eight devices make of a tiny model on several meshes, against one device; a process of its own, since the number
+of devices is fixed when JAX starts. Writes JSON for `test_eight_devices.py` to standard output."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+
+from spa_jax.compiling.hlo import parse
+from spa_jax.data.pipeline import Batch
+from spa_jax.decoding.fused import FusedModel
+from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.llama import Llama, LlamaConfig, init_params
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.side import SideConfig
+from spa_jax.training.objective import RouterConfig
+from spa_jax.training.optimizer import OptimizerConfig, optimizer
+from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.training.step import init_state, make_eval_step, make_train_step
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.plugin import Plugin
+
+TAPS = (0, 2, 3)
+CONFIG = LlamaConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=5, num_heads=8, num_kv_heads=2, head_dim=8
+)
+ROWS, LENGTH, TARGETS, ACCUMULATE = 16, 12, 6, 2
+TOKENWISE = PluginConfig("spa", SideConfig("tokenwise", 8, TAPS), CONFIG.hidden_size, offset=True)
+TRANSFORMER = PluginConfig("s2", SideConfig("transformer", 8, TAPS, heads=2), CONFIG.hidden_size)
+ROUTER = RouterConfig("improvement", 0.0, True, True, True)
+TX = optimizer(OptimizerConfig(1e-3, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 10)
+
+
+def layout_of(shape):
+    return MeshLayout(make_mesh(MeshConfig(*shape, 1), jax.devices()[: int(np.prod(shape))]))
+
+
+def random(tree, seed, scale=0.3):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(np.float32), tree)
+
+
+def make_batch():
+    rng = np.random.default_rng(3)
+    integers = {"dtype": np.int32}
+    return Batch(
+        tokens=rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH), **integers),
+        lengths=rng.integers(LENGTH - 2, LENGTH + 1, ROWS, **integers),
+        predict=np.broadcast_to(np.arange(TARGETS, **integers) + 4, (ROWS, TARGETS)).copy(),
+        targets=rng.integers(0, CONFIG.vocab_size, (ROWS, TARGETS), **integers),
+        weights=(np.arange(TARGETS) < rng.integers(1, TARGETS + 1, (ROWS, 1))).astype(np.float32),
+    )
+
+
+def run(layout):
+    """All that a mesh computes, as arrays on the host, and the arrays where they lie."""
+    frozen = layout.place_all(init_params(CONFIG, seed=1))
+    batch = layout.put(make_batch())
+    model = Llama(CONFIG, TAPS, layout=layout)
+    params = random(init_plugin(TOKENWISE, abstract=True), 5)
+    folds = [random(init_plugin(TOKENWISE, abstract=True)["side"], seed) for seed in (6, 7)]
+    params["folds"] = jax.tree.map(lambda *leaves: np.stack(leaves), *folds)
+    state = layout.place_all(init_state(params, TX))
+    step = make_train_step(TOKENWISE, ROUTER, model, TX, ACCUMULATE)
+    compiled = step.lower(state, frozen, batch).compile()
+    for _ in range(2):
+        state, sums = compiled(state, frozen, batch)
+    other = layout.place_all(random(init_plugin(TRANSFORMER, abstract=True), 8))
+    outcomes = make_eval_step(TRANSFORMER, model)(other, frozen, batch)
+    plugin = Plugin(TOKENWISE, {k: v for k, v in params.items() if k != "folds"}, "", "", "plain")
+    plugin = dataclasses.replace(plugin, params=layout.place_all(plugin.params))
+    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", layout), plugin)
+    prompts = [np.random.default_rng(row).integers(0, 96, 3 + row % 5).tolist() for row in range(8)]
+    decoded = fused.advance(fused.start(prompts, 6), GREEDY, 6)
+    computed = {
+        "params": state.params, "optimizer": state.opt_state, "sums": sums, "outcomes": outcomes,
+        "tokens": decoded.hypotheses.tokens, "consulted": decoded.hypotheses.consulted, "cache": decoded.cache,
+    }  # fmt: skip
+    return jax.device_get(computed), frozen, state, decoded, compiled
+
+
+def difference(expected, found):
+    """The largest of one tree, relative to the largest number of each leaf."""
+    apart = [
+        np.max(np.abs(np.asarray(a, np.float64) - b)) / max(1.0, np.max(np.abs(a)))
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
+        if np.size(a)
+    ]
+    return float(max(apart))
+
+
+def gathered(text):
+    """Shapes of what the program gathers."""
+    _, computations = parse(text)
+    instructions = [instruction for body in computations.values() for instruction in body.values()]
+    return [array.shape for i in instructions if i.opcode.startswith("all-gather") for array in i.arrays]
+
+
+def main(names):
+    expected, *_ = run(layout_of((1, 1, 1)))
+    report = {}
+    for name in names:
+        layout = layout_of(tuple(map(int, name.split("x"))))
+        found, frozen, state, decoded, compiled = run(layout)
+        wanted = layout.shardings((frozen, state))
+        misplaced = [
+            jax.tree_util.keystr(keys)
+            for (keys, leaf), sharding in zip(
+                jax.tree_util.tree_leaves_with_path((frozen, state)), jax.tree.leaves(wanted), strict=True
+            )
+            if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        ]
+        keys = decoded.cache["k"]
+        report[name] = {
+            "differences": {part: difference(expected[part], found[part]) for part in expected},
+            "misplaced": misplaced,
+            "cache": keys.shape,
+            "cache_part": keys.sharding.shard_shape(keys.shape),
+            "gathered": gathered(compiled.as_text()),
+            "state": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            "outputs": sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.out_info)),
+        }
+    print(json.dumps(report, default=int))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,45 @@
+"""A tiny run on eight devices that is interrupted after its third step; a process of its own, as `eight_devices`.
+
+python -m tests.training.interrupted_on_eight WORKDIR KEYS_AS_JSON
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import json
+import sys
+from pathlib import Path
+
+from configs import default
+from spa_jax.training import run
+from spa_jax.training.config import parse
+
+STEPS = 3
+
+
+def main(workdir, keys):
+    config = default.get_config()
+    config.update_from_flattened_dict(json.loads(keys))
+    make = run.make_train_step
+
+    def interrupted(*arguments):
+        step = make(*arguments)
+
+        def call(state, frozen, batch):
+            if int(state.step) == STEPS:
+                raise KeyboardInterrupt
+            return step(state, frozen, batch)
+
+        return call
+
+    run.make_train_step = interrupted
+    try:
+        run.train(parse(config.to_dict()), Path(workdir))
+    except KeyboardInterrupt:
+        return
+    sys.exit("the run was not interrupted")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
