@@ -17,6 +17,7 @@ from spa_jax.data.pipeline import Batch
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import GREEDY
 from spa_jax.models.llama import Llama, LlamaConfig, init_params
+from spa_jax.models.peft import PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.training.objective import RouterConfig
@@ -33,6 +34,7 @@ CONFIG = LlamaConfig(
 ROWS, LENGTH, TARGETS, ACCUMULATE = 16, 12, 6, 2
 TOKENWISE = PluginConfig("spa", SideConfig("tokenwise", 8, TAPS), CONFIG.hidden_size, offset=True)
 TRANSFORMER = PluginConfig("s2", SideConfig("transformer", 8, TAPS, heads=2), CONFIG.hidden_size)
+LORA = PeftConfig("lora", 4)
 ROUTER = RouterConfig("improvement", 0.0, True, True, True)
 TX = optimizer(OptimizerConfig(1e-3, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 10)
 
@@ -73,6 +75,9 @@ def run(layout):
         state, sums = compiled(state, frozen, batch)
     other = layout.place_all(random(init_plugin(TRANSFORMER, abstract=True), 8))
     outcomes = make_eval_step(TRANSFORMER, model)(other, frozen, batch)
+    through = make_train_step(LORA, ROUTER, Llama(CONFIG, remat="full", layout=layout), TX, ACCUMULATE)
+    lora = layout.place_all(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
+    lora, lora_sums = through(lora, frozen, batch)
     plugin = Plugin(TOKENWISE, {k: v for k, v in params.items() if k != "folds"}, "", "", "plain")
     plugin = dataclasses.replace(plugin, params=layout.place_all(plugin.params))
     fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", layout), plugin)
@@ -80,9 +85,10 @@ def run(layout):
     decoded = fused.advance(fused.start(prompts, 6), GREEDY, 6)
     computed = {
         "params": state.params, "optimizer": state.opt_state, "sums": sums, "outcomes": outcomes,
+        "lora": lora.params, "lora_sums": lora_sums,
         "tokens": decoded.hypotheses.tokens, "consulted": decoded.hypotheses.consulted, "cache": decoded.cache,
     }  # fmt: skip
-    return jax.device_get(computed), frozen, state, decoded, compiled
+    return jax.device_get(computed), frozen, (state, lora), decoded, compiled
 
 
 def difference(expected, found):
@@ -107,12 +113,12 @@ def main(names):
     report = {}
     for name in names:
         layout = layout_of(tuple(map(int, name.split("x"))))
-        found, frozen, state, decoded, compiled = run(layout)
-        wanted = layout.shardings((frozen, state))
+        found, frozen, states, decoded, compiled = run(layout)
+        wanted = layout.shardings((frozen, states))
         misplaced = [
             jax.tree_util.keystr(keys)
             for (keys, leaf), sharding in zip(
-                jax.tree_util.tree_leaves_with_path((frozen, state)), jax.tree.leaves(wanted), strict=True
+                jax.tree_util.tree_leaves_with_path((frozen, states)), jax.tree.leaves(wanted), strict=True
             )
             if not leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
         ]
@@ -123,7 +129,7 @@ def main(names):
             "cache": keys.shape,
             "cache_part": keys.sharding.shard_shape(keys.shape),
             "gathered": gathered(compiled.as_text()),
-            "state": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            "state": sum(leaf.nbytes for leaf in jax.tree.leaves(states[0])),
             "outputs": sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.out_info)),
         }
     print(json.dumps(report, default=int))

@@ -41,7 +41,8 @@ def report(mesh):
 
 
 def test_training_evaluation_and_decoding_agree_with_one_device(report):
-    assert set(report["differences"]) == {"params", "optimizer", "sums", "outcomes", "tokens", "consulted", "cache"}
+    parts = {"params", "optimizer", "sums", "outcomes", "lora", "lora_sums", "tokens", "consulted", "cache"}
+    assert set(report["differences"]) == parts
     assert max(report["differences"].values()) < 1e-5, report["differences"]
 
 
@@ -51,9 +52,9 @@ def test_parameters_and_what_a_step_returns_lie_where_the_table_says(report):
 
 def test_the_cache_is_split_by_rows_and_heads(report, mesh):
     data, fsdp, tensor = map(int, mesh.split("x"))
-    rows, blocks, slots, heads, width = report["cache"]
+    rows, blocks, heads, width, slots = report["cache"]
     split = heads // tensor if heads >= tensor else heads
-    assert report["cache_part"] == [rows // (data * fsdp), blocks, slots, split, width]
+    assert report["cache_part"] == [rows // (data * fsdp), blocks, split, width, slots]
 
 
 def test_a_step_fetches_a_backbone_by_the_block(report, mesh):

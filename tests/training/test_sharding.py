@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from spa_jax.errors import UserError
 from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.peft import TARGETS, PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.training.sharding import AXES, TABLE, MeshConfig, MeshLayout, make_mesh, mesh_shape, spec_of
@@ -25,7 +26,7 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 
 def parameters():
-    """Paths and shapes of all parameters there are: of every option of a backbone, and of both kinds of plugin."""
+    """Paths and shapes of all parameters there are: of every option of a backbone, of both kinds of plugin, LoRA and Adapter."""
     biased = dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True)
     for tree in (init_params(biased, abstract=True), init_params(CONFIG, abstract=True)):
         yield from flax.traverse_util.flatten_dict(tree, sep="/").items()
@@ -33,6 +34,8 @@ def parameters():
         plugin = init_plugin(PluginConfig("spa", side, 64, offset=True), abstract=True)
         plugin["folds"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), plugin["side"])
         yield from flax.traverse_util.flatten_dict(plugin, sep="/").items()
+    for peft in (PeftConfig("lora", 4, targets=TARGETS), PeftConfig("adapter", 4)):
+        yield from flax.traverse_util.flatten_dict(init_peft(peft, CONFIG, abstract=True), sep="/").items()
 
 
 def test_every_parameter_has_one_rule_and_every_rule_a_parameter():
