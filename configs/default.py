@@ -2,7 +2,8 @@
 
     python -m spa_jax.train --config=configs/default.py --workdir=DIR --config.data.train=mine.jsonl
 
-What each key means is said in spa_jax/training/config.py, optimizer.py, objective.py and sharding.py.
+What each key means is said in spa_jax/training/config.py, optimizer.py, objective.py, sharding.py
+and processes.py.
 """
 
 from ml_collections import ConfigDict
@@ -51,5 +52,12 @@ def get_config() -> ConfigDict:
             },
             "tap_cache": {"enabled": True, "directory": "", "limit_gib": 20.0},
             "mesh": {"data": -1, "fsdp": -1, "tensor": 1, "slices": -1},
+            "distributed": {
+                "enabled": False,
+                "coordinator": "",
+                "processes": 0,
+                "process": -1,
+                "heartbeat_seconds": 100,
+            },
         }
     )

@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.status)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -77,8 +77,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         _fail(f"cannot use the config: {name}: {text}")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = UserError.status) -> NoReturn:
     """Prints one line: of a message with a traceback in it, the first and the last."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     print("error:", *dict.fromkeys((lines[0], lines[-1])), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

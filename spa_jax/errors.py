@@ -4,6 +4,8 @@
 class UserError(Exception):
     """Bad input, named in one sentence together with the mend.
 
-    Commands print the message alone and exit with status 2; anything else that escapes a command is a bug in spa_jax
+    Commands print the message alone and exit with its status; anything else that escapes a command is a bug in spa_jax
     and keeps its traceback.
     """
+
+    status = 2

@@ -5,6 +5,8 @@ import dataclasses
 from typing import TypeVar
 
 import jax
+import numpy as np
+from jaxtyping import Int
 
 Tree = TypeVar("Tree")
 
@@ -28,8 +30,16 @@ class Layout:
         return x
 
     def put(self, batch: Tree) -> Tree:
-        """A batch of host arrays for a jitted program."""
+        """The global batch for a jitted program, of which this process brings its `rows` as NumPy arrays."""
         return batch
+
+    def rows(self, count: int) -> Int[np.ndarray, " b"]:
+        """Which of `count` rows of a batch this process has to load, in their order."""
+        return np.arange(count)
+
+    def taken(self, batch: Tree) -> Tree:
+        """`put` undone: this process's rows of a batch on the devices, as NumPy arrays."""
+        return jax.device_get(batch)
 
     def parameters(self, tree: Tree) -> Tree:
         """Parameters, or a state that holds some, each where the table of parameters says."""

@@ -14,6 +14,7 @@ from spa_jax.models.peft import METHODS, TARGETS, Method
 from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
+from spa_jax.training.processes import DistributedConfig
 from spa_jax.training.sharding import MeshConfig
 
 
@@ -132,6 +133,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     tap_cache: TapCacheConfig
     mesh: MeshConfig
+    distributed: DistributedConfig
 
     def __post_init__(self) -> None:
         bounds = {
@@ -161,6 +163,7 @@ class RunConfig:
             "optimizer.beta1": 0 <= self.optimizer.beta1 < 1,
             "optimizer.beta2": 0 <= self.optimizer.beta2 < 1,
             "tap_cache.limit_gib": self.tap_cache.limit_gib > 0,
+            "distributed.heartbeat_seconds": self.distributed.heartbeat_seconds > 0,
             **{f"mesh.{name}": size == -1 or size > 0 for name, size in dataclasses.asdict(self.mesh).items()},
         }
         wrong = [name for name, holds in bounds.items() if not holds]

@@ -14,15 +14,17 @@ import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import collate, plan, prefetched
+from spa_jax.data.pipeline import bucket_of, collate, plan, prefetched
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
+from spa_jax.models.layout import Layout
 from spa_jax.models.llama import Llama, Params
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.config import RunConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.features import Features, extract, run_prefix
 from spa_jax.training.objective import means
+from spa_jax.training.processes import Notice, Preempted, first, meet
 from spa_jax.training.step import TrainState
 from spa_jax.training.tap_cache import TapCache
 
@@ -52,7 +54,8 @@ def progress_bar(**columns: str) -> Progress:
 def run_backbone(
     model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example], everywhere: bool = False
 ) -> Iterator[tuple[int, Features]]:
-    """Features of each example alone, as `(index, features of that row as NumPy arrays)`, one batch after another.
+    """Features of each example alone, as `(index, features of that row as NumPy arrays)`, one batch after another; of
+    several processes each gets those of its own rows.
 
     Tokens that all examples begin with, such as a chat's system prompt, are run once.
     """
@@ -61,7 +64,7 @@ def run_backbone(
     if len(common):
         prefix = jax.jit(run_prefix, static_argnums=0)(model, frozen, common[None, :])
     steps = plan(examples, batch_size)
-    batches = prefetched(steps.map(lambda rows: (rows, collate(examples, rows))))
+    batches = prefetched(steps.map(lambda rows: own_part(model.layout, collate, examples, rows)))
     pending = None
     with progress_bar() as bar:
         for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
@@ -69,11 +72,17 @@ def run_backbone(
             if batch is not None:
                 dispatched = rows, program(model, frozen, model.layout.put(batch), everywhere, prefix)
             if pending is not None:
-                chosen, features = pending[0], jax.device_get(pending[1])
+                chosen, features = pending[0], model.layout.taken(pending[1])
                 for i, row in enumerate(chosen):
                     if row >= 0:
                         yield int(row), jax.tree.map(lambda leaf, i=i: leaf[i], features)
             pending = dispatched
+
+
+def own_part(layout: Layout, source: Collate, examples: Sequence[Example], rows: Rows) -> tuple[Rows, Any]:
+    """The rows of a batch that this process has to load, and what `source` makes of them."""
+    own = rows[layout.rows(len(rows))]
+    return own, source(examples, own, bucket_of(examples[rows[0]]))
 
 
 def common_prefix(examples: Sequence[Example]) -> Rows:
@@ -94,10 +103,13 @@ def _and_none(batches: Iterator[tuple[Rows, Any]]) -> Iterator[tuple[Rows, Any]]
 
 
 def fill_cache(cache: TapCache, model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example]) -> None:
-    """Runs the backbone over the examples the cache does not hold."""
+    """Runs the backbone over the examples the cache does not hold; of several processes each keeps its own rows."""
+    meet("the tap cache is open")
     todo = cache.missing(examples)
     log.info("tap cache %s: %d examples to compute", cache.directory, len(todo))
     cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing, cache.layout.everywhere))
+    meet("the tap cache is built")
+    cache.refresh()
 
 
 class MetricsFile:
@@ -112,10 +124,13 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue
-        write_bytes(path, "".join(kept).encode())
+        if first():
+            write_bytes(path, "".join(kept).encode())
         self._path = path
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
+        if not first():
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -138,6 +153,7 @@ def train(
 
     Raises:
         UserError: the loss or its gradient is no longer a number; no checkpoint of that state is kept.
+        Preempted: the machine is about to be taken away; the last step is saved.
     """
     start = int(state.step)
     epoch = plan(examples, config.train.batch_size, config.seed)
@@ -165,8 +181,8 @@ def train(
     began = time.perf_counter()
     pending = None
     batches = prefetched(epoch.repeat(config.train.epochs)[start:steps].map(lambda rows: collate_rows(examples, rows)))
-    columns = progress_bar(loss="loss", usage="consulted", rate="tokens/s")
-    with columns as bar:
+    columns, notice = progress_bar(loss="loss", usage="consulted", rate="tokens/s"), Notice()
+    with columns as bar, notice.awaited():
         task = bar.add_task("training", total=steps, completed=start, loss="-", usage="-", rate="-")
         for step in range(start + 1, steps + 1):
             batch = next(batches)
@@ -188,6 +204,13 @@ def train(
                     "step %d of %d: held-out loss %.3f (base %.3f), consulted %.2f",
                     step, steps, metrics[f"eval/{selector}"], metrics["eval/loss/base"], metrics["eval/router/usage"],
                 )  # fmt: skip
+            if notice(step) and step < steps:
+                if pending is not None:
+                    report(*pending)
+                    checkpoints.save(
+                        state, config.seed, {selector: math.inf}
+                    )  # the best of those not evaluated is none
+                raise Preempted(f"preempted after step {step} of {steps}, which is saved: the same command goes on")
     seconds = time.perf_counter() - began
     return state, dict(zip(TIMING, (float(steps - start), seconds, tokens / seconds), strict=True))
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import bucket_of, collate, plan
+from spa_jax.data.pipeline import collate, plan
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
@@ -32,6 +32,7 @@ from spa_jax.training.config import RunConfig, TapCacheConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
+from spa_jax.training.processes import company, first, join, meet
 from spa_jax.training.rows import load_pairs, make_encoder
 from spa_jax.training.sharding import MeshLayout, make_mesh
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
@@ -71,6 +72,7 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
         UserError: not writable, or the directory holds a run of another config, backbone or data.
     """
     path = workdir / "config.json"
+    meet("the workdir is not written yet")
     digests = json.dumps([[example.digest for example in split] for split in splits])
     data = hashlib.sha256(digests.encode()).hexdigest()[:32]
     resolved = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -82,13 +84,17 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
             raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
         if fingerprint != backbone.fingerprint:
             raise UserError(f"'{workdir}' holds a run on another backbone ({fingerprint}): choose another --workdir")
-        changed = _differences({**before, "mesh": None}, {**resolved, "mesh": None})  # a run may move to other devices
+        elsewhere = dict.fromkeys(("mesh", "distributed"))  # a run may move to other devices
+        changed = _differences({**before, **elsewhere}, {**resolved, **elsewhere})
         if changed:
             raise UserError(
                 f"'{workdir}' holds a run with another config ({'; '.join(changed)}): choose another --workdir"
             )
         if data_before != data:
             raise UserError(f"'{workdir}' holds a run on other data: choose another --workdir")
+        return
+    meet("the workdir is read")
+    if not first():
         return
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions = {"python": platform.python_version(), **packages}
@@ -162,12 +168,7 @@ def open_tap_cache(
 
 
 def _own_rows(layout: MeshLayout, source: loop.Collate) -> loop.Collate:
-    """The rows of a batch that this process has to load."""
-
-    def own(examples: Sequence[Example], rows: loop.Rows) -> Any:
-        return source(examples, rows[layout.rows(len(rows))], bucket_of(examples[rows[0]]))
-
-    return own
+    return lambda examples, rows: loop.own_part(layout, source, examples, rows)[1]
 
 
 def _on_mesh(layout: MeshLayout, step: Callable[[Any, Params, Any], Any]) -> Callable[[Any, Params, Any], Any]:
@@ -185,18 +186,25 @@ def _last_timing(workdir: Path) -> dict[str, float]:
 
 
 def train(config: RunConfig, workdir: Path) -> dict[str, float]:
-    """Runs or resumes a training, and returns what summary.json says.
+    """Runs or resumes a training, alone or with other processes, and returns what summary.json says.
 
     Raises:
         UserError: anything in config, data, backbone or workdir that the user can mend.
+        Preempted: the machine is about to be taken away, and the run is saved.
     """
+    join(config.distributed)
+    with company():
+        return _train(config, workdir)
+
+
+def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     if workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
     dtype = jnp.dtype(config.dtype)
     layout = MeshLayout(make_mesh(config.mesh))
     layout.check_batch(config.train.batch_size, config.train.accumulate)
-    backbone = dataclasses.replace(load_backbone(config.backbone, dtype, layout.place), layout=layout)
+    backbone = dataclasses.replace(load_backbone(config.backbone, dtype, layout.sharding), layout=layout)
     encoder = make_encoder(backbone, config.data)
     (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
     log.info("%d training and %d held-out examples", len(examples), len(held_out))
@@ -249,12 +257,8 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
             timing |= passes
         best = checkpoints.restore(state, best=True)
     params = {name: leaves for name, leaves in (best or state).params.items() if name != "folds"}
-    origin = (backbone.name, backbone.fingerprint, encoder.template)
-    if isinstance(plugin, PeftConfig):
-        save_peft(workdir / "plugin", PeftPlugin(plugin, params, *origin))
-    else:
+    if isinstance(plugin, PluginConfig):
         plugin = dataclasses.replace(plugin, threshold=evaluate.threshold_of(evaluate.outcomes(params)))
-        save_plugin(workdir / "plugin", Plugin(plugin, params, *origin))
     trainable, total = count_params(params), backbone.config.num_params
     summary = {
         **evaluate(params),
@@ -267,5 +271,13 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         "data/sources_cut": cut + cut_held_out,
         **timing,
     }
-    write_json(workdir / "summary.json", summary)
+    params = layout.host(params)
+    if first():
+        origin = (backbone.name, backbone.fingerprint, encoder.template)
+        if isinstance(plugin, PeftConfig):
+            save_peft(workdir / "plugin", PeftPlugin(plugin, params, *origin))
+        else:
+            save_plugin(workdir / "plugin", Plugin(plugin, params, *origin))
+        write_json(workdir / "summary.json", summary)
+    meet("the run is written")
     return summary

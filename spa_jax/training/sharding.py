@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from spa_jax.errors import UserError
 from spa_jax.models.layout import Layout
@@ -235,11 +235,9 @@ class MeshLayout(Layout):
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    def place(self, path: str, array: Float[np.ndarray, "..."]) -> jax.Array:
-        """Puts a parameter that the host holds on the devices, each of which gets its part; see `mapping.Place`."""
-        if self.mesh.size == 1:
-            return jax.device_put(array)
-        return self._scatter(array, NamedSharding(self.mesh, spec_of(path, array.shape, self.mesh)))
+    def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        """Of a parameter; see `mapping.Shardings`."""
+        return None if self.mesh.size == 1 else NamedSharding(self.mesh, spec_of(path, shape, self.mesh))
 
     def place_all(self, tree: Tree) -> Tree:
         """Puts a whole tree of `shardings` on the devices; every process has to hold the same one."""
@@ -248,16 +246,24 @@ class MeshLayout(Layout):
     def _scatter(self, array: Any, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:
             return jax.device_put(array, sharding)
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=sharding)(array)
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
+    def host(self, tree: Tree) -> Tree:
+        """Parameters on the devices, whole and in the host's memory of every process."""
+        if jax.process_count() > 1:
+            tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
+        return jax.device_get(tree)
+
     def rows(self, count: int) -> Int[np.ndarray, " b"]:
-        """Which of `count` rows of a batch this process has to load, in their order."""
+        """As of `Layout`."""
         indices = self.batch.addressable_devices_indices_map((count,)).values()
         return np.unique(np.concatenate([np.arange(count)[index] for index in indices]))
 
     def put(self, batch: Tree) -> Tree:
-        """As of `Layout`: the global batch, of which this process brings its `rows`."""
+        """As of `Layout`."""
         if self.mesh.size == 1:
             return batch
         share = self.parts // len(self.rows(self.parts))
@@ -266,6 +272,15 @@ class MeshLayout(Layout):
             return jax.make_array_from_process_local_data(self.batch, leaf, (leaf.shape[0] * share, *leaf.shape[1:]))
 
         return jax.tree.map(whole, batch)
+
+    def taken(self, batch: Tree) -> Tree:
+        """As of `Layout`."""
+
+        def rows(leaf: jax.Array) -> np.ndarray:
+            parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+            return np.concatenate([np.asarray(parts[begin]) for begin in sorted(parts)])
+
+        return jax.device_get(batch) if jax.process_count() == 1 else jax.tree.map(rows, batch)
 
     def check_batch(self, batch_size: int, accumulate: int = 1) -> None:
         """Refuses a batch that cannot be split.

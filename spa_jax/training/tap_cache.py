@@ -90,8 +90,13 @@ class TapCache:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write the tap cache '{self.directory}': {error.strerror}") from error
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in what other writers have added."""
         for shard in sorted(self.directory.glob("*.arrayrecord")):
-            self._open(shard)
+            if shard not in self._readers:
+                self._open(shard)
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
         """Examples whose features are not cached yet, each once, in the order given."""
@@ -124,7 +129,7 @@ class TapCache:
         """
         todo = self.missing(examples)
         pending: list[tuple[str, bytes]] = []
-        for index, features in run(todo):
+        for index, features in run(todo) if todo else ():
             pending.append((todo[index].digest, self._pack(features, todo[index])))
             if len(pending) == SHARD_EXAMPLES:
                 self._write(pending)

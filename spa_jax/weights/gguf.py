@@ -18,7 +18,7 @@ from spa_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf_file import GGUFFile
 from spa_jax.weights.gguf_tokenizer import eos_ids, tokenizer_from_metadata
-from spa_jax.weights.mapping import Place, convert
+from spa_jax.weights.mapping import Shardings, convert
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ _ABSENT = object()
 
 
 def load_gguf(
-    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, place: Place | None = None
+    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None
 ) -> Backbone:
     """Loads weights, config and tokenizer from one GGUF file.
 
     Args:
         path: of the file.
         dtype: of the parameters, float32 or bfloat16.
-        place: see `mapping.convert`.
+        shardings: see `mapping.convert`.
 
     Raises:
         UserError: when the file is corrupt or truncated, or asks for something not supported.
@@ -62,7 +62,7 @@ def load_gguf(
     config = llama_config_from_gguf(file)
     tokenizer = tokenizer_from_metadata(file.metadata, path)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, GGUFSource(file, config), dtype, place)
+    params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings)
     return Backbone(str(path), config, params, tokenizer, eos_ids(file.metadata), fingerprint)
 
 

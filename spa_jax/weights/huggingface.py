@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from spa_jax.errors import UserError
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.hf_config import llama_config_from_hf
-from spa_jax.weights.mapping import Place, convert
+from spa_jax.weights.mapping import Shardings, convert
 
 log = logging.getLogger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _HUB_SECONDS = 3.0
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
@@ -32,14 +32,14 @@ class HubUnavailable(UserError):
 
 
 def load_directory(
-    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, place: Place | None = None
+    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None
 ) -> Backbone:
     """Loads a checkpoint as `save_pretrained` writes it.
 
     Args:
         path: a directory with `config.json`, `model.safetensors` or its shards and index, and `tokenizer.json`.
         dtype: of the parameters, float32 or bfloat16.
-        place: see `mapping.convert`.
+        shardings: see `mapping.convert`.
 
     Raises:
         UserError: when a file is missing or corrupt, or the config asks for something not supported.
@@ -49,7 +49,7 @@ def load_directory(
     config = llama_config_from_hf(described)
     tokenizer = load_tokenizer(path)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, SafetensorsSource(path), dtype, place)
+    params, fingerprint = convert(config, SafetensorsSource(path), dtype, shardings)
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.is_file() else {}
     eos = _ids(described.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | _ids(tokenizer.eos_token_id)
@@ -74,7 +74,7 @@ def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
 
 
 class SafetensorsSource:
-    """The tensors of a directory, each read from its memory-mapped file when asked for."""
+    """The tensors of a directory, each a memory map: what is not looked at is never read."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         index = directory / INDEX_FILE
@@ -96,6 +96,8 @@ class SafetensorsSource:
             )
         self._file_of: dict[str, pathlib.Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, np.dtype] = {}
+        self._offsets: dict[str, int] = {}
         for name in files:
             self._scan(directory / name)
         if promised is not None:
@@ -110,9 +112,7 @@ class SafetensorsSource:
         return self._shapes[name]
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
-        path = self._file_of[name]
-        with _open(path) as file:
-            return file.get_tensor(name)
+        return np.memmap(self._file_of[name], self._dtypes[name], "r", self._offsets[name], self._shapes[name])
 
     def _shard(self, name: str) -> str | None:
         return self._file_of[name].name if name in self._file_of else None
@@ -127,12 +127,16 @@ class SafetensorsSource:
                         f"checkpoint that is not quantised."
                     )
                 self._file_of[name] = path
-                self._shapes[name] = tuple(tensor.get_shape())
+                self._shapes[name], self._dtypes[name] = tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()]
+        with path.open("rb") as file:  # the library has checked it, but does not say where a tensor begins
+            length = int.from_bytes(file.read(8), "little")
+            described = json.loads(file.read(length))
+        names = described.keys() - {"__metadata__"}
+        self._offsets |= {name: 8 + length + described[name]["data_offsets"][0] for name in names}
 
 
 def _open(path: pathlib.Path) -> Any:
     try:
-        # numpy knows bfloat16 by name only because jax has imported ml_dtypes
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is corrupt or truncated ({error}); fetch it again.") from error

@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import flax.traverse_util
 import jax
@@ -19,8 +19,8 @@ from jaxtyping import Float
 from spa_jax.errors import UserError
 from spa_jax.models.llama import LlamaConfig, Params, init_params
 
-Place = Callable[[str, Float[np.ndarray, "..."]], jax.Array]
-"""Puts one finished parameter, named by its slash-separated path, on the devices that shall hold it."""
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+"""Where a parameter lies, named by its slash-separated path and its shape; None for the default device."""
 
 DTYPES = ("float32", "bfloat16")
 
@@ -67,7 +67,8 @@ class Source(Protocol):
         """Shape of one tensor, without reading it."""
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
-        """One tensor as float32, float16 or bfloat16; called once per tensor and from several threads."""
+        """One tensor as float32, float16 or bfloat16, of which a memory map brings only what is used; called once per
+        tensor and from several threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +94,18 @@ class Layout:
 
 
 def convert(
-    config: LlamaConfig, source: Source, dtype: jax.typing.DTypeLike = jnp.float32, place: Place | None = None
+    config: LlamaConfig, source: Source, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None
 ) -> tuple[Params, str]:
     """Reads every tensor of a checkpoint once, one parameter at a time.
 
-    No more than one stacked parameter is in host memory beside what `place` already holds.
+    Of one parameter, stacked over blocks, host memory holds what this process's devices will, and of a tensor of the
+    checkpoint what the source brings; the devices hold the rest.
 
     Args:
         config: the architecture the checkpoint must have.
         source: its tensors.
         dtype: of the parameters, float32 or bfloat16.
-        place: for sharding: gets each path and `[...]` host array; without it they go to the default device.
+        shardings: where the parameters lie; without it they go to the default device.
 
     Returns:
         The parameters and the fingerprint of architecture and source values.
@@ -117,23 +119,60 @@ def convert(
         raise UserError(f"A backbone cannot be loaded as {target.name}; choose one of {', '.join(DTYPES)}.")
     leaves = _leaves(config)
     _check(config, source, leaves)
-    place = place or (lambda _, array: jax.device_put(array))
     digests: dict[str, str] = {}
     params = {}
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, (shape, names, layout) in leaves.items():
-            leaf = _empty((len(names), *shape), target)
+            stacked = path.startswith("blocks/")
+            whole = (len(names), *shape) if stacked else shape
+            parts = _Parts(whole, target, shardings(path, whole) if shardings else None)
 
-            def fill(index: int, name: str, leaf: np.ndarray = leaf, layout: Layout = layout) -> tuple[str, str]:
+            def fill(
+                index: int, name: str, parts: _Parts = parts, layout: Layout = layout, stacked: bool = stacked
+            ) -> tuple[str, str]:
                 tensor = source.read(name)
-                leaf[index] = layout.apply(tensor)
+                parts.fill(layout.apply(tensor), index if stacked else None)
                 if name == EMBEDDING and config.tie_word_embeddings and LM_HEAD in source.names():
                     _check_tied(tensor, source.read(LM_HEAD))
                 return name, _digest(name, tensor)
 
             digests.update(pool.map(fill, range(len(names)), names))
-            params[path] = place(path, leaf if path.startswith("blocks/") else leaf[0])
+            params[path] = parts.finish()
     return flax.traverse_util.unflatten_dict(params, sep="/"), _fingerprint(config, digests)
+
+
+class _Parts:
+    """A parameter on its way from the checkpoint to the devices: the parts that those of this process hold, each once,
+    by where they begin and end."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> None:
+        self._shape, self._sharding = shape, sharding
+        here: Iterable[Any] = [()]
+        if sharding is not None:
+            here = sharding.addressable_devices_indices_map(shape).values()
+        bounds = {self._bounds(index) for index in here}
+        self._parts = {part: _empty(tuple(end - begin for begin, end in part), dtype) for part in bounds}
+
+    def _bounds(self, index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
+        whole = index or (slice(None),) * len(self._shape)
+        return tuple(axis.indices(size)[:2] for axis, size in zip(whole, self._shape))
+
+    def fill(self, tensor: np.ndarray, block: int | None) -> None:
+        """Takes what is needed of one block's tensor, or of the whole parameter."""
+        for bounds, part in self._parts.items():
+            index = tuple(slice(*axis) for axis in bounds)
+            if block is None:
+                part[...] = tensor[index]
+            elif bounds[0][0] <= block < bounds[0][1]:
+                part[block - bounds[0][0]] = tensor[index[1:]]
+
+    def finish(self) -> jax.Array:
+        if self._sharding is None:
+            (whole,) = self._parts.values()
+            return jax.device_put(whole)
+        return jax.make_array_from_callback(
+            self._shape, self._sharding, lambda index: self._parts[self._bounds(index or ())]
+        )
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -14,7 +14,7 @@ from spa_jax.weights import pypi
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf import load_gguf
 from spa_jax.weights.huggingface import HubUnavailable, download_snapshot, is_hub_name, load_directory
-from spa_jax.weights.mapping import Place
+from spa_jax.weights.mapping import Shardings
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,14 @@ REGISTRY = {
 }
 
 
-def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, place: Place | None = None) -> Backbone:
+def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
 
     Args:
         name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`;
             the first of these that it is.
         dtype: of the parameters, float32 or bfloat16.
-        place: puts each parameter on its devices, see `mapping.convert`; the default device otherwise.
+        shardings: where each parameter lies, see `mapping.convert`; the default device otherwise.
 
     Raises:
         UserError: when the name is none of these, or the backbone cannot be fetched or read.
@@ -62,7 +62,7 @@ def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, place: P
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
-    return dataclasses.replace(load(path, dtype, place), name=name)
+    return dataclasses.replace(load(path, dtype, shardings), name=name)
 
 
 def cache_directory() -> pathlib.Path:
