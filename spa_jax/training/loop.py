@@ -207,9 +207,7 @@ def train(
             if notice(step) and step < steps:
                 if pending is not None:
                     report(*pending)
-                    checkpoints.save(
-                        state, config.seed, {selector: math.inf}
-                    )  # the best of those not evaluated is none
+                    checkpoints.save(state, config.seed, {selector: math.inf})  # it is not evaluated
                 raise Preempted(f"preempted after step {step} of {steps}, which is saved: the same command goes on")
     seconds = time.perf_counter() - began
     return state, dict(zip(TIMING, (float(steps - start), seconds, tokens / seconds), strict=True))

@@ -225,3 +225,8 @@ def test_a_damaged_checkpoint_is_one_message(trained, long_run, command, trainin
         path.write_bytes(b"\0" * 10)
     result = command(TRAIN, *training(workdir, long_run))
     result.assert_refused(f"cannot restore the checkpoint '{workdir}/checkpoints/72'")
+
+
+def test_processes_that_cannot_meet_are_told_what_to_give(command, tmp_path):
+    config = ["--config=configs/quickstart.py", "--config.distributed.enabled=True"]
+    command("spa_jax.train", *config, f"--workdir={tmp_path}").assert_refused("distributed.coordinator=HOST:PORT")
