@@ -70,7 +70,7 @@ class FusedModel:
         self._within = used.config if isinstance(used, PeftPlugin) else None
         taps = self._beside.side.taps if self._beside else ()
         dtype = jax.tree.leaves(backbone.params)[0].dtype
-        self.model = Llama(backbone.config, taps, dtype, backbone.layout)
+        self.model = Llama(backbone.config, taps, dtype, layout=backbone.layout)
         self._prefill = jax.jit(self._run_prompt, static_argnames=("slots", "room", "beams"))
         self._advance = jax.jit(self._run_tokens, static_argnames=("beams",), donate_argnums=(2,))
 

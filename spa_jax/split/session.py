@@ -283,7 +283,7 @@ class Cloud:
                 raise UserError(f"early_stopping is '{request.beams.early_stopping}'; choices are {', '.join(early)}")
             stopping = early[request.beams.early_stopping]
             beams = Beams(request.beams.width, request.beams.length_penalty, stopping).check()  # type: ignore[arg-type]
-        model = Llama(backbone.config, taps, self._dtype, backbone.layout)
+        model = Llama(backbone.config, taps, self._dtype, layout=backbone.layout)
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None)
         config = CloudConfig(model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids)
         lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from spa_jax.training import run
 
-KEYS = {"train.epochs": 40, "train.eval_every": 6, "train.log_every": 1}
+KEYS = {"train.epochs": 40, "train.eval_every": 6, "train.log_every": 1, "optimizer.learning_rate": 1e-3}
 PREEMPTED = 75
 
 
@@ -57,7 +57,8 @@ def ended(processes):
 def wait_for_step(workdir, step, processes):
     until = time.monotonic() + 300
     while not (workdir / "checkpoints" / str(step)).is_dir():
-        assert time.monotonic() < until and all(p.poll() is None for p in processes), processes[0].said()[-4000:]
+        assert time.monotonic() < until, "it takes too long"
+        assert all(p.poll() is None for p in processes), processes[0].said()[-4000:]
         time.sleep(0.02)
 
 
