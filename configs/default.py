@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
                 "beta2": 0.999,
             },
             "tap_cache": {"enabled": True, "directory": "", "limit_gib": 20.0},
-            "mesh": {"data": -1, "fsdp": -1, "tensor": 1, "slices": -1},
+            "mesh": {"data": -1, "fsdp": -1, "tensor": -1, "slices": -1},
             "distributed": {
                 "enabled": False,
                 "coordinator": "",

@@ -12,8 +12,27 @@ from jax.experimental import topologies
 from spa_jax.errors import UserError
 
 GIB = 2**30
-USABLE = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-"""GiB of a chip's memory that the TPU compiler lets a program use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip has.
+
+    Attributes:
+        memory: GiB that the TPU compiler lets a program use.
+        flops: bfloat16 operations a second at most, in units of 1e12, as its maker says.
+        bandwidth: of its memory, in units of 1e9 bytes a second, as its maker says.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+CHIPS = {
+    "v4": Chip(30.75, 275, 1228), "v5e": Chip(15.75, 197, 819), "v5p": Chip(95.74, 459, 2765),
+    "v6e": Chip(31.25, 918, 1640),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +42,16 @@ class Target:
     Attributes:
         devices: one for each chip.
         memory: bytes of a chip that a program may use.
+        chip: what is known of it; None where that is nothing.
     """
 
     devices: Sequence[Any]
     memory: int
+    chip: Chip | None = None
+
+    def seconds(self, flops: float, moved: float) -> float | None:
+        """What a chip takes at least for so many operations and bytes of memory; exchanges with others come on top."""
+        return max(flops / (1e12 * self.chip.flops), moved / (1e9 * self.chip.bandwidth)) if self.chip else None
 
 
 def find_target(name: str, slices: int = 1) -> Target:
@@ -41,11 +66,11 @@ def find_target(name: str, slices: int = 1) -> Target:
         UserError: there is no such topology, no such device, or no TPU compiler.
     """
     chip, _, layout = name.partition(":")
-    if chip in USABLE:
+    if chip in CHIPS:
         jax.config.update("jax_platforms", "cpu")
-        return Target(_tpu(chip, layout, slices), int(USABLE[chip] * GIB))
+        return Target(_tpu(chip, layout, slices), int(CHIPS[chip].memory * GIB), CHIPS[chip])
     if name not in ("cpu", "gpu"):
-        raise UserError(f"there is no topology '{name}': give cpu, gpu, or one such as v5e:2x4 of {', '.join(USABLE)}")
+        raise UserError(f"there is no topology '{name}': give cpu, gpu, or one such as v5e:2x4 of {', '.join(CHIPS)}")
     try:
         devices = jax.devices(name)
     except RuntimeError as error:

@@ -67,7 +67,10 @@ def task_encoder(backbone: Backbone, template: str, task: str, max_length: int =
     """
     if template == "auto":
         template = "chat" if backbone.tokenizer.chat_template else "plain"
-    found = find_task(task) if task else None
-    length = max_length or (found.max_length if found else DEFAULT_LENGTH)
-    limit = min(length, backbone.config.max_position_embeddings)
-    return Encoder(backbone.tokenizer, template, limit, found.new_tokens if found else 0)
+    limit = min(row_length(task, max_length), backbone.config.max_position_embeddings)
+    return Encoder(backbone.tokenizer, template, limit, find_task(task).new_tokens if task else 0)
+
+
+def row_length(task: str, max_length: int) -> int:
+    """Most tokens of a row: as given, or where that is 0 the task's."""
+    return max_length or (find_task(task).max_length if task else DEFAULT_LENGTH)

@@ -202,7 +202,7 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
     dtype = jnp.dtype(config.dtype)
-    layout = MeshLayout(make_mesh(config.mesh))
+    layout = MeshLayout(make_mesh(config.mesh, config.train.batch_size // config.train.accumulate))
     layout.check_batch(config.train.batch_size, config.train.accumulate)
     backbone = dataclasses.replace(load_backbone(config.backbone, dtype, layout.sharding), layout=layout)
     encoder = make_encoder(backbone, config.data)

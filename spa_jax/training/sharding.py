@@ -83,9 +83,9 @@ FEWER_ARE_COPIED = re.compile(r"blocks/attention/[kv]/(kernel|bias)")
 class MeshConfig:
     """`mesh.*`: how many devices lie along each axis; -1 leaves it open.
 
-    The innermost axis that is open takes what is left, and the others get one device of each slice. By default every
-    slice holds one copy of the backbone, split over its devices by `fsdp`, which any size of backbone fits; with a
-    small one, `fsdp=1` saves fetching its weights.
+    By default every slice holds one copy of the backbone, split over all of its devices: by `fsdp` as far as the batch
+    has rows for, and by `tensor` beyond. With a small backbone, `fsdp=1` and `tensor=1` save fetching its weights: then
+    `data` takes all devices.
 
     Attributes:
         data: copies of the backbone, those of all slices together.
@@ -102,17 +102,21 @@ class MeshConfig:
     slices: int
 
 
-def mesh_shape(config: MeshConfig, devices: int, slices: int) -> tuple[int, int, int]:
-    """Devices along data, fsdp and tensor.
+def mesh_shape(config: MeshConfig, devices: int, slices: int, rows: int) -> tuple[int, int, int]:
+    """Devices along data, fsdp and tensor, for a batch of so many rows.
 
     Raises:
         UserError: they do not multiply to the devices there are.
     """
     wanted = {axis: getattr(config, axis) for axis in AXES}
-    innermost = next((axis for axis in reversed(AXES) if wanted[axis] == -1), None)
-    shape = {axis: size if size != -1 else slices if axis == "data" else 1 for axis, size in wanted.items()}
-    if innermost is not None:
-        shape[innermost] = devices // math.prod(size for axis, size in shape.items() if axis != innermost)
+    shape = {axis: size for axis, size in wanted.items() if size != -1}
+    if len(shape) < 2:
+        shape.setdefault("data", slices)
+    left = devices // math.prod(shape.values())
+    if len(shape) < 2:
+        shape["fsdp"] = math.gcd(left, rows // shape["data"])
+        left //= shape["fsdp"]
+    shape |= {axis: left for axis in AXES if axis not in shape}
     if math.prod(shape.values()) != devices or shape["data"] % slices:
         sizes = ", ".join(f"mesh.{axis}={size}" for axis, size in wanted.items())
         raise UserError(
@@ -122,8 +126,8 @@ def mesh_shape(config: MeshConfig, devices: int, slices: int) -> tuple[int, int,
     return shape["data"], shape["fsdp"], shape["tensor"]
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over these devices, by default all there are in all processes.
+def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh for batches of so many rows over these devices, by default all there are in all processes.
 
     Raises:
         UserError: the devices do not make up such a mesh.
@@ -131,7 +135,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     found = len({getattr(device, "slice_index", 0) for device in devices})
     slices = found if config.slices == -1 else config.slices
-    data, fsdp, tensor = mesh_shape(config, len(devices), slices)
+    data, fsdp, tensor = mesh_shape(config, len(devices), slices, rows)
     if slices == 1:
         return Mesh(mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True), AXES)
     processes = len({device.process_index for device in devices})

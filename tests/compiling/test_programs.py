@@ -40,7 +40,7 @@ def quick_compilation():
 @pytest.fixture(scope="module")
 def compiled(described, make_config):
     keys = {"backbone": described, "side.taps": "0,3,6", "side.width": WIDTH, "tap_cache.enabled": False}
-    layout = MeshLayout(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
+    layout = MeshLayout(make_mesh(MeshConfig(1, 1, 1, 1), 8, jax.devices()[:1]))
 
     def compile_one(which, **options):
         config = make_config(keys | options)

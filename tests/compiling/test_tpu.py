@@ -10,6 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
+WITHOUT_CACHE = "--config.tap_cache.enabled=False"
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +19,9 @@ def compile_for(tmp_path_factory):
     if not python:
         pytest.skip("SPA_JAX_TPU_PYTHON names no Python with the TPU compiler")
 
-    def compile_one(topology, *arguments):
+    def compile_one(topology, *arguments, backbone="llama-7b"):
         output = tmp_path_factory.mktemp("aot") / "report.json"
-        config = ["--config=configs/paper/llama_7b.py", f"--topology={topology}", f"--output={output}"]
+        config = [f"--config=configs/paper/coqa.py:{backbone}", f"--topology={topology}", f"--output={output}"]
         command = [python, "-m", "spa_jax.aot", *config, *arguments]
         done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
         assert done.returncode in (0, 1), done.stderr[-4000:]
@@ -30,7 +31,7 @@ def compile_for(tmp_path_factory):
 
 
 def test_training_llama_7b_fits_eight_small_chips(compile_for):
-    status, report = compile_for("v5e:2x4")
+    status, report = compile_for("v5e:2x4", WITHOUT_CACHE)
     (step,) = report["programs"]
     assert status == 0
     assert report["fits"]
@@ -44,8 +45,32 @@ def test_training_llama_7b_fits_eight_small_chips(compile_for):
     assert largest <= 32000 * 4096 * 2  # the LM head; a backbone is 50 times that
 
 
+@pytest.mark.parametrize(
+    ("backbone", "topology", "mesh"),
+    [
+        ("llama-13b", "v5e:4x4", (1, 8, 2)),
+        ("llama-2-70b", "v5p:4x4x4", (1, 8, 8)),
+        ("llama-2-70b", "v5e:8x8", (1, 8, 8)),
+    ],
+)
+def test_larger_backbones_fit_more_chips(backbone, topology, mesh, compile_for):
+    """By the mesh that a config has by itself: one copy over all chips, and no more parts of the batch than rows."""
+    status, report = compile_for(topology, WITHOUT_CACHE, backbone=backbone)
+    assert status == 0, report
+    assert tuple(report["mesh"].values()) == mesh
+    assert report["peak_bytes_per_chip"] < report["chip_bytes"]
+
+
+def test_lora_takes_more_of_a_chip_than_a_plugin(compile_for):
+    _, spa = compile_for("v5e:2x4", WITHOUT_CACHE)
+    _, lora = compile_for("v5e:2x4", "--config.setting=lora")
+    assert lora["fits"]
+    assert lora["programs"][0]["temporary_bytes"] > spa["programs"][0]["temporary_bytes"]
+    assert 2 * spa["flops_per_chip"] < lora["flops_per_chip"] < 4 * spa["flops_per_chip"]
+
+
 def test_one_small_chip_is_too_small_to_train_llama_7b(compile_for):
-    status, report = compile_for("v5e:1x1", "--config.mesh.fsdp=1", "--rows=8")
+    status, report = compile_for("v5e:1x1", "--config.mesh.fsdp=1", "--config.mesh.tensor=1")
     assert status == 1
     assert not report["fits"]
 

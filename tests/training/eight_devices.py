@@ -40,7 +40,7 @@ TX = optimizer(OptimizerConfig(1e-3, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 10)
 
 
 def layout_of(shape):
-    return MeshLayout(make_mesh(MeshConfig(*shape, 1), jax.devices()[: int(np.prod(shape))]))
+    return MeshLayout(make_mesh(MeshConfig(*shape, 1), ROWS, jax.devices()[: int(np.prod(shape))]))
 
 
 def random(tree, seed, scale=0.3):

@@ -76,28 +76,32 @@ def test_six_key_value_heads_do_not_divide_by_four():
 @pytest.mark.parametrize(
     ("config", "devices", "slices", "shape"),
     [
-        (MeshConfig(-1, -1, 1, -1), 1, 1, (1, 1, 1)),
-        (MeshConfig(-1, -1, 1, -1), 8, 1, (1, 8, 1)),
+        (MeshConfig(-1, -1, -1, -1), 1, 1, (1, 1, 1)),
+        (MeshConfig(-1, -1, -1, -1), 8, 1, (1, 8, 1)),
+        (MeshConfig(-1, -1, -1, -1), 16, 1, (1, 8, 2)),
+        (MeshConfig(-1, -1, -1, -1), 64, 2, (2, 4, 8)),
+        (MeshConfig(-1, -1, -1, -1), 6, 1, (1, 2, 3)),
         (MeshConfig(-1, -1, 1, -1), 16, 2, (2, 8, 1)),
+        (MeshConfig(-1, 1, -1, -1), 8, 2, (2, 1, 4)),
         (MeshConfig(-1, 1, 1, -1), 8, 1, (8, 1, 1)),
         (MeshConfig(-1, 2, 2, -1), 8, 1, (2, 2, 2)),
-        (MeshConfig(-1, -1, -1, -1), 8, 2, (2, 1, 4)),
         (MeshConfig(4, -1, 2, -1), 16, 2, (4, 2, 2)),
+        (MeshConfig(4, -1, -1, -1), 16, 2, (4, 2, 2)),
     ],
 )
-def test_open_sizes(config, devices, slices, shape):
-    assert mesh_shape(config, devices, slices) == shape
+def test_open_sizes_for_eight_rows(config, devices, slices, shape):
+    assert mesh_shape(config, devices, slices, rows=8) == shape
 
 
 @pytest.mark.parametrize("config", [MeshConfig(3, -1, 1, 1), MeshConfig(2, 2, 1, 1), MeshConfig(1, -1, 16, 1)])
 def test_sizes_that_do_not_fit_are_named(config):
     with pytest.raises(UserError, match=rf"mesh\.data={config.data}, .* do not fit 8 devices"):
-        mesh_shape(config, 8, 1)
+        mesh_shape(config, 8, 1, rows=8)
 
 
 def test_a_copy_of_the_backbone_does_not_reach_over_slices():
     with pytest.raises(UserError, match=r"mesh\.data a multiple of the slices"):
-        mesh_shape(MeshConfig(1, -1, 1, -1), 16, 2)
+        mesh_shape(MeshConfig(1, -1, 1, -1), 16, 2, rows=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Chip:
 
 def test_data_is_the_axis_between_slices():
     chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
-    grid = make_mesh(MeshConfig(-1, 2, 2, -1), chips).devices
+    grid = make_mesh(MeshConfig(-1, 2, 2, -1), 8, chips).devices
     assert grid.shape == (2, 2, 2)
     for slice_index in range(2):
         assert {chip.slice_index for chip in grid[slice_index].ravel()} == {slice_index}
@@ -121,12 +125,12 @@ def test_data_is_the_axis_between_slices():
 
 def test_slices_that_are_not_there_are_refused():
     with pytest.raises(UserError, match=r"mesh\.slices=2, but the devices form 1 slices"):
-        make_mesh(MeshConfig(-1, -1, 1, 2), [Chip(id=i, slice_index=0) for i in range(8)])
+        make_mesh(MeshConfig(-1, -1, 1, 2), 8, [Chip(id=i, slice_index=0) for i in range(8)])
 
 
 def test_processes_stand_for_slices_where_the_hardware_names_none():
     chips = [Chip(id=i, slice_index=0, process_index=i // 4) for i in range(8)]
-    grid = make_mesh(MeshConfig(-1, -1, 1, 2), chips).devices
+    grid = make_mesh(MeshConfig(-1, -1, 1, 2), 8, chips).devices
     assert [{chip.process_index for chip in part.ravel()} for part in grid] == [{0}, {1}]
 
 
@@ -138,7 +142,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would():
 
 
 def test_what_belongs_to_no_parameter_is_everywhere():
-    layout = MeshLayout(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
+    layout = MeshLayout(make_mesh(MeshConfig(1, 1, 1, 1), 8, jax.devices()[:1]))
     shardings = layout.shardings({"side": {"gate": jax.ShapeDtypeStruct((2,), float)}} | {})
     assert shardings["side"]["gate"].spec == PartitionSpec(None)
     assert layout.shardings((jax.ShapeDtypeStruct((), int),))[0].spec == PartitionSpec()
