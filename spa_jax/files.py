@@ -1,4 +1,7 @@
-"""Files that are there whole or not at all: written under a temporary name, then moved."""
+"""Files that are there whole or not at all: written under a temporary name, then moved.
+
+In a bucket they are written as they are, since there a file appears when all of it has come.
+"""
 
 import contextlib
 import json
@@ -7,9 +10,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from etils import epath
 
 from spa_jax.errors import UserError
+
+
+def path_of(name: str) -> Path:
+    """A path on this machine, or in a bucket, such as `gs://bucket/run`, which can do the same."""
+    return cast(Path, epath.Path(name)) if "://" in name else Path(name)
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path of `path_of` is not on this machine."""
+    return not isinstance(path, Path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -20,6 +35,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if in_bucket(path):
+            path.write_bytes(data)
+            return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -40,11 +58,18 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """A new directory to fill, which takes the place of `path` when the block ends without an exception.
+    """A new directory of files to fill, which takes the place of `path` when the block ends without an exception; in a
+    bucket, where nothing can be moved, its files do so one by one.
 
     Raises:
         UserError: the place cannot be written, or a plain file stands there.
     """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            for file in Path(local).iterdir():
+                write_bytes(path / file.name, file.read_bytes())
+        return
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write '{path}': a file stands in its place; move it away")
     try:

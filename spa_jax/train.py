@@ -3,18 +3,17 @@
 The same command again resumes from the last completed checkpoint. What DIR holds afterwards is said in README.md.
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from spa_jax import command
 from spa_jax.errors import UserError
+from spa_jax.files import path_of
 from spa_jax.training.config import RunConfig, parse
 from spa_jax.training.run import train
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; override keys with --config.key=value.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; the same one again resumes.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or gs://...; the same one again resumes.")
 
 
 def read_config() -> RunConfig:
@@ -33,11 +32,10 @@ def main() -> None:
     if CONFIG.value is None or not WORKDIR.value:
         raise UserError("both --config=FILE and --workdir=DIR are needed")
     config = read_config()
-    summary = train(config, Path(WORKDIR.value))
+    workdir = path_of(WORKDIR.value)
+    summary = train(config, workdir)
     setting = config.setting
-    print(
-        f"plugin: {Path(WORKDIR.value) / 'plugin'} ({summary['params/trainable_percent']:.2f} % of the backbone's size)"
-    )
+    print(f"plugin: {workdir / 'plugin'} ({summary['params/trainable_percent']:.2f} % of the backbone's size)")
     print(
         f"held-out loss in nats per token: base {summary['loss/base']:.3f}, {setting} {summary[f'loss/{setting}']:.3f}"
     )

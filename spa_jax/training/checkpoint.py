@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from spa_jax.errors import UserError
+from spa_jax.files import in_bucket
 from spa_jax.training.step import TrainState
 
 
@@ -51,7 +52,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         try:
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            directory = directory if in_bucket(directory) else directory.absolute()
+            self._manager = ocp.CheckpointManager(directory, options=options)
         except Exception as error:  # Orbax raises many types for what is one thing to the user.
             raise UserError(
                 f"cannot open the checkpoints '{directory}' ({_reason(error)}): choose another --workdir"
@@ -82,7 +84,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         except Exception as error:  # as above
-            where = Path(self._manager.directory) / str(step)
+            where = self._manager.directory / str(step)
             raise UserError(
                 f"cannot restore the checkpoint '{where}' ({_reason(error)}): delete that directory to use an earlier "
                 "one, or choose another --workdir"

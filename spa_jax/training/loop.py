@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import bucket_of, collate, plan, prefetched
 from spa_jax.errors import UserError
-from spa_jax.files import write_bytes
+from spa_jax.files import in_bucket, write_bytes
 from spa_jax.models.layout import Layout
 from spa_jax.models.llama import Llama, Params
 from spa_jax.training.checkpoint import Checkpoints
@@ -103,17 +103,27 @@ def _and_none(batches: Iterator[tuple[Rows, Any]]) -> Iterator[tuple[Rows, Any]]
 
 
 def fill_cache(cache: TapCache, model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example]) -> None:
-    """Runs the backbone over the examples the cache does not hold; of several processes each keeps its own rows."""
+    """Runs the backbone over the examples the cache does not hold; of several processes each keeps its own rows.
+
+    Raises:
+        UserError: several processes do not share the directory.
+    """
     meet("the tap cache is open")
     todo = cache.missing(examples)
     log.info("tap cache %s: %d examples to compute", cache.directory, len(todo))
     cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing, cache.layout.everywhere))
     meet("the tap cache is built")
     cache.refresh()
+    if cache.missing(examples):
+        raise UserError(
+            f"the processes do not see each other's part of the tap cache in '{cache.directory}': set "
+            "tap_cache.directory to one that all of them share, or tap_cache.enabled=false"
+        )
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line; a resumed run drops what it is about to replay."""
+    """metrics.jsonl: one JSON object a line; a resumed run drops what it is about to replay. In a bucket, where nothing
+    can be appended, it is written by `flush`."""
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         kept = []
@@ -126,13 +136,22 @@ class MetricsFile:
                     continue
         if first():
             write_bytes(path, "".join(kept).encode())
-        self._path = path
+        self._path, self._lines = path, kept
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if not first():
             return
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        if in_bucket(self._path):
+            self._lines.append(line)
+            return
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(line)
+
+    def flush(self) -> None:
+        """All that was written is there when this returns."""
+        if in_bucket(self._path) and first():
+            write_bytes(self._path, "".join(self._lines).encode())
 
 
 def train(
@@ -199,6 +218,7 @@ def train(
                 metrics = {f"eval/{name}": value for name, value in evaluate(state.params).items()}
                 _check_finite(step, metrics["eval/loss/always"])
                 file.write(step, metrics)
+                file.flush()
                 checkpoints.save(state, config.seed, {selector: metrics[f"eval/{selector}"]})
                 log.info(
                     "step %d of %d: held-out loss %.3f (base %.3f), consulted %.2f",
@@ -207,6 +227,7 @@ def train(
             if notice(step) and step < steps:
                 if pending is not None:
                     report(*pending)
+                    file.flush()
                     checkpoints.save(state, config.seed, {selector: math.inf})  # it is not evaluated
                 raise Preempted(f"preempted after step {step} of {steps}, which is saved: the same command goes on")
     seconds = time.perf_counter() - began

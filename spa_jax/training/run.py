@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate, plan
 from spa_jax.errors import UserError
-from spa_jax.files import write_json
+from spa_jax.files import in_bucket, write_json
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.peft import METHODS, PeftConfig, init_peft
@@ -159,6 +159,11 @@ def open_tap_cache(
     options: TapCacheConfig, dtype: str, plugin: PluginConfig, backbone: Backbone, examples: Sequence[Example]
 ) -> TapCache:
     """The tap cache of a plugin's examples, with room checked; nothing is computed yet."""
+    if "://" in options.directory:
+        raise UserError(
+            f"tap_cache.directory='{options.directory}' is in a bucket, and a tap cache is read in random order: "
+            "name a directory that all processes share (a network file system), or set tap_cache.enabled=false"
+        )
     root = Path(options.directory or cache_directory() / "taps")
     cache = TapCache(
         root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, dtype, plugin.side.attends)
@@ -198,7 +203,7 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
 
 
 def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
-    if workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
+    if not in_bucket(workdir) and workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
     dtype = jnp.dtype(config.dtype)
