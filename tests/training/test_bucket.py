@@ -1,0 +1,66 @@
+"""A run in a bucket, by a storage server in this process that speaks Google's protocol."""
+
+import json
+import socket
+
+import pytest
+
+from spa_jax.errors import UserError
+from spa_jax.files import path_of
+from spa_jax.training import run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    pytest.importorskip("gcsfs")
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):  # one for files, one for arrays
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+    serving = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="spa-bucket")
+    serving.start()
+    yield "gs://spa-bucket"
+    serving.stop()
+
+
+def test_a_run_in_a_bucket_is_the_one_on_a_disk(bucket, make_config, tmp_path, monkeypatch):
+    """Interrupted between two checkpoints and resumed."""
+    config = make_config({"train.epochs": 3, "train.eval_every": 4, "train.log_every": 1})
+    here, there = tmp_path / "run", path_of(f"{bucket}/runs/one")
+    run.train(config, here)
+    make = run.make_train_step
+
+    def interrupted(*arguments):
+        step = make(*arguments)
+
+        def call(state, frozen, batch):
+            if int(state.step) == 6:
+                raise KeyboardInterrupt
+            return step(state, frozen, batch)
+
+        return call
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run, "make_train_step", interrupted)
+        run.train(config, there)
+    assert not (there / "plugin").exists()
+    run.train(config, there)
+
+    def told(workdir):
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name != "tokens/per_second"} for line in lines]
+
+    assert told(there) == told(here)
+    for name in ("plugin.safetensors", "plugin_config.json"):
+        assert (there / "plugin" / name).read_bytes() == (here / "plugin" / name).read_bytes()
+    with pytest.raises(UserError, match="another config"):
+        run.train(make_config({"train.epochs": 4}), there)
+
+
+def test_a_tap_cache_in_a_bucket_is_refused(make_config, tmp_path):
+    with pytest.raises(UserError, match="directory that all processes share"):
+        run.train(make_config({"tap_cache.directory": "gs://spa-bucket/taps"}), tmp_path)
