@@ -10,6 +10,7 @@ object a line, prompts and activations never.
 """
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
+import jax
 import prometheus_client
 from absl import flags
 
@@ -36,6 +38,9 @@ from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec
+from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.mapping import DTYPES
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 
@@ -43,6 +48,8 @@ HOST = flags.DEFINE_string("host", "127.0.0.1", "cloud: address to listen on; 0.
 PORT = flags.DEFINE_integer("port", 8470, "cloud: port to listen on; 0 for any that is free.")
 METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "cloud: port of Prometheus metrics, on --host; 0 for none.")
 BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "cloud, head: name, directory or .gguf file.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "cloud: of the backbone; bfloat16 on GPUs and TPUs.")
+TENSOR = flags.DEFINE_integer("tensor", 1, "cloud: devices that every block is split over.", lower_bound=1)
 TLS_CERT = flags.DEFINE_string("tls_cert", "", "cloud: PEM file of its certificate.")
 TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key.")
 TOKENS = flags.DEFINE_string("tokens", "", "cloud: file with one device token a line; none serves everybody.")
@@ -91,6 +98,19 @@ class JsonLines(logging.Formatter):
         return json.dumps({**entry, "message": record.getMessage()})
 
 
+def load_split() -> Backbone:
+    """The backbone over the first `--tensor` devices.
+
+    Raises:
+        UserError: there are not so many, or its heads do not divide.
+    """
+    devices = jax.devices()
+    if TENSOR.value > len(devices):
+        raise UserError(f"--tensor={TENSOR.value}, but this machine has {len(devices)} devices")
+    layout = MeshLayout(make_mesh(MeshConfig(1, 1, TENSOR.value, 1), 1, devices[: TENSOR.value]))
+    return dataclasses.replace(load_backbone(BACKBONE.value, DTYPE.value, layout.sharding), layout=layout)
+
+
 async def run_cloud() -> None:
     """Serves until it is told to stop."""
     security = ServerSecurity(TLS_CERT.value, TLS_KEY.value, TOKENS.value)
@@ -103,7 +123,7 @@ async def run_cloud() -> None:
         first_deadline=FIRST_DEADLINE.value,
         linger=LINGER.value,
     ).check()
-    cloud = Cloud(load_backbone(BACKBONE.value))
+    cloud = Cloud(load_split())
     if METRICS_PORT.value:
         try:
             prometheus_client.start_http_server(METRICS_PORT.value, HOST.value)

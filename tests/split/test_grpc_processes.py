@@ -17,6 +17,7 @@ from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import check_address
+from spa_jax.split.local import cloud_process
 from spa_jax.split.session import Cloud
 from spa_jax.weights.registry import load_backbone
 
@@ -138,3 +139,15 @@ def test_a_cloud_that_is_killed_leaves_what_was_generated(served, plugin, reques
     logged = (folder / "log").read_text()
     assert "What is thing" not in logged
     assert '"message": "session ' in logged
+
+
+@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
+def test_a_backbone_over_two_devices_says_what_one_says(
+    beams, tiny_backbone_directory, plugin, cloud, request_of, monkeypatch
+):
+    here = in_process(cloud, plugin, request_of(beams))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    with cloud_process(str(tiny_backbone_directory), "--tensor=2", "--deadline=60") as split:
+        there = asyncio.run(generate(Connection(split.address), plugin, request_of(beams)))
+    assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
+    assert there.degraded == 0

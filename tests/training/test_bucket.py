@@ -44,9 +44,10 @@ def test_a_run_in_a_bucket_is_the_one_on_a_disk(bucket, make_config, tmp_path, m
 
         return call
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(run, "make_train_step", interrupted)
-        run.train(config, there)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(config, there)
     assert not (there / "plugin").exists()
     run.train(config, there)
 
