@@ -9,7 +9,7 @@ of its own (pip install 'spa_jax[tpu]'), and no TPU.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 from absl import flags
@@ -27,7 +27,7 @@ from spa_jax.training.sharding import AXES, MeshLayout, make_mesh
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu", "TPU topology such as v5e:2x4, or cpu or gpu for what is here.")
 PROGRAM = flags.DEFINE_enum(
-    "program", "train", ["train", "cloud", "device"], "What to compile; each is counted for one run on one chip."
+    "program", "train", get_args(ProgramName), "What to compile; each is counted for one run on one chip."
 )
 OUTPUT = flags.DEFINE_string("output", None, "File for the report as JSON.")
 ROWS = flags.DEFINE_integer("rows", 0, "Prompts at once; by default train.batch_size.", lower_bound=0)

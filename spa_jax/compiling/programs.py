@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.compiling.hlo import Cost, cost
@@ -22,15 +23,15 @@ from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
 from spa_jax.split.device import Seen, correct
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.training.config import RunConfig
-from spa_jax.training.features import extract
+from spa_jax.training.features import extract, where_read
 from spa_jax.training.optimizer import optimizer
 from spa_jax.training.run import backbone_model, peft_config, plugin_config, trainable_params
 from spa_jax.training.sharding import MeshLayout
-from spa_jax.training.step import init_state, make_train_step
+from spa_jax.training.step import TrainState, init_state, make_train_step
 from spa_jax.weights.architectures import architecture
 from spa_jax.weights.backbone import Backbone
 
-ProgramName = Literal["train", "cloud", "device"]
+ProgramName = Literal["train", "cloud", "device", "finetune"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Compiled:
 def compile_programs(
     config: RunConfig, which: ProgramName, layout: MeshLayout, sizes: Sizes, codec: Codec
 ) -> Iterator[Compiled]:
-    """Compiles the programs that a config runs: to train, in the cloud, or on a device.
+    """Compiles the programs that a config runs: to train, in the cloud, or on a device; or to train the whole backbone.
 
     Raises:
         UserError: the backbone's architecture is not known, or it cannot be split over the mesh.
@@ -90,6 +91,9 @@ def compile_programs(
     if which == "train":
         yield from _train(config, backbone, layout, sizes)
         return
+    if which == "finetune":
+        yield _finetune(config, backbone, layout, sizes)
+        return
     plugin = plugin_config(config, backbone)
     model = Llama(shape, plugin.side.taps, dtype, layout=layout)
     if which == "cloud":
@@ -102,11 +106,7 @@ def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Siz
     plugin = peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
     model = backbone_model(config, plugin, backbone)
     layout.check_batch(sizes.rows, config.train.accumulate)
-    length, targets = bucket(sizes.length, 32), bucket(sizes.targets, 8)
-    integer, shapes = jnp.int32, [(sizes.rows, length), (sizes.rows,), *[(sizes.rows, targets)] * 3]
-    dtypes: list[Any] = [integer, integer, integer, integer, jnp.float32]
-    leaves: list[Any] = [_array(layout, shape, dtype) for shape, dtype in zip(shapes, dtypes)]
-    batch: Any = Batch(*leaves)
+    batch: Any = _batch(layout, sizes)
     tx = optimizer(config.optimizer, 100)
 
     def fresh(params: Params) -> Any:
@@ -123,6 +123,35 @@ def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Siz
         batch = jax.tree.map(lambda leaf: _array(layout, leaf.shape, leaf.dtype), features)
     step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
     yield _compile("train step", step, state, backbone.params, batch)[0]
+
+
+def _batch(layout: MeshLayout, sizes: Sizes) -> Batch:
+    length, targets = bucket(sizes.length, 32), bucket(sizes.targets, 8)
+    integer, shapes = jnp.int32, [(sizes.rows, length), (sizes.rows,), *[(sizes.rows, targets)] * 3]
+    dtypes: list[Any] = [integer, integer, integer, integer, jnp.float32]
+    leaves: list[Any] = [_array(layout, shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+    return Batch(*leaves)
+
+
+def _finetune(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Sizes) -> Compiled:
+    """One step that trains every parameter of the backbone, kept in float32, with blocks rematerialised."""
+    layout.check_batch(sizes.rows)
+    model, tx = Llama(backbone.config, (), jnp.dtype(config.dtype), "full", layout), optimizer(config.optimizer, 100)
+
+    def summed(params: Params, batch: Batch) -> jax.Array:
+        positions, _ = where_read(batch, everywhere=True)
+        out = model.apply({"params": params}, batch.tokens, positions)
+        hidden = jnp.take_along_axis(out.hidden, jnp.asarray(batch.predict)[:, :, None], axis=1)
+        logits = layout(model.apply({"params": params}, hidden, method="logits"), "B.V")
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets) * batch.weights)
+
+    def step(state: TrainState, batch: Batch) -> TrainState:
+        grads = layout.parameters(jax.grad(summed)(state.params, batch))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return layout.parameters(TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state))
+
+    state = jax.eval_shape(lambda: init_state(init_params(backbone.config), tx))
+    return _compile("step", jax.jit(step, donate_argnums=0), _placed(layout, state), _batch(layout, sizes))[0]
 
 
 def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, codec: Codec) -> Iterator[Compiled]:
