@@ -164,7 +164,7 @@ def test_a_prompt_in_a_batch_gives_what_it_gives_alone(fused):
 
 
 @pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beams"])
-@pytest.mark.parametrize("kind", ["tokenwise", "transformer"])
+@pytest.mark.parametrize("kind", ["tokenwise", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_prompts_that_begin_another_one_are_run_with_it_and_give_what_they_give_alone(kind, beams, backbone):
     model = FusedModel(backbone, make_plugin("spa", kind=kind))
     talk = PROMPTS[3]

@@ -56,7 +56,7 @@ def test_pruned_to_full_size_a_rung_is_the_block_that_reads_its_tap(frozen):
     np.testing.assert_array_equal(pruned["ladder"]["gate"], fresh["ladder"]["gate"])
 
 
-@pytest.mark.parametrize(("heads", "length"), [(2, 5), (3, 1)])
+@pytest.mark.parametrize(("heads", "length"), [(2, 5), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_dead_units_are_the_ones_left_out(heads, length, frozen):
     """Zeroing what pruning should drop leaves a backbone block that computes what the small one does.
 

@@ -224,6 +224,7 @@ def test_a_budget_sets_the_threshold_on_validation_rows(backbone, plugin, data, 
         evaluate(config_of(data, budget=0.5), backbone, None, tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_the_side_networks_effect_is_counted_along_the_greedy_path(backbone, plugin, data):
     model = FusedModel(backbone, plugin)
     _, examples = encode(backbone, data)

@@ -209,6 +209,7 @@ def test_memory_is_bounded_and_one_generation_that_needs_more_is_told_so(cloud, 
     assert (large.kind, "ask for fewer" in large.reason) == ("refused", True)
 
 
+@pytest.mark.slow
 def test_the_memory_that_is_planned_is_the_memory_that_is_taken(cloud, plugin):
     for kind in ("tokenwise", "transformer"):
         for beams in (None, Beams(5)):

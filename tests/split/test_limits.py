@@ -147,6 +147,7 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
             cloud.plan(request)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugin, request_, monkeypatch):
     cloud = Cloud(backbone)
     here = in_process(cloud, plugin, request_)

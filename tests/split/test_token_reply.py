@@ -62,6 +62,7 @@ def test_what_goes_back_are_tokens_and_nothing_else(cloud, head):
     assert {field.name for field, _ in reply.ListFields()} == {"step", "tokens"}
 
 
+@pytest.mark.slow
 def test_f_travels_in_full_whatever_the_codec(cloud, head):
     """With a side network that says nothing, every token is that of f alone, which rounding would change."""
     plugin = make_plugin("s1")

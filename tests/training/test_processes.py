@@ -101,6 +101,7 @@ def test_two_processes_train_as_one(cached, start, make_config, tmp_path):
     assert_close(tmp_path / "both", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_saves_and_ends_both_and_one_alone_goes_on(start, make_config, tmp_path):
     both = start("moved", 2, KEYS)
     wait_for_step(tmp_path / "moved", 12, both)

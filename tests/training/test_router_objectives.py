@@ -89,6 +89,7 @@ def test_the_offset_learns_alone_and_the_router_learns_what_asking_gains_over_it
     assert sums["oracle"] < min(sums["always"], sums["combined"])
 
 
+@pytest.mark.slow
 def test_a_fold_network_never_learns_from_the_rows_it_labels(world, make_plugin):
     plugin, params = make_plugin("spa")
     others = [make_plugin("spa")[1]["side"] for _ in range(2)]
