@@ -78,6 +78,9 @@ TABLE = {
 FEWER_ARE_COPIED = re.compile(r"blocks/attention/[kv]/(kernel|bias)")
 """Where axes of size less than `tensor` are not split: grouped-query attention has few key/value heads."""
 
+ODD_ARE_COPIED = re.compile(r"embed/embedding|lm_head/kernel")
+"""Where a vocabulary that does not divide is not split: a token added to one would else forbid every mesh."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -171,7 +174,8 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     for index, (axis, size) in enumerate(zip(spec, shape)):
         count = mesh.shape[axis] if axis else 1
         if size % count:
-            if size < count and FEWER_ARE_COPIED.fullmatch(path):
+            fewer = size < count and FEWER_ARE_COPIED.fullmatch(path)
+            if fewer or (axis == "tensor" and ODD_ARE_COPIED.fullmatch(path)):
                 axis = None
             else:
                 raise UserError(

@@ -68,6 +68,13 @@ def test_key_value_heads_are_copied_where_they_are_fewer_than_tensor(tensor, axi
     assert spec_of("blocks/attention/k/kernel", (3, 64, 2, 8), mesh_of(tensor=tensor))[2] == axis
 
 
+def test_an_odd_vocabulary_is_copied_and_still_split_by_width():
+    assert tuple(spec_of("embed/embedding", (97, 64), mesh_of(fsdp=4, tensor=2))) == (None, "fsdp")
+    assert tuple(spec_of("lm_head/kernel", (64, 97), mesh_of(fsdp=4, tensor=2))) == ("fsdp", None)
+    with pytest.raises(UserError, match=r"mesh\.fsdp=5"):
+        spec_of("embed/embedding", (97, 64), mesh_of(fsdp=5))
+
+
 def test_six_key_value_heads_do_not_divide_by_four():
     with pytest.raises(UserError, match="axis 2 of the parameter 'blocks/attention/v/kernel'"):
         spec_of("blocks/attention/v/kernel", (3, 64, 6, 8), mesh_of(tensor=4))
