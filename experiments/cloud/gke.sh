@@ -44,8 +44,10 @@ image() {
 }
 
 train() { # the cluster starts the job again after every failure and preemption, and the run goes on
-  if [ -n "${DRY_RUN:-}" ]; then envsubst < "$here/jobset.yaml"; fi
-  envsubst < "$here/jobset.yaml" | run kubectl apply --filename=-
+  local job
+  job=$(envsubst < "$here/jobset.yaml")
+  if [ -n "${DRY_RUN:-}" ]; then echo "$job"; fi
+  run kubectl apply --filename=- <<< "$job"
 }
 
 case "${1:-}" in
