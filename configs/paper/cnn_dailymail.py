@@ -4,6 +4,11 @@
 
 Another backbone: --config=configs/paper/cnn_dailymail.py:smollm2-135m-instruct. Table 5's smaller sizes:
 --config.data.size=small or medium. What a chip that isn't there makes of it: python -m spa_jax.aot, with the same flag.
+
+On 8 chips of TPU v5e about 2 hours and 20 dollars (never run; an estimate): 35,890 batches once through the backbone,
+0.13 s each where the compiler counts at least 0.07 s of operations and exchanges come on top, and 538,350 steps from
+the tap cache, 5 ms assumed; 1.2 dollars a chip-hour. The cache takes about 1150 GiB; without it
+(--config.tap_cache.enabled=False) the backbone runs at every step: about 20 hours and 190 dollars.
 """
 
 from ml_collections import ConfigDict
@@ -12,4 +17,6 @@ from configs.paper import spa
 
 
 def get_config(backbone: str = spa.BACKBONE) -> ConfigDict:
-    return spa.get_config("cnn_dailymail", backbone)
+    config = spa.get_config("cnn_dailymail", backbone)
+    config.tap_cache.limit_gib = 1300.0
+    return config
