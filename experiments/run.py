@@ -74,9 +74,13 @@ def _mean(measured: dict[str, float], begins: str) -> float:
 def backbone_passes(bench: Bench) -> dict[str, Any]:
     """Example by example: how often the trainings needed the backbone, and how often it ran."""
     needed = run = 0
+    summaries = {}
     for path in (bench.results / "trainings").glob("*.json"):
         summary = json.loads(path.read_text(encoding="utf-8"))
-        if not any(f"-{method}" in path.stem for method in METHODS):
+        rate = summary["learning_rate"]  # the best of those tried has two files
+        summaries[path.stem.removesuffix(f"-{rate:g}"), rate] = summary
+    for (name, _), summary in summaries.items():
+        if not any(f"-{method}" in name for method in METHODS):
             epochs = summary["epochs"]
             needed += epochs * summary["data/train_examples"] + (epochs + 2) * summary["data/held_out_examples"]
             run += summary["data/backbone_passes"]

@@ -142,10 +142,12 @@ def test_the_time_that_is_left_is_judged_by_what_was_measured(bench):
     assert run.estimate(bench, todo) == 7 + 10 + 10 + 100
 
 
-def test_backbone_passes_are_counted_without_those_that_train_through(bench):
+def test_backbone_passes_are_counted_once_and_without_those_that_train_through(bench):
+    """The chosen learning rate of a size has a file of its own beside the one by its rate."""
     (bench.results / "trainings").mkdir(parents=True)
     summary = {"epochs": 15, "data/train_examples": 100, "data/held_out_examples": 10, "data/backbone_passes": 110}
-    for name in ("sciq-full-spa", "sciq-full-lora-3epochs"):
+    summary["learning_rate"] = 5e-4
+    for name in ("sciq-full-spa", "sciq-full-spa-0.0005", "sciq-full-lora-3epochs"):
         (bench.results / "trainings" / f"{name}.json").write_text(json.dumps(summary))
     assert run.backbone_passes(bench) == {"needed": 1500 + 170, "run": 110, "saved": 1560}
 
