@@ -28,7 +28,7 @@ def start(tiny_overrides, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        together = {"enabled": True, "coordinator": f"127.0.0.1:{port}", "processes": count, "heartbeat_seconds": 10}
+        together = {"enabled": True, "coordinator": f"127.0.0.1:{port}", "processes": count, "heartbeat_seconds": 30}
         given = {**tiny_overrides, **keys, **{f"distributed.{key}": value for key, value in together.items()}}
         flags = [f"--config.{key}={value}" for key, value in given.items()]
         command = [sys.executable, "-m", "spa_jax.train", "--config=configs/default.py", f"--workdir={tmp_path / name}"]
