@@ -86,7 +86,7 @@ def main() -> None:
         for method, options in METHODS.items():
             found = compiled(f"{backbone}-{method.lower()}", backbone, topology, *options)
             lines.append(f"| {backbone}, {method} | {topology} | {' | '.join(row(found))} |")
-    lines += ["", "SPA on LLaMA-7B with one row on every chip, up to eight chips to a copy:", "", head, "|---" * 7 + "|"]
+    lines += ["", "SPA on LLaMA-7B, a row on every chip, up to eight chips to a copy:", "", head, "|---" * 7 + "|"]
     reports: dict[int, dict[str, Any]] = {}
     for chips, topology in TOPOLOGIES.items():
         mesh = (f"--rows={chips}", f"--config.mesh.fsdp={min(chips, 8)}", "--config.mesh.tensor=1")
