@@ -12,6 +12,7 @@ from spa_jax.models.llama import LlamaConfig, init_params
 from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES, architecture
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 V, D, F, L, N, K, H = 512, 256, 1024, 6, 8, 4, 32
 ROWS, LENGTH, TAPS, WIDTH = 4, 32, 3, 16
 
@@ -27,14 +28,6 @@ def described(tmp_path_factory):
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What a program does and holds shows without LLVM's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from spa_jax.models.llama import Llama, LlamaConfig
 from spa_jax.models.peft import TARGETS, Peft, PeftConfig, init_peft, rank_for
 from spa_jax.models.plugin import count_params
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LORA, ADAPTER = PeftConfig("lora", 3, 6.0), PeftConfig("adapter", 5)
 EVERYWHERE = dataclasses.replace(LORA, targets=TARGETS)
 KINDS = pytest.mark.parametrize("config", [LORA, EVERYWHERE, ADAPTER], ids=["lora", "lora everywhere", "adapter"])
@@ -28,13 +29,6 @@ def random_peft(config, backbone):
     rng = np.random.default_rng(1)
     shapes = init_peft(config, backbone, abstract=True)
     return Peft(config, jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), shapes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,12 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from configs import default
 from spa_jax.training import run
 from spa_jax.training.config import parse
+from tests.training.test_run import Spy
 
 STEPS = 3
 
@@ -21,19 +24,7 @@ STEPS = 3
 def main(workdir, keys):
     config = default.get_config()
     config.update_from_flattened_dict(json.loads(keys))
-    make = run.make_train_step
-
-    def interrupted(*arguments):
-        step = make(*arguments)
-
-        def call(state, frozen, batch):
-            if int(state.step) == STEPS:
-                raise KeyboardInterrupt
-            return step(state, frozen, batch)
-
-        return call
-
-    run.make_train_step = interrupted
+    Spy(pytest.MonkeyPatch(), interrupt_at=STEPS)
     try:
         run.train(parse(config.to_dict()), Path(workdir))
     except KeyboardInterrupt:

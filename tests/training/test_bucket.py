@@ -1,9 +1,9 @@
 """A run in a bucket, by a storage server in this process that speaks Google's protocol."""
 
-import json
 import socket
 
 import pytest
+from test_run import Spy, read_metrics
 
 from spa_jax.errors import UserError
 from spa_jax.files import path_of
@@ -32,30 +32,13 @@ def test_a_run_in_a_bucket_is_the_one_on_a_disk(bucket, make_config, tmp_path, m
     config = make_config({"train.epochs": 3, "train.eval_every": 4, "train.log_every": 1})
     here, there = tmp_path / "run", path_of(f"{bucket}/runs/one")
     run.train(config, here)
-    make = run.make_train_step
-
-    def interrupted(*arguments):
-        step = make(*arguments)
-
-        def call(state, frozen, batch):
-            if int(state.step) == 6:
-                raise KeyboardInterrupt
-            return step(state, frozen, batch)
-
-        return call
-
     with monkeypatch.context() as patched:
-        patched.setattr(run, "make_train_step", interrupted)
+        Spy(patched, interrupt_at=6)
         with pytest.raises(KeyboardInterrupt):
             run.train(config, there)
     assert not (there / "plugin").exists()
     run.train(config, there)
-
-    def told(workdir):
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name != "tokens/per_second"} for line in lines]
-
-    assert told(there) == told(here)
+    assert read_metrics(there) == read_metrics(here)
     for name in ("plugin.safetensors", "plugin_config.json"):
         assert (there / "plugin" / name).read_bytes() == (here / "plugin" / name).read_bytes()
     with pytest.raises(UserError, match="another config"):

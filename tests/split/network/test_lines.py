@@ -8,7 +8,7 @@ import time
 
 import pytest
 from streams import Stream, connected, run
-from tiny_split import make_plugin, random_plugin
+from tiny_split import make_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import grpc_channel, metrics, server
@@ -19,26 +19,8 @@ from spa_jax.split.generation import open_message
 from spa_jax.split.live import LiveSession
 from spa_jax.split.messages_pb2 import FromDevice
 from spa_jax.split.server import Limits
-from spa_jax.split.session import Cloud
-from spa_jax.weights.registry import load_backbone
 
 PROMPTS, NEW = ["What is thing 1? " * 3, "And thing 2, if you please?"], 8
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone_directory):
-    return load_backbone(str(tiny_backbone_directory))
-
-
-@pytest.fixture(scope="module")
-def cloud(backbone):
-    return Cloud(backbone)
-
-
-@pytest.fixture(scope="module")
-def plugin(backbone):
-    """Always asked, so that every token is an exchange."""
-    return random_plugin(backbone, "s1")
 
 
 class Relay:

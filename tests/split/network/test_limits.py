@@ -2,7 +2,6 @@
 
 import pytest
 from streams import Stream, connected, run, tokens_of
-from tiny_split import random_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import cloud as programs
@@ -15,25 +14,8 @@ from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
 from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
-from spa_jax.weights.registry import load_backbone
 
 PROMPTS, NEW = ["What is thing 1?"], 4
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone_directory):
-    return load_backbone(str(tiny_backbone_directory))
-
-
-@pytest.fixture(scope="module")
-def cloud(backbone):
-    return Cloud(backbone)
-
-
-@pytest.fixture(scope="module")
-def plugin(backbone):
-    """Always asked, so that every token is an exchange."""
-    return random_plugin(backbone, "s1")
 
 
 @pytest.fixture(scope="module")

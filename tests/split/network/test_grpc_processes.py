@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_split import random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
@@ -18,27 +17,9 @@ from spa_jax.split.generation import generate as in_process
 from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import check_address
 from spa_jax.split.local import cloud_process
-from spa_jax.split.session import Cloud
-from spa_jax.weights.registry import load_backbone
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone_directory):
-    return load_backbone(str(tiny_backbone_directory))
-
-
-@pytest.fixture(scope="module")
-def plugin(backbone):
-    """Always asked, so that every token is an exchange."""
-    return random_plugin(backbone, "s1")
-
-
-@pytest.fixture(scope="module")
-def cloud(backbone):
-    return Cloud(backbone)
 
 
 @pytest.fixture(scope="module")

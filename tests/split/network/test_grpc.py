@@ -8,7 +8,7 @@ import jax
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from streams import Stream, by_hand, connected, run, tokens_of
-from tiny_split import make_plugin, random_plugin
+from tiny_split import make_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
@@ -21,26 +21,8 @@ from spa_jax.split.grpc_channel import SERVICE, ServerSecurity
 from spa_jax.split.live import Outbox
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
 from spa_jax.split.server import Limits
-from spa_jax.split.session import Cloud
-from spa_jax.weights.registry import load_backbone
 
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_backbone_directory):
-    return load_backbone(str(tiny_backbone_directory))
-
-
-@pytest.fixture(scope="module")
-def plugin(backbone):
-    """Always asked, so that every token is an exchange."""
-    return random_plugin(backbone, "s1")
-
-
-@pytest.fixture(scope="module")
-def cloud(backbone):
-    return Cloud(backbone)
 
 
 @pytest.fixture(scope="module")
