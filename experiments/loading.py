@@ -9,19 +9,28 @@ import json
 import multiprocessing
 import socket
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
+import psutil
 import safetensors.numpy
 from absl import flags
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from experiments.ablation import hardware
 from spa_jax import command
 from spa_jax.files import write_json
+from spa_jax.training.processes import DistributedConfig, join
+from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES
+from spa_jax.weights.registry import load_backbone
 
 OUTPUT = flags.DEFINE_string("output", "experiments/results/loading.json", "Where to write the result.")
 
@@ -32,10 +41,6 @@ MIB = 2**20
 
 def write_checkpoint(directory: Path) -> int:
     """A random one in bfloat16, a file for each block; its bytes."""
-    import ml_dtypes
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     rng, total = np.random.default_rng(0), 0
     index: dict[str, str] = {}
     outer = {"model.embed_tokens": (VOCABULARY, WIDTH), "lm_head": (VOCABULARY, WIDTH), "model.norm": (WIDTH,)}
@@ -67,19 +72,12 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def load(directory: str, coordinator: str, count: int, process: int, answers: Any) -> None:
     """In a process of its own: (its own slices, most memory of its own, most with mapped pages), in bytes."""
-    import jax
-    import psutil
-
-    from spa_jax.training.processes import DistributedConfig, join
-    from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
-    from spa_jax.weights.registry import load_backbone
-
     join(DistributedConfig(count > 1, coordinator, count, process, 100))
     layout = MeshLayout(make_mesh(MeshConfig(1, count, 1, 1), count))
     me, most = psutil.Process(), {"own": 0, "resident": 0}
     stop = _watch(me, most)
     before = dict(most)
-    backbone = load_backbone(directory, "bfloat16", layout.sharding)
+    backbone = load_backbone(directory, "bfloat16", layout)
     slices = sum(shard.data.nbytes for leaf in jax.tree.leaves(backbone.params) for shard in leaf.addressable_shards)
     stop()
     answers.put((slices, most["own"] - before["own"], most["resident"] - before["resident"]))
@@ -87,8 +85,6 @@ def load(directory: str, coordinator: str, count: int, process: int, answers: An
 
 def _watch(process: Any, most: dict[str, int]) -> Any:
     """Notes the most memory there was, until what is returned is called."""
-    import threading
-
     done = threading.Event()
 
     def note() -> None:

@@ -10,7 +10,6 @@ object a line, prompts and activations never.
 """
 
 import asyncio
-import dataclasses
 import json
 import logging
 import os
@@ -108,7 +107,7 @@ def load_split() -> Backbone:
     if TENSOR.value > len(devices):
         raise UserError(f"--tensor={TENSOR.value}, but this machine has {len(devices)} devices")
     layout = MeshLayout(make_mesh(MeshConfig(1, 1, TENSOR.value, 1), 1, devices[: TENSOR.value]))
-    return dataclasses.replace(load_backbone(BACKBONE.value, DTYPE.value, layout.sharding), layout=layout)
+    return load_backbone(BACKBONE.value, DTYPE.value, layout)
 
 
 async def run_cloud() -> None:

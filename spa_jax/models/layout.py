@@ -29,6 +29,10 @@ class Layout:
         """
         return x
 
+    def sharding(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+        """Where a parameter lies; see `spa_jax.weights.mapping.Shardings`."""
+        return None
+
     def put(self, batch: Tree) -> Tree:
         """The global batch for a jitted program, of which this process brings its `rows` as NumPy arrays."""
         return batch

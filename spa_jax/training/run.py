@@ -209,7 +209,7 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     dtype = jnp.dtype(config.dtype)
     layout = MeshLayout(make_mesh(config.mesh, config.train.batch_size // config.train.accumulate))
     layout.check_batch(config.train.batch_size, config.train.accumulate)
-    backbone = dataclasses.replace(load_backbone(config.backbone, dtype, layout.sharding), layout=layout)
+    backbone = load_backbone(config.backbone, dtype, layout)
     encoder = make_encoder(backbone, config.data)
     (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
     log.info("%d training and %d held-out examples", len(examples), len(held_out))

@@ -244,7 +244,7 @@ class MeshLayout(Layout):
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
-        """Of a parameter; see `mapping.Shardings`."""
+        """As of `Layout`."""
         return None if self.mesh.size == 1 else NamedSharding(self.mesh, spec_of(path, shape, self.mesh))
 
     def place_all(self, tree: Tree) -> Tree:

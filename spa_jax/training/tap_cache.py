@@ -129,7 +129,7 @@ class TapCache:
         """
         todo = self.missing(examples)
         pending: list[tuple[str, bytes]] = []
-        for index, features in run(todo) if todo else ():
+        for index, features in run(todo):
             pending.append((todo[index].digest, self._pack(features, todo[index])))
             if len(pending) == SHARD_EXAMPLES:
                 self._write(pending)

@@ -4,7 +4,7 @@ import json
 import logging
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -73,6 +73,15 @@ def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{directory}/tokenizer.json cannot be read ({error}); fetch the checkpoint again.") from error
 
 
+class _Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    file: pathlib.Path
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+
+
 class SafetensorsSource:
     """The tensors of a directory, each a memory map: what is not looked at is never read."""
 
@@ -94,45 +103,40 @@ class SafetensorsSource:
             raise UserError(
                 f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names; fetch the checkpoint again."
             )
-        self._file_of: dict[str, pathlib.Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, np.dtype] = {}
-        self._offsets: dict[str, int] = {}
+        self._tensors: dict[str, _Stored] = {}
         for name in files:
             self._scan(directory / name)
         if promised is not None:
-            stray = {name for name in promised.keys() | self._file_of.keys() if promised.get(name) != self._shard(name)}
+            stray = {name for name in promised.keys() | self._tensors.keys() if promised.get(name) != self._shard(name)}
             if stray:
                 raise UserError(f"{index} and its shards disagree about {', '.join(sorted(stray))}; fetch them again.")
 
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._tensors[name].shape
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
-        return np.memmap(self._file_of[name], self._dtypes[name], "r", self._offsets[name], self._shapes[name])
+        file, dtype, offset, shape = self._tensors[name]
+        return np.memmap(file, dtype, "r", offset, shape)
 
     def _shard(self, name: str) -> str | None:
-        return self._file_of[name].name if name in self._file_of else None
+        return self._tensors[name].file.name if name in self._tensors else None
 
     def _scan(self, path: pathlib.Path) -> None:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{path}: {name} is {tensor.get_dtype()}, supported are {', '.join(_DTYPES)}; choose a "
-                        f"checkpoint that is not quantised."
-                    )
-                self._file_of[name] = path
-                self._shapes[name], self._dtypes[name] = tuple(tensor.get_shape()), _DTYPES[tensor.get_dtype()]
-        with path.open("rb") as file:  # the library has checked it, but does not say where a tensor begins
+        with _open(path), path.open("rb") as file:  # the library checks it, but does not say where a tensor begins
             length = int.from_bytes(file.read(8), "little")
             described = json.loads(file.read(length))
-        names = described.keys() - {"__metadata__"}
-        self._offsets |= {name: 8 + length + described[name]["data_offsets"][0] for name in names}
+        described.pop("__metadata__", None)
+        for name, tensor in described.items():
+            dtype, (begin, _) = tensor["dtype"], tensor["data_offsets"]
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{path}: {name} is {dtype}, supported are {', '.join(_DTYPES)}; choose a checkpoint that is not "
+                    "quantised."
+                )
+            self._tensors[name] = _Stored(path, _DTYPES[dtype], 8 + length + begin, tuple(tensor["shape"]))
 
 
 def _open(path: pathlib.Path) -> Any:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.errors import UserError
+from spa_jax.models.layout import ONE_DEVICE, Layout
 from spa_jax.weights import pypi
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf import load_gguf
 from spa_jax.weights.huggingface import HubUnavailable, download_snapshot, is_hub_name, load_directory
-from spa_jax.weights.mapping import Shardings
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,14 @@ REGISTRY = {
 }
 
 
-def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None) -> Backbone:
+def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, layout: Layout = ONE_DEVICE) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
 
     Args:
         name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`;
             the first of these that it is.
         dtype: of the parameters, float32 or bfloat16.
-        shardings: where each parameter lies, see `mapping.convert`; the default device otherwise.
+        layout: how it lies on devices.
 
     Raises:
         UserError: when the name is none of these, or the backbone cannot be fetched or read.
@@ -62,7 +62,7 @@ def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, sharding
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
-    return dataclasses.replace(load(path, dtype, shardings), name=name)
+    return dataclasses.replace(load(path, dtype, layout.sharding), name=name, layout=layout)
 
 
 def cache_directory() -> pathlib.Path:
