@@ -14,6 +14,7 @@ from typing import Any
 from configs import default
 from experiments.ablation import hardware, matched, size_of
 from experiments.scales import BATCH_SIZE, BEAMS, EPOCHS, LEARNING_RATES, Scale
+from spa_jax.decoding.prompts import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.combine import Setting
@@ -27,6 +28,9 @@ from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
 log = logging.getLogger("spa_jax.experiments")
+
+PROMPTS_GIB = 8.0
+"""Most memory for prompts that have run: the cells of one task ask the same questions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Bench:
         self.scale, self._data, self.may_run = scale, data, run
         self._workdir, self.results = workdir / scale.name, results / scale.name
         self._backbone: Backbone | None = None
+        self._prompts = PromptStore(PROMPTS_GIB)
 
     @property
     def backbone(self) -> Backbone:
@@ -149,10 +154,10 @@ class Bench:
         config = EvaluationConfig(
             cell.task, self.directory(cell.task), limit=self.scale.questions[cell.task], setting=_setting(cell),
             budget=cell.budget, beams=BEAMS, shots=cell.shots, max_length=self._max_length(cell.training),
-            effect=cell.setting in ("spa", "s2"),
+            effect=cell == Cell(cell.task, "spa", Training(cell.task)),  # Table 4
         )  # fmt: skip
         began, output = time.perf_counter(), self._workdir / "evaluations" / cell.name
-        summary = evaluate(config, self.backbone, plugin, output)
+        summary = evaluate(config, self.backbone, plugin, output, self._prompts)
         seconds = time.perf_counter() - began
         write_bytes(self._predictions(cell), (output / PREDICTIONS).read_bytes())
         kept = {key: value for key, value in summary.items() if not key.startswith("score/")}

@@ -17,7 +17,7 @@ from experiments import claims, figure4, router_curve, table1, table2, table3, t
 from experiments.ablation import hardware
 from experiments.cells import Bench, Cell
 from experiments.report import open_bench
-from experiments.scales import LEARNING_RATES
+from experiments.scales import LEARNING_RATES, TITLES
 from spa_jax import command
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
@@ -42,8 +42,12 @@ MODULES: tuple[ModuleType, ...] = (
 
 
 def all_cells(bench: Bench) -> list[Cell]:
-    """Of all modules, each once."""
-    return list(dict.fromkeys(cell for module in MODULES for cell in module.cells(bench.scale)))
+    """Of all modules, each once, those of a task together: they share its prompts."""
+    return sorted(dict.fromkeys(cell for module in MODULES for cell in module.cells(bench.scale)), key=_task)
+
+
+def _task(cell: Cell) -> int:
+    return list(TITLES).index(cell.task)
 
 
 def estimate(bench: Bench, todo: list[Cell]) -> float | None:

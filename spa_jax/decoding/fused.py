@@ -1,7 +1,7 @@
 """Generation with backbone, side network and router in one process: the reference for the split one.
 
 Shape letters: G groups (prompts), U of them that begin no other one, K hypotheses of each, R = G K rows, T prompt
-tokens, N most new tokens, D width.
+tokens, N most new tokens, P taps, D width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from spa_jax.decoding import beam, sampling
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import count_slots, init_cache, place_newest, reorder, see_prompt
 from spa_jax.decoding.hypotheses import Generation, Hypotheses, begin, generations, newest, rows_of
+from spa_jax.decoding.prompts import PromptState, PromptStore
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
@@ -51,14 +52,16 @@ class FusedModel:
         plugin: Plugin | PeftPlugin | None,
         setting: Setting | None = None,
         threshold: float | None = None,
+        prompts: PromptStore | None = None,
     ) -> None:
         """Args:
             backbone: the frozen model.
             plugin: None for the backbone alone. A LoRA or Adapter counts as consulted for every token.
             setting: what enters the LM head; by default the plugin's own. `base`, and `s1` of a plugin trained as `spa`
-            or
-                `s3` of one trained as `s2`, need nothing the plugin does not have.
+                or `s3` of one trained as `s2`, need nothing the plugin does not have.
             threshold: the device is asked where p(consult) is above it; by default the plugin's own.
+            prompts: what keeps prompts that have run, for other models on this backbone; by default nothing does. A
+                LoRA or Adapter changes what the backbone makes of a prompt, and has no use for it.
 
         Raises:
             UserError: the plugin is of another backbone, or cannot run in that setting.
@@ -71,7 +74,9 @@ class FusedModel:
         taps = self._beside.side.taps if self._beside else ()
         dtype = jax.tree.leaves(backbone.params)[0].dtype
         self.model = Llama(backbone.config, taps, dtype, layout=backbone.layout)
-        self._prefill = jax.jit(self._run_prompt, static_argnames=("slots", "room", "beams"))
+        self._prompts = prompts if self._within is None else None
+        self._prefill = jax.jit(self._run_prompt, static_argnames="slots")
+        self._begin = jax.jit(self._choose_first, static_argnames=("slots", "room", "beams"))
         self._advance = jax.jit(self._run_tokens, static_argnames=("beams",), donate_argnums=(2,))
 
     def start(
@@ -95,10 +100,27 @@ class FusedModel:
         tokens, rows = pad_prompts([prompts[i] for i in whole]), np.searchsorted(whole, owners).astype(np.int32)
         slots = count_slots(int(lengths.max()), room, beams.width if beams else 1)
         frozen, trainable = self._params
-        return self._prefill(
-            frozen, trainable, tokens, lengths[whole], rows, lengths, seed, sampling, self.threshold,
-            slots=slots, room=room, beams=beams,
+
+        def prefill() -> PromptState:
+            return self._prefill(frozen, trainable, tokens, lengths[whole], rows, lengths, slots=slots)
+
+        if self._prompts is None:
+            prompt = prefill()
+        else:
+            attends = self._beside is not None and self._beside.side.attends
+            of = (self.backbone.fingerprint, self.model.dtype, self.model.taps, attends)
+            key = (*of, tokens.shape, tokens.tobytes(), lengths.tobytes())
+            prompt = self._prompts.get(key, tokens.shape[1], slots, prefill)
+        hypotheses, side_cache = self._begin(
+            frozen, trainable, prompt.hidden, prompt.taps, lengths[whole], rows, lengths, seed, sampling,
+            self.threshold, slots=slots, room=room, beams=beams,
         )  # fmt: skip
+        caches = (prompt.cache, side_cache)
+        if len(whole) < len(rows):
+            caches = reorder(caches, jnp.asarray(rows))
+        position = jnp.asarray(lengths)
+        seen = see_prompt(position, beams.width if beams else 1, slots)
+        return DecodeState(*caches, seen, position, hypotheses)
 
     def advance(self, state: DecodeState, sampling: Sampling, until: int, beams: Beams | None = None) -> DecodeState:
         """Goes on in one jitted loop until `until` new tokens are there or every group is done; the state is
@@ -154,23 +176,16 @@ class FusedModel:
         self,
         frozen: Params,
         trainable: Params,
-        out: LlamaOutput,
-        positions: jax.Array,
+        taps: Float[Array, "P B M D"],
+        positions: Int[Array, "B M"],
         side_cache: Cache | None,
-        rows: jax.Array,
-        reads: jax.Array,
         places: Places | None = None,
-    ) -> tuple[jax.Array, jax.Array, Cache | None]:
-        """f and g `[N,D]` at indices `reads` `[N]` of the tokens of these rows `[N]`, and the side network's cache."""
-        f = out.hidden[rows, reads]
+    ) -> tuple[Float[Array, "B M D"], Cache | None]:
+        """g of these tokens, 0 without a side network, and its cache."""
         if self._beside is None:
-            return f, jnp.zeros_like(f), side_cache
-        config, taps = self._beside, out.taps
-        if not config.side.attends:
-            taps, positions = taps[:, rows, reads][:, :, None], reads[:, None]
+            return jnp.zeros((*positions.shape, self.model.config.hidden_size), self.model.dtype), side_cache
         taps = normalize_taps(frozen, self.backbone.config, self.model.taps, taps)
-        g, side_cache = correction(config, trainable, taps, positions, side_cache, self.model.dtype, places)
-        return f, g[rows, reads] if config.side.attends else g[:, 0], side_cache
+        return correction(self._beside, trainable, taps, positions, side_cache, self.model.dtype, places)
 
     def _choose(
         self,
@@ -202,6 +217,27 @@ class FusedModel:
         whole: Int[Array, " U"],
         rows: Int[Array, " G"],
         lengths: Int[Array, " G"],
+        *,
+        slots: int,
+    ) -> PromptState:
+        """Of U prompts of which the others are beginnings: `rows` says of which, and `lengths` how much of it."""
+        runs, width = tokens.shape
+        positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
+        cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
+        out = self._run(frozen, trainable, tokens, positions, cache)
+        attends = self._beside is not None and self._beside.side.attends
+        taps = out.taps if attends else out.taps[:, rows, lengths - 1][:, :, None]
+        return PromptState(out.hidden[rows, lengths - 1], taps, _present(out.cache))
+
+    def _choose_first(
+        self,
+        frozen: Params,
+        trainable: Params,
+        hidden: Float[Array, "G D"],
+        taps: Float[Array, "P B M D"],
+        whole: Int[Array, " U"],
+        rows: Int[Array, " G"],
+        lengths: Int[Array, " G"],
         seed: jax.Array,
         sampling: Sampling,
         threshold: jax.Array,
@@ -209,24 +245,22 @@ class FusedModel:
         slots: int,
         room: int,
         beams: Beams | None,
-    ) -> DecodeState:
-        """Of U prompts of which the others are beginnings: `rows` says of which, and `lengths` how much of it."""
-        groups, (runs, width) = len(lengths), tokens.shape
-        positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
-        cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
+    ) -> tuple[Hypotheses, Cache | None]:
+        """The first new token of each prompt, and the side network's cache of U prompts."""
         side_cache = None
         if self._beside is not None and self._beside.side.attends:
-            side_cache = init_cache(self._beside.side.block, runs, slots, self.model.dtype)
-        out = self._run(frozen, trainable, tokens, positions, cache)
-        hidden, g, side_cache = self._correct(frozen, trainable, out, positions, side_cache, rows, lengths - 1)
-        count = beams.width if beams else 1
+            side_cache = init_cache(self._beside.side.block, len(whole), slots, self.model.dtype)
+            positions = positions_from_mask(jnp.arange(taps.shape[2], dtype=jnp.int32)[None, :] < whole[:, None])
+            g, side_cache = self._correct(frozen, trainable, taps, positions, side_cache)
+            g = g[rows, lengths - 1]
+        else:
+            g, _ = self._correct(frozen, trainable, taps, lengths[:, None] - 1, None)
+            g = g[:, 0]
+        groups, count = len(lengths), beams.width if beams else 1
         hypotheses = begin(groups, count, room, seed, search=beams is not None)
         active = jnp.ones(groups, bool)
         hypotheses, _ = self._choose(frozen, trainable, hidden, g, hypotheses, active, sampling, beams, threshold)
-        caches = (_present(out.cache), side_cache)
-        if runs < groups:
-            caches = reorder(caches, rows)
-        return DecodeState(*caches, see_prompt(lengths, count, slots), lengths, hypotheses)
+        return hypotheses, side_cache
 
     def _run_tokens(
         self,
@@ -245,12 +279,11 @@ class FusedModel:
         def step(s: DecodeState) -> DecodeState:
             run, chosen = active(s), s.hypotheses
             tokens = newest(chosen)
-            groups, width = tokens.shape
             positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
             places, seen = place_newest(s.seen, s.position, chosen.made, run)
             out = self._run(frozen, trainable, tokens, positions, s.cache, places)
-            rows, reads = jnp.repeat(jnp.arange(groups), width), jnp.tile(jnp.arange(width), groups)
-            hidden, g, side_cache = self._correct(frozen, trainable, out, positions, s.side_cache, rows, reads, places)
+            g, side_cache = self._correct(frozen, trainable, out.taps, positions, s.side_cache, places)
+            hidden, g = (each.reshape(-1, each.shape[-1]) for each in (out.hidden, g))
             hypotheses, parents = self._choose(frozen, trainable, hidden, g, chosen, run, sampling, beams, threshold)
             seen = reorder(seen, rows_of(parents))
             return DecodeState(_present(out.cache), side_cache, seen, s.position + run, hypotheses)

@@ -21,6 +21,7 @@ from spa_jax.data.tasks import Split, Task, find_task, load_split, nested
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.hypotheses import Generation
+from spa_jax.decoding.prompts import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
@@ -99,8 +100,21 @@ class Question(NamedTuple):
     references: tuple[str, ...]
 
 
-def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: AnyPlugin | None, output: Path) -> dict[str, Any]:
+def evaluate(
+    config: EvaluationConfig,
+    backbone: Backbone,
+    plugin: AnyPlugin | None,
+    output: Path,
+    prompts: PromptStore | None = None,
+) -> dict[str, Any]:
     """Runs or resumes an evaluation, and returns what `evaluation.json` says.
+
+    Args:
+        config: what is asked, and how.
+        backbone: the frozen model.
+        plugin: None for the backbone alone.
+        output: directory of predictions and summary.
+        prompts: keeps prompts that have run, for other evaluations of the same questions.
 
     Raises:
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
@@ -111,7 +125,7 @@ def evaluate(config: EvaluationConfig, backbone: Backbone, plugin: AnyPlugin | N
     if config.budget:
         held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
         threshold = _threshold(backbone, plugin, held_out, config)
-    model = FusedModel(backbone, plugin, config.setting, threshold)
+    model = FusedModel(backbone, plugin, config.setting, threshold, prompts)
     pairs = load_split(config.task, config.directory, config.split)
     examples, cut = encoder.encode_all(pairs)
     if config.shots:
