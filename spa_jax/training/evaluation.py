@@ -59,9 +59,11 @@ class Evaluator:
 
 
 def threshold_for(probability: Float[np.ndarray, " M"], budget: float) -> float:
-    """The lowest threshold that at most `budget` of the probabilities are above."""
-    ranked = np.sort(probability)[::-1]
-    return float(ranked[min(int(budget * len(ranked)), len(ranked) - 1)])
+    """A threshold that at most `budget` of the probabilities are above, as many as possible: midway between two, so
+    that the rounding of another program moves none across."""
+    ranked = np.concatenate([[1.0], np.sort(probability)[::-1], [0.0]])
+    count = int(budget * len(probability))
+    return float(ranked[count : count + 2].mean())
 
 
 def _flat(outcomes: Outcomes, weights: np.ndarray) -> list[np.ndarray]:

@@ -17,11 +17,8 @@ def test_another_model_goes_on_from_what_the_first_one_left(backbone, kind):  # 
     first = FusedModel(backbone, make_plugin("spa", kind=kind), "spa", prompts=store)
     first.generate(batch, NEW)
     assert store.hits == 0
-    for setting, plugin, beams in (
-        ("s1", make_plugin("spa", kind=kind), None),
-        ("s2", make_plugin("s2", kind=kind), 3),
-    ):
-        width = beams and Beams(beams)  # other slots
+    for setting, trained_as, width in (("s1", "spa", None), ("s2", "s2", Beams(3))):  # a beam search has other slots
+        plugin = make_plugin(trained_as, kind=kind)
         expected = FusedModel(backbone, plugin, setting).generate(batch, NEW, beams=width)
         found = FusedModel(backbone, plugin, setting, prompts=store).generate(batch, NEW, beams=width)
         assert [(g.tokens, g.consulted) for g in found] == [(g.tokens, g.consulted) for g in expected]
