@@ -2,7 +2,7 @@
 
 Says first how long what is not done yet will take, by what finished cells took; does it cell by cell, so that a killed
 run goes on where it stopped; then writes the tables, and says how many backbone passes the tap cache has saved.
-`--only=TEXT` does the cells whose name holds a text.
+`--only=TEXT` does the cells whose name holds a text, and writes the tables of what is there.
 """
 
 import json
@@ -101,6 +101,7 @@ def main() -> None:
     console.print(f"{len(todo)} cells to run: {about}")
     for cell in todo:
         bench.result(cell)
+    bench.may_run = ALL.value
     for module in MODULES:
         module.report(bench)
     passes = backbone_passes(bench)
