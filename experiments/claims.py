@@ -3,7 +3,8 @@
     python -m experiments.claims --scale=mini --data=DIR [--norun]
 
 A claim "A above B" is *held* where the 95 % interval of the difference lies above zero, *against* where it lies below,
-and *open* where zero is inside. Rows are paired by question, and resampled by row (of CoQA by story).
+and *open* where zero is inside. Rows are paired by question, and resampled by row (of CoQA by story). Differences are
+of ROUGE-L or, where the claim is how often the device is asked, of a question's generated tokens in per cent.
 """
 
 import itertools
@@ -12,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import table1, table3, table5
+from experiments import figure4, table1, table3, table5
 from experiments.ablation import hardware
 from experiments.cells import Bench, Cell, Training
 from experiments.report import main_of
-from experiments.scales import SIZES, TASKS, TITLES, Scale
+from experiments.scales import BUDGET, SIZES, TASKS, TITLES, Scale
 from spa_jax.files import write_bytes, write_json
 from spa_jax.scoring.bootstrap import Estimate, estimate
+from spa_jax.scoring.predictions import Prediction
 
 
 class Claim(NamedTuple):
@@ -29,18 +31,22 @@ class Claim(NamedTuple):
     above: Cell
     below: Cell
     score: str = "rougeL"
+    """Or `share`."""
 
 
 def claims(scale: Scale) -> list[Claim]:
     found = []
     for task in TASKS:
-        one, three = table1.table(task), table3.table(task)
+        one, three = table1.table(task, scale), table3.table(task)
         pairs = {
+            "LST (S3) above one-shot": (one["LST"], one["one-shot"]),
             "SPA above one-shot": (one["SPA"], one["one-shot"]),
             "SPA above LST (S3)": (one["SPA"], one["LST"]),
             "SPA above S2": (three["SPA"], three["S2"]),
             "S2 above S3": (three["S2"], three["S3"]),
             "S1 above SPA": (three["S1"], three["SPA"]),
+            f"S1 above SPA at {BUDGET}": (three["S1"], three[f"SPA at {BUDGET}"]),
+            f"S1 above SPA with offset at {BUDGET}": (three["S1"], three[f"SPA with offset at {BUDGET}"]),
             "parallel (S1) above sequential (S3)": (three["S1"], three["S3"]),
         }
         found += [Claim(says, task, *cells) for says, cells in pairs.items()]
@@ -48,6 +54,11 @@ def claims(scale: Scale) -> list[Claim]:
         by_size = table5.table(task)
         for smaller, larger in itertools.pairwise(SIZES):
             found.append(Claim(f"{larger} data above {smaller}", task, by_size[larger], by_size[smaller]))
+            says = f"{larger} data asks the device less than {smaller}"
+            found.append(Claim(says, task, by_size[smaller], by_size[larger], "share"))
+    for task, epochs in itertools.product(figure4.TASKS, figure4.EPOCHS[:-1]):
+        parallel, sequential = (figure4.cell(task, name, epochs) for name in figure4.SETTINGS)
+        found.append(Claim(f"parallel above sequential after {epochs} epochs", task, parallel, sequential))
     for task in scale.through_epochs:
         ours = Cell(task, "spa", Training(task, short=True, epochs=scale.through_epochs[task]))
         for method in ("lora", "adapter"):
@@ -61,11 +72,15 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def difference(bench: Bench, above: Cell, below: Cell, score: str) -> Estimate:
-    """Of the scores, question by question."""
+    """Of the scores, or shares in per cent, question by question."""
     a, b = ({row.id: row for row in bench.predictions(cell)} for cell in (above, below))
     both = [name for name in a if name in b]
-    differences = np.array([a[name].scores[score] - b[name].scores[score] for name in both])
+    differences = np.array([_value(a[name], score) - _value(b[name], score) for name in both])
     return estimate(differences, [a[name].group for name in both])
+
+
+def _value(row: Prediction, score: str) -> float:
+    return 100 * row.sources.count("d") / len(row.sources) if score == "share" else row.scores[score]
 
 
 def verdict(found: Estimate) -> str:
@@ -75,7 +90,7 @@ def verdict(found: Estimate) -> str:
 
 def report(bench: Bench) -> None:
     lines = [f"# Claims of the paper at the {bench.scale.name} scale", "", f"{hardware()}. {bench.scale.changes}", ""]
-    lines += ["| claim | data | difference in ROUGE-L | |", "|---|---|---|---|"]
+    lines += ["| claim | data | difference | |", "|---|---|---|---|"]
     records: list[Mapping[str, Any]] = []
     for claim in claims(bench.scale):
         if bench.result(claim.above) is None or bench.result(claim.below) is None:

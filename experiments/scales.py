@@ -28,6 +28,7 @@ class Scale:
         eval_size: most validation questions; 0 for all.
         through_length: most tokens of a row where a baseline trains through the backbone; 0 for the task's.
         through_epochs: of these baselines, for the tasks they are trained on; of the others there is no row.
+        transformer: tasks on which the transformer kind of side network is trained too.
         through_rates: task, size and epochs on which their learning rate is chosen; None for the task's own.
         changes: what the scale changes against the paper, for the caption of every table.
     """
@@ -41,6 +42,7 @@ class Scale:
     eval_size: int
     through_length: int
     through_epochs: Mapping[str, int]
+    transformer: tuple[str, ...]
     through_rates: tuple[str, str, int] | None
     changes: str
 
@@ -60,6 +62,7 @@ PAPER = Scale(
     eval_size=2_000,
     through_length=0,
     through_epochs={"xsum": 15, "coqa": 15},
+    transformer=TASKS,
     through_rates=None,
     changes="LLaMA-2-7B for the paper's LLaMA-7B; full is the whole train split, and the paper counts all splits.",
 )
@@ -77,6 +80,7 @@ MINI = Scale(
     eval_size=0,
     through_length=256,
     through_epochs={"xsum": 5, "sciq": 3},
+    transformer=("sciq",),
     through_rates=("sciq", "small", 12),
     changes=(
         "SmolLM2-135M-Instruct for LLaMA-7B, and hundreds of training rows for hundreds of thousands, taken from the "

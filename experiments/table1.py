@@ -1,10 +1,12 @@
 """Table 1: ROUGE-L of one-shot prompting, LST and SPA on the four data sets.
 
-python -m experiments.table1 --scale=mini --data=DIR
+    python -m experiments.table1 --scale=mini --data=DIR
+
+LST and SPA have the token-wise side network, and below them, on the scale's tasks for it, the transformer that LST has.
 """
 
 from experiments.cells import Bench, Cell, Training
-from experiments.report import main_of, score, write
+from experiments.report import Entry, main_of, score, write
 from experiments.scales import TASKS, TITLES, Scale
 
 PAPER = {
@@ -14,24 +16,29 @@ PAPER = {
 }
 
 
-def table(task: str) -> dict[str, Cell]:
+def table(task: str, scale: Scale) -> dict[str, Cell]:
     """The cells of a column."""
-    return {
+    found = {
         "one-shot": Cell(task, "base", shots=1),
         "LST": Cell(task, "s3", Training(task, setting="s2")),
         "SPA": Cell(task, "spa", Training(task)),
     }
+    if task in scale.transformer:
+        found["LST, transformer"] = Cell(task, "s3", Training(task, setting="s2", kind="transformer"))
+        found["SPA, transformer"] = Cell(task, "spa", Training(task, kind="transformer"))
+    return found
 
 
 def cells(scale: Scale) -> list[Cell]:
-    return [cell for task in TASKS for cell in table(task).values()]
+    return [cell for task in TASKS for cell in table(task, scale).values()]
 
 
 def report(bench: Bench) -> None:
-    rows = {
-        name: {TITLES[task]: score(bench.result(table(task)[name]), paper=paper[i]) for i, task in enumerate(TASKS)}
-        for name, paper in PAPER.items()
-    }
+    rows: dict[str, dict[str, Entry]] = {}
+    for i, task in enumerate(TASKS):
+        for name, cell in table(task, bench.scale).items():
+            paper = PAPER[name][i] if name in PAPER else None
+            rows.setdefault(name, {})[TITLES[task]] = score(bench.result(cell), paper=paper)
     write(bench, "table1", "Table 1: ROUGE-L of one-shot prompting, LST and SPA", rows)
 
 

@@ -35,7 +35,7 @@ def bench(tmp_path):
 
 def test_a_table_needs_no_model_and_shows_what_is_not_done(bench, monkeypatch):
     monkeypatch.setattr(cells_module, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
-    store(bench, table1.table("sciq")["SPA"], [10.0, 20.0, 60.0])
+    store(bench, table1.table("sciq", MINI)["SPA"], [10.0, 20.0, 60.0])
     table1.report(bench)
     rows = json.loads((bench.results / "table1.json").read_text())["rows"]
     assert rows["SPA"]["SciQ"]["ours"] == pytest.approx(30.0)
@@ -74,7 +74,7 @@ def test_a_cell_is_named_by_what_it_is_and_no_two_alike():
 def test_settings_that_share_a_side_network_share_a_training():
     three = table3.table("xsum")
     assert three["S1"].training == three["SPA"].training == table6.table("xsum")["full"].training
-    assert three["S2"].training == three["S3"].training == table1.table("xsum")["LST"].training
+    assert three["S2"].training == three["S3"].training == table1.table("xsum", MINI)["LST"].training
 
 
 def test_a_finished_cell_is_not_run_again_and_an_unfinished_one_is(bench, monkeypatch):
@@ -127,6 +127,16 @@ def test_claims_are_judged_by_paired_differences(bench):
     claims.report(bench)
     verdicts = {row["claim"]: row["verdict"] for row in json.loads((bench.results / "claims.json").read_text())["rows"]}
     assert verdicts == {"SPA above S2": "held", "S1 above SPA": "open"}
+
+
+def test_a_share_is_compared_question_by_question(bench):
+    by_size = table5.table("sciq")
+    store(bench, by_size["small"], [1.0] * 20, sources="dddc")
+    store(bench, by_size["medium"], [1.0] * 20, sources="ddcccccc")
+    assert claims.difference(bench, by_size["small"], by_size["medium"], "share") == pytest.approx((50, 50, 50))
+    claims.report(bench)
+    rows = {row["claim"]: row["verdict"] for row in json.loads((bench.results / "claims.json").read_text())["rows"]}
+    assert rows == {"medium data above small": "open", "medium data asks the device less than small": "held"}
 
 
 def test_the_time_that_is_left_is_judged_by_what_was_measured(bench):
