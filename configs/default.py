@@ -3,7 +3,7 @@
     python -m spa_jax.train --config=configs/default.py --workdir=DIR --config.data.train=mine.jsonl
 
 What each key means is said in spa_jax/training/config.py, optimizer.py, objective.py, sharding.py
-and processes.py.
+and processes.py, and in spa_jax/models/compute.py.
 """
 
 from ml_collections import ConfigDict
@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
                 "beta2": 0.999,
             },
             "tap_cache": {"enabled": True, "directory": "", "limit_gib": 20.0},
+            "compute": {"attention": "auto", "unroll": 1, "weights": "float"},
             "mesh": {"data": -1, "fsdp": -1, "tensor": -1, "slices": -1},
             "distributed": {
                 "enabled": False,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,6 @@ from configs import default
 from spa_jax.data.pairs import Pair, read_json_lines
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
-from spa_jax.models.llama import Llama
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin
 from spa_jax.training import loop
 from spa_jax.training.config import RunConfig, parse
@@ -113,9 +111,9 @@ def measure(config: RunConfig, workdir: Path, backbone: Backbone, test: Path) ->
     `oracle/usage` is the share a perfect router asks for: that of the tokens where asking lowers the loss.
     """
     plugin = load_plugin(workdir / "plugin")
-    model = Llama(backbone.config, plugin.config.side.taps, jnp.dtype(config.dtype))
+    model = backbone.model(plugin.config.side.taps)
     examples, _ = make_encoder(backbone, config.data).encode_all(read_json_lines(str(test)))
-    cache = open_tap_cache(config.tap_cache, config.dtype, plugin.config, backbone, examples)
+    cache = open_tap_cache(config.tap_cache, plugin.config, backbone, examples)
     loop.fill_cache(cache, model, backbone.params, config.train.batch_size, examples)
     step = make_eval_step(plugin.config, model)
     evaluate = Evaluator(

@@ -94,7 +94,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
             if header and not line.startswith("HloModule"):
                 current = computations[header[2]] = {}
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.partition(",")[0] == "}":
             current = None
         elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line):
             result, rest = _balanced(line[match.end() :])

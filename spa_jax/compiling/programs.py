@@ -87,7 +87,7 @@ def compile_programs(
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init_params(shape, abstract=True))
     frozen = _placed(layout, frozen)
     tokenizer: Any = None
-    backbone = Backbone(config.backbone, shape, frozen, tokenizer, (2,), "", layout)
+    backbone = Backbone(config.backbone, shape, frozen, tokenizer, (2,), "", layout, config.compute)
     if which == "train":
         yield from _train(config, backbone, layout, sizes)
         return
@@ -95,7 +95,7 @@ def compile_programs(
         yield _finetune(config, backbone, layout, sizes)
         return
     plugin = plugin_config(config, backbone)
-    model = Llama(shape, plugin.side.taps, dtype, layout=layout)
+    model = backbone.model(plugin.side.taps)
     if which == "cloud":
         yield from _cloud(plugin, model, frozen, sizes, codec)
     else:

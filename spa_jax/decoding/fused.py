@@ -21,7 +21,17 @@ from spa_jax.decoding.prompts import PromptState, PromptStore
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
-from spa_jax.models.llama import PADDING, Cache, Llama, LlamaOutput, Params, Places, normalize_taps, positions_from_mask
+from spa_jax.models.llama import (
+    PADDING,
+    Cache,
+    Llama,
+    LlamaOutput,
+    Params,
+    Places,
+    by_position,
+    normalize_taps,
+    positions_from_mask,
+)
 from spa_jax.models.peft import Method, Peft
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult
@@ -72,8 +82,7 @@ class FusedModel:
         self._beside = used.config if isinstance(used, Plugin) else None
         self._within = used.config if isinstance(used, PeftPlugin) else None
         taps = self._beside.side.taps if self._beside else ()
-        dtype = jax.tree.leaves(backbone.params)[0].dtype
-        self.model = Llama(backbone.config, taps, dtype, layout=backbone.layout)
+        self.model = backbone.model(taps)
         self._prompts = prompts if self._within is None else None
         self._prefill = jax.jit(self._run_prompt, static_argnames="slots")
         self._begin = jax.jit(self._choose_first, static_argnames=("slots", "room", "beams"))
@@ -108,7 +117,7 @@ class FusedModel:
             prompt = prefill()
         else:
             attends = self._beside is not None and self._beside.side.attends
-            of = (self.backbone.fingerprint, self.model.dtype, self.model.taps, attends)
+            of = (self.backbone.identity, self.model.dtype, self.model.taps, attends)
             key = (*of, tokens.shape, tokens.tobytes(), lengths.tobytes())
             prompt = self._prompts.get(key, tokens.shape[1], slots, prefill)
         hypotheses, side_cache = self._begin(
@@ -224,7 +233,7 @@ class FusedModel:
         runs, width = tokens.shape
         positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
         cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
-        out = self._run(frozen, trainable, tokens, positions, cache)
+        out = self._run(frozen, trainable, tokens, positions, cache, by_position(positions, None))
         attends = self._beside is not None and self._beside.side.attends
         taps = out.taps if attends else out.taps[:, rows, lengths - 1][:, :, None]
         return PromptState(out.hidden[rows, lengths - 1], taps, _present(out.cache))

@@ -2,6 +2,7 @@
 its shapes. What a letter means on a mesh is said in `spa_jax.training.sharding`."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -19,6 +20,25 @@ class Layout:
     def parts(self) -> int:
         """Equal parts that the batch is split into."""
         return 1
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return 1
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        return jax.default_backend()
+
+    def size(self, letter: str) -> int:
+        """Parts that an axis of activations is split into where it divides, see `__call__`."""
+        return 1
+
+    def mapped(self, part: Callable[..., jax.Array], arguments: Sequence[str]) -> Callable[..., jax.Array]:
+        """A function that does on every device, with what lies there, what `part` does; axes of its arguments are
+        named as for `__call__`, and the result lies as the first of them."""
+        return part
 
     def __call__(self, x: jax.Array, axes: str) -> jax.Array:
         """An activation, or the matrix that makes it, with its leading axes named by letters; `.` is never split.

@@ -10,6 +10,7 @@ continuations share one row of a cache, `Places` say instead where tokens live a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spa_jax.models.attention import attend
+from spa_jax.models.compute import AUTOMATIC, Compute, Kernel
 from spa_jax.models.layout import ONE_DEVICE, Layout
 
 PADDING = 2**30
@@ -85,13 +88,17 @@ class LlamaConfig:
         return sum(leaf.size for leaf in jax.tree.leaves(init_params(self, abstract=True)))
 
 
-class Places(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("slots", "mask"), meta_fields=("alone",))
+@dataclasses.dataclass(frozen=True)
+class Places:
     """Where tokens live in a cache and which slots they see."""
 
     slots: Int[Array, "B T"]
     """A token at or past the cache's S slots is not stored."""
     mask: Bool[Array, "B 1 T S"]
     """Its own slot among them."""
+    alone: bool = False
+    """The tokens see only each other, each those before it: the mask is over them, not over the cache."""
 
 
 class LlamaOutput(NamedTuple):
@@ -111,9 +118,10 @@ def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def by_position(positions: Int[Array, "B T"], cache: Cache | None) -> Places:
-    """Each token in the slot of its position, seeing all up to its own: of the cache, or without one of the tokens."""
+    """Each token in the slot of its position, seeing all up to its own: of the cache, or without one of the tokens,
+    which is also how a prompt sees itself that goes into an empty cache."""
     keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[-1])[None, None, None, :]
-    return Places(positions, keys <= positions[:, None, :, None])
+    return Places(positions, keys <= positions[:, None, :, None], alone=cache is None)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
@@ -158,6 +166,8 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     dtype: jnp.dtype
+    layout: Layout = ONE_DEVICE
+    kernel: Kernel = "auto"
 
     @nn.compact
     def __call__(
@@ -183,11 +193,14 @@ class Attention(nn.Module):
                 name: cache[name].at[rows, layer, :, :, places.slots].set(new.astype(cache[name].dtype), mode="drop")
                 for name, new in (("k", k), ("v", v))
             }
-            k, v = (
-                jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
-                for name in ("k", "v")
-            )
-        mixed = jax.nn.dot_product_attention(q, k.astype(self.dtype), v.astype(self.dtype), mask=places.mask)
+            if not places.alone:
+                k, v = (
+                    jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
+                    for name in ("k", "v")
+                )
+        real = places.slots != PADDING if places.alone else None
+        k, v = k.astype(self.dtype), v.astype(self.dtype)
+        mixed = attend(self.kernel, self.layout, q, k, v, places.mask, real)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
         return adapt("o", mixed, out(mixed)), cache
 
@@ -215,6 +228,7 @@ class Block(nn.Module):
     config: LlamaConfig
     dtype: jnp.dtype
     layout: Layout = ONE_DEVICE
+    kernel: Kernel = "auto"
 
     @nn.compact
     def __call__(
@@ -229,7 +243,8 @@ class Block(nn.Module):
         h, taps, cache = carry
         eps, adapt = self.config.rms_norm_eps, peft or unchanged
         x = RMSNorm(eps, name="attention_norm")(h)
-        x, cache = Attention(self.config, self.dtype, name="attention")(x, angles, places, cache, layer, adapt)
+        attention = Attention(self.config, self.dtype, self.layout, self.kernel, name="attention")
+        x, cache = attention(x, angles, places, cache, layer, adapt)
         h = h + adapt("attention", x, x)
         x = MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h), adapt)
         h = h + adapt("mlp", x, x)
@@ -248,6 +263,7 @@ class Llama(nn.Module):
         dtype: of activations; parameters are cast to it where they are used.
         remat: what is kept for the gradient of a `peft`.
         layout: how activations lie on devices.
+        compute: how it computes.
     """
 
     config: LlamaConfig
@@ -255,6 +271,7 @@ class Llama(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: Remat = "none"
     layout: Layout = ONE_DEVICE
+    compute: Compute = AUTOMATIC
 
     def setup(self) -> None:
         c = self.config
@@ -268,8 +285,9 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast, 0),
             length=c.num_layers,
+            unroll=min(self.compute.unroll, c.num_layers),
         )
-        self.blocks = scanned(c, self.dtype, self.layout)
+        self.blocks = scanned(c, self.dtype, self.layout, self.compute.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)

@@ -127,7 +127,7 @@ class Rung(nn.Module):
         mu = jnp.where(layer == 0, 0, jax.nn.sigmoid(alpha / GATE_TEMPERATURE)).astype(self.dtype)
         mixed = mu * s + (1 - mu) * state
         no_taps = jnp.zeros((0, *mixed.shape), self.dtype)
-        block = Block(self.config, self.dtype, name="block")
+        block = Block(self.config, self.dtype, kernel="xla", name="block")
         (s, _, cache), _ = block((mixed, no_taps, cache), layer, layer, angles, places)
         return (s, cache), None
 

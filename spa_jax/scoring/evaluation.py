@@ -25,7 +25,7 @@ from spa_jax.decoding.prompts import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
-from spa_jax.models.llama import Llama, Params
+from spa_jax.models.llama import Params
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
@@ -218,7 +218,7 @@ def _losses(
 ) -> dict[str, float]:
     """`loss/...` in nats and `router/usage`, per target token."""
     if plugin is None:
-        features = [one for _, one in loop.run_backbone(Llama(backbone.config), backbone.params, batch_size, examples)]
+        features = [one for _, one in loop.run_backbone(backbone.model(), backbone.params, batch_size, examples)]
         total = sum(float(np.sum(one.base_loss * one.weights)) for one in features)
         return {"loss/base": total / sum(float(np.sum(one.weights)) for one in features)}
     name = plugin.config.setting if model.setting == "base" else model.setting
@@ -239,13 +239,12 @@ def _evaluator(
 ) -> Evaluator:
     """Of these examples, whose features are in the tap cache when this returns; a LoRA or Adapter can have none."""
     if isinstance(plugin, PeftPlugin):
-        llama = Llama(backbone.config)
+        llama = backbone.model()
         collate = scoring(loop.run_backbone(llama, backbone.params, batch_size, examples))
         step = make_eval_step(plugin.config, llama)
         return Evaluator(step, backbone.params, examples, collate, batch_size, name, threshold)
-    dtype = jax.tree.leaves(backbone.params)[0].dtype
-    llama = Llama(backbone.config, plugin.config.side.taps, dtype)
-    cache = open_tap_cache(TAP_CACHE, dtype.name, plugin.config, backbone, examples)
+    llama = backbone.model(plugin.config.side.taps)
+    cache = open_tap_cache(TAP_CACHE, plugin.config, backbone, examples)
     loop.fill_cache(cache, llama, backbone.params, batch_size, examples)
     step = make_eval_step(plugin.config, llama)
     return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, threshold)
@@ -261,7 +260,7 @@ def _identity(
         **{name: getattr(config, name) for name in kept},
         "setting": model.setting,
         "threshold": model.threshold,
-        "backbone": model.backbone.fingerprint,
+        "backbone": model.backbone.identity,
         "plugin": None if plugin is None else digest_of(plugin.params),
         "questions": hashlib.sha256("".join(asked).encode()).hexdigest()[:16],
     }

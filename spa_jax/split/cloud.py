@@ -22,7 +22,7 @@ from spa_jax.decoding.fused import choose
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, begin, newest, rows_of
 from spa_jax.decoding.sampling import Sampling, append
 from spa_jax.models.combine import ROUTED, Setting, always, skipped
-from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps, positions_from_mask
+from spa_jax.models.llama import PADDING, Cache, Llama, Params, by_position, normalize_taps, positions_from_mask
 from spa_jax.models.router import consult
 from spa_jax.split import wire
 from spa_jax.split.wire import Codec, Encoded, ReplyMode
@@ -103,7 +103,7 @@ def prefill(
     groups, length = tokens.shape
     positions = positions_from_mask(jnp.arange(length, dtype=jnp.int32)[None, :] < lengths[:, None])
     cache = init_cache(model.config, groups, slots, model.dtype)
-    out = model.apply({"params": frozen}, tokens, positions, cache)
+    out = model.apply({"params": frozen}, tokens, positions, cache, by_position(positions, None))
     last = (lengths - 1)[:, None, None]
     hidden = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
     prompt = None

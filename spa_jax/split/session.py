@@ -17,7 +17,7 @@ from spa_jax.decoding.hypotheses import Generation, generations
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, SETTINGS
-from spa_jax.models.llama import Llama, Params
+from spa_jax.models.llama import Params
 from spa_jax.split import wire
 from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
 from spa_jax.split.messages_pb2 import Open, Reply, Taps
@@ -218,7 +218,6 @@ class Cloud:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self._compiled: set[tuple[object, ...]] = set()
-        self._dtype = jax.tree.leaves(backbone.params)[0].dtype
 
     def open(self, request: Open) -> Session:
         """Begins a generation: runs the prompts, and on until the device is needed.
@@ -283,7 +282,7 @@ class Cloud:
                 raise UserError(f"early_stopping is '{request.beams.early_stopping}'; choices are {', '.join(early)}")
             stopping = early[request.beams.early_stopping]
             beams = Beams(request.beams.width, request.beams.length_penalty, stopping).check()  # type: ignore[arg-type]
-        model = Llama(backbone.config, taps, self._dtype, layout=backbone.layout)
+        model = backbone.model(taps)
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None)
         config = CloudConfig(model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids)
         lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from spa_jax.data.encoding import Template
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED
+from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Remat
 from spa_jax.models.peft import METHODS, TARGETS, Method
 from spa_jax.models.side import SideKind
@@ -132,6 +133,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig
     tap_cache: TapCacheConfig
+    compute: Compute
     mesh: MeshConfig
     distributed: DistributedConfig
 

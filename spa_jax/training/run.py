@@ -131,10 +131,7 @@ def _git_commit() -> str | None:
 
 def backbone_model(config: RunConfig, plugin: PluginConfig | PeftConfig, backbone: Backbone) -> Llama:
     """The backbone with what a run needs of it."""
-    dtype = jnp.dtype(config.dtype)
-    if isinstance(plugin, PeftConfig):
-        return Llama(backbone.config, (), dtype, config.peft.remat, backbone.layout)
-    return Llama(backbone.config, plugin.side.taps, dtype, layout=backbone.layout)
+    return backbone.model((), config.peft.remat) if isinstance(plugin, PeftConfig) else backbone.model(plugin.side.taps)
 
 
 def trainable_params(config: RunConfig, plugin: PluginConfig | PeftConfig, backbone: Backbone) -> Params:
@@ -156,7 +153,7 @@ def trainable_params(config: RunConfig, plugin: PluginConfig | PeftConfig, backb
 
 
 def open_tap_cache(
-    options: TapCacheConfig, dtype: str, plugin: PluginConfig, backbone: Backbone, examples: Sequence[Example]
+    options: TapCacheConfig, plugin: PluginConfig, backbone: Backbone, examples: Sequence[Example]
 ) -> TapCache:
     """The tap cache of a plugin's examples, with room checked; nothing is computed yet."""
     if "://" in options.directory:
@@ -165,9 +162,8 @@ def open_tap_cache(
             "name a directory that all processes share (a network file system), or set tap_cache.enabled=false"
         )
     root = Path(options.directory or cache_directory() / "taps")
-    cache = TapCache(
-        root, Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, dtype, plugin.side.attends)
-    )
+    side, dtype = plugin.side, backbone.dtype.name
+    cache = TapCache(root, Layout(backbone.identity, side.taps, plugin.hidden_size, dtype, side.attends))
     cache.check_room(examples, options.limit_gib)
     return cache
 
@@ -206,10 +202,9 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     if not in_bucket(workdir) and workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
-    dtype = jnp.dtype(config.dtype)
     layout = MeshLayout(make_mesh(config.mesh, config.train.batch_size // config.train.accumulate))
     layout.check_batch(config.train.batch_size, config.train.accumulate)
-    backbone = load_backbone(config.backbone, dtype, layout)
+    backbone = load_backbone(config.backbone, config.dtype, layout, config.compute)
     encoder = make_encoder(backbone, config.data)
     (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
     log.info("%d training and %d held-out examples", len(examples), len(held_out))
@@ -224,7 +219,7 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     if isinstance(plugin, PeftConfig):
         log.info("'%s' trains through the backbone, which is run at every step: no tap cache", config.setting)
     elif config.tap_cache.enabled:
-        cache = open_tap_cache(config.tap_cache, config.dtype, plugin, backbone, every)
+        cache = open_tap_cache(config.tap_cache, plugin, backbone, every)
     open_workdir(workdir, config, backbone, (examples, held_out))
 
     model = backbone_model(config, plugin, backbone)

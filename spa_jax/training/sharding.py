@@ -10,7 +10,7 @@ feed-forward width, V vocabulary; P taps, E side width.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -201,16 +201,41 @@ class MeshLayout(Layout):
         """Equal parts that the batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in ROWS)
 
+    @property
+    def devices(self) -> int:
+        """As of `Layout`."""
+        return self.mesh.size
+
+    @property
+    def platform(self) -> str:
+        """As of `Layout`."""
+        return self.mesh.devices.flat[0].platform
+
+    def size(self, letter: str) -> int:
+        """As of `Layout`."""
+        axis = LETTERS.get(letter)
+        return self.parts if axis == ROWS else self.mesh.shape[axis] if axis else 1
+
+    def _spec(self, x: jax.Array, axes: str) -> PartitionSpec:
+        divides = (size % self.size(letter) == 0 for letter, size in zip(axes, x.shape))
+        return P(*(LETTERS.get(letter) if whole else None for letter, whole in zip(axes, divides)))
+
+    def mapped(self, part: Callable[..., jax.Array], arguments: Sequence[str]) -> Callable[..., jax.Array]:
+        """As of `Layout`."""
+        if self.mesh.size == 1:
+            return part
+
+        def call(*xs: jax.Array) -> jax.Array:
+            specs = tuple(self._spec(x, axes) for x, axes in zip(xs, arguments, strict=True))
+            return jax.shard_map(part, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*xs)
+
+        return call
+
     def __call__(self, x: jax.Array, axes: str) -> jax.Array:
         """As of `Layout`."""
         if self.mesh.size == 1:
             return x
-        parts = []
-        for letter, size in zip(axes, x.shape):
-            axis = LETTERS.get(letter)
-            count = self.parts if axis == ROWS else self.mesh.shape[axis] if axis else 1
-            parts.append(axis if size % count == 0 else None)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*parts)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x, axes)))
 
     def parameters(self, tree: Tree) -> Tree:
         """As of `Layout`."""

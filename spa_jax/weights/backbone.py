@@ -3,8 +3,11 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
+
+from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.layout import ONE_DEVICE, Layout
-from spa_jax.models.llama import LlamaConfig, Params
+from spa_jax.models.llama import Llama, LlamaConfig, Params, Remat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,6 +25,7 @@ class Backbone:
         eos_ids: ids that end a generation, ascending; empty when the checkpoint names none.
         fingerprint: 32 hex digits that identify architecture and weights, whatever dtype they were loaded as.
         layout: how they lie on devices.
+        compute: how it computes.
     """
 
     name: str
@@ -31,3 +35,18 @@ class Backbone:
     eos_ids: tuple[int, ...]
     fingerprint: str
     layout: Layout = ONE_DEVICE
+    compute: Compute = AUTOMATIC
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations, and of what is kept as numbers with a fraction."""
+        return self.params["norm"]["scale"].dtype
+
+    @property
+    def identity(self) -> str:
+        """Of what it computes: the fingerprint, and how the weights are kept where that changes results."""
+        return self.fingerprint + ("" if self.compute.weights == "float" else f"-{self.compute.weights}")
+
+    def model(self, taps: tuple[int, ...] = (), remat: Remat = "none") -> Llama:
+        """The program of these parameters, see `Llama`."""
+        return Llama(self.config, taps, self.dtype, remat, self.layout, self.compute)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.errors import UserError
+from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.layout import ONE_DEVICE, Layout
 from spa_jax.weights import pypi
 from spa_jax.weights.backbone import Backbone
@@ -47,7 +48,12 @@ REGISTRY = {
 }
 
 
-def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, layout: Layout = ONE_DEVICE) -> Backbone:
+def load_backbone(
+    name: str,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    layout: Layout = ONE_DEVICE,
+    compute: Compute = AUTOMATIC,
+) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
 
     Args:
@@ -55,6 +61,7 @@ def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, layout: 
             the first of these that it is.
         dtype: of the parameters, float32 or bfloat16.
         layout: how it lies on devices.
+        compute: how it computes.
 
     Raises:
         UserError: when the name is none of these, or the backbone cannot be fetched or read.
@@ -62,7 +69,7 @@ def load_backbone(name: str, dtype: jax.typing.DTypeLike = jnp.float32, layout: 
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
-    return dataclasses.replace(load(path, dtype, layout.sharding), name=name, layout=layout)
+    return dataclasses.replace(load(path, dtype, layout.sharding), name=name, layout=layout, compute=compute)
 
 
 def cache_directory() -> pathlib.Path:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spa_jax.decoding.cache import init_cache
+from spa_jax.models.compute import Compute
 from spa_jax.models.llama import (
     PADDING,
     Llama,
@@ -263,3 +264,11 @@ def test_llama_7b_has_the_parameters_of_llama_7b():
     assert config.num_params == 6_738_415_616
     assert dataclasses.replace(config, tie_word_embeddings=True).num_params == 6_738_415_616 - 32000 * 4096
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(init_params(config, abstract=True)))
+
+
+@pytest.mark.parametrize("compute", [Compute("xla"), Compute("blockwise", 2), Compute("auto", 100)])
+def test_how_it_is_computed_changes_nothing(uncached, tiny_config, tiny_params, compute):
+    model = Llama(tiny_config, TAPS, compute=compute)
+    found = jax.jit(model.apply)({"params": tiny_params}, TOKENS, rows_of(24, 3))
+    np.testing.assert_allclose(found.hidden, uncached.hidden, atol=1e-5)
+    np.testing.assert_allclose(found.taps, uncached.taps, atol=1e-5)

@@ -1,0 +1,147 @@
+"""Kernels of scaled dot-product attention with grouped keys and values. All compute the same, at different speeds.
+
+- `xla`: scores of all queries and keys at once.
+- `blockwise`: exact attention for one row and some queries at a time (Rabe & Staats 2021), so that scores stay in a
+  processor's cache.
+- `splash`: a fused kernel for TPUs (Dao et al. 2022, in Pallas) that skips what causality hides.
+- `cudnn`: NVIDIA's fused kernel, for half precision.
+
+One token, or tokens that see a cache with others in it, always take `xla` or `blockwise`. Shape letters: B batch, T
+queries, S keys, N query heads, K key/value heads, H head width.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jaxtyping import Array, Bool, Float
+
+from spa_jax.errors import UserError
+from spa_jax.models.compute import Kernel
+from spa_jax.models.layout import Layout
+
+BLOCK_SCORES = 2**20
+"""Scores of one block of `blockwise`: 4 MiB of float32."""
+LANES = 128
+"""Splash attention works on multiples of so many tokens."""
+
+
+def attend(
+    kernel: Kernel,
+    layout: Layout,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B 1 T S"],
+    real: Bool[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v over the keys that the mask shows to each query; a query that sees none gets anything
+    finite.
+
+    Args:
+        kernel: to use.
+        layout: how the arrays lie on devices.
+        q, k, v: after the rotary embedding.
+        mask: which keys a query sees.
+        real: where the keys are the queries' own tokens and causality alone hides them, which of these are no padding;
+            else None.
+
+    Raises:
+        UserError: the kernel cannot run here.
+    """
+    chosen = choose(kernel, layout, q.dtype, many=q.shape[1] > 1, causal=real is not None)
+    if chosen == "splash" and real is not None:
+        return _splash(layout, q, k, v, real)
+    if chosen == "blockwise":
+        return _blockwise(q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if chosen == "cudnn" else "xla")
+
+
+def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, many: bool, causal: bool) -> Kernel:
+    """The kernel for these queries.
+
+    Raises:
+        UserError: one was asked for that cannot run on this platform or in this dtype.
+    """
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    best: dict[str, Kernel] = {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn" if half else "xla"}
+    if kernel == "auto":
+        kernel = best.get(layout.platform, "xla")
+        if kernel == "blockwise" and layout.devices > 1:
+            kernel = "xla"  # a loop over rows would leave all but one device idle
+    elif kernel == "splash" and layout.platform != "tpu":
+        raise UserError(f"compute.attention=splash needs a TPU, and this is a {layout.platform}: leave it at auto")
+    elif kernel == "cudnn" and not (layout.platform == "gpu" and half):
+        raise UserError(
+            f"compute.attention=cudnn needs a GPU and bfloat16, and this is a {layout.platform} and {dtype.name}: "
+            "leave it at auto, or set dtype=bfloat16"
+        )
+    if not many or (kernel in ("splash", "cudnn") and not causal):
+        return "xla"
+    return kernel
+
+
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    rows, length, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    shared = heads // groups  # G query heads that share a key head
+    blocks = -(-heads * length * keys // BLOCK_SCORES)
+    size = -(-length // blocks)
+    padding = blocks * size - length
+    mask = jnp.pad(jnp.broadcast_to(mask, (rows, 1, length, keys)), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    mask = mask.reshape(rows, blocks, size, keys)
+    q = jnp.pad(q * width**-0.5, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    q = q.reshape(rows, blocks, size, groups, shared, width).transpose(0, 1, 3, 4, 2, 5)
+    q = q.reshape(rows, blocks, groups, shared * size, width)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+
+    def row(each: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, mask = each
+
+        def block(some: tuple[jax.Array, jax.Array]) -> jax.Array:
+            q, seen = some
+            scores = jnp.einsum("kth,khs->kts", q, k, preferred_element_type=jnp.float32)
+            scores = jnp.where(jnp.tile(seen, (shared, 1)), scores, -0.7 * jnp.finfo(jnp.float32).max)
+            weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+            mixed = jnp.einsum("kts,ksh->kth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+        return jax.lax.map(block, (q, mask))
+
+    out = jax.lax.map(row, (q, k, v, mask))
+    out = out.reshape(rows, blocks, groups, shared, size, width).transpose(0, 1, 4, 2, 3, 5)
+    return out.reshape(rows, blocks * size, heads, width)[:, :length]
+
+
+def _splash(layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
+    """Padding belongs to a segment of its own, which no real token sees."""
+    length, width = q.shape[1], q.shape[3]
+    if k.shape[2] % layout.size("K"):  # copied to all devices, each of which has some of the query heads
+        k, v = (jnp.repeat(each, q.shape[2] // k.shape[2], axis=2) for each in (k, v))
+    ((q, k, v), segments) = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, -length % LANES), *[(0, 0)] * (x.ndim - 2))),
+        ((q * width**-0.5, k, v), real.astype(jnp.int32)),
+    )
+    attention = layout.mapped(_splash_part, ("BTNH", "BTKH", "BTKH", "BT"))
+    return attention(q, k, v, segments)[:, :length]
+
+
+def _splash_part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False) -> jax.Array:
+    """On one device."""
+    length, heads = q.shape[1:3]
+    block = max(size for size in (512, 256, LANES) if length % size == 0)
+    sizes = splash_kernel.BlockSizes(block, block, block, block, block, block, block, block)
+    kernel = splash_kernel.make_splash_mha_single_device(
+        splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
+        block_sizes=sizes,
+        interpret=interpret,
+    )
+    q, k, v = (each.swapaxes(1, 2) for each in (q, k, v))
+    each_row = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_kernel.SegmentIds(s, s)))
+    return each_row(q, k, v, segments).swapaxes(1, 2)
+
+
+splash_on_cpu = functools.partial(_splash_part, interpret=True)
+"""`splash` without a TPU, slow, for tests: the scaled queries, keys and values `[B,T,N,H]`, T a multiple of `LANES`."""

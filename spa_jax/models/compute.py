@@ -1,0 +1,33 @@
+"""How a backbone computes what it does: choices of speed and memory."""
+
+import dataclasses
+from typing import Literal
+
+from spa_jax.errors import UserError
+
+Kernel = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
+Weights = Literal["float", "int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """`compute.*`
+
+    Attributes:
+        attention: the kernel that runs many tokens at once, see `spa_jax.models.attention`; `auto` is the best of the
+            platform.
+        unroll: blocks in one turn of the loop over them; more of them compile longer.
+        weights: `int8` keeps the backbone's matrices in 8 bits with a scale for each output channel, see
+            `spa_jax.models.quantized`, and changes what it says a little.
+    """
+
+    attention: Kernel = "auto"
+    unroll: int = 1
+    weights: Weights = "float"
+
+    def __post_init__(self) -> None:
+        if self.unroll < 1:
+            raise UserError(f"compute.unroll is {self.unroll}, but must be 1 or more")
+
+
+AUTOMATIC = Compute()

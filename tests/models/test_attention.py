@@ -1,0 +1,124 @@
+"""Every kernel of attention against a softmax written out in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spa_jax.errors import UserError
+from spa_jax.models import attention
+from spa_jax.models.attention import attend, choose, splash_on_cpu
+from spa_jax.models.compute import Compute
+from spa_jax.models.layout import ONE_DEVICE, Layout
+
+
+def softmax_attention(q, k, v, mask):
+    """float64, head by head."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    shared = q.shape[2] // k.shape[2]
+    out = np.zeros_like(q)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        seen = np.flatnonzero(mask[b, 0, t])
+        if len(seen):
+            scores = k[b, seen, n // shared] @ q[b, t, n] / np.sqrt(q.shape[3])
+            weights = np.exp(scores - scores.max())
+            out[b, t, n] = (weights / weights.sum()) @ v[b, seen, n // shared]
+    return out
+
+
+def draw(seed, rows, length, keys, heads, groups, width):
+    rng = np.random.default_rng(seed)
+    shapes = ((rows, length, heads, width), (rows, keys, groups, width), (rows, keys, groups, width))
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 3),
+    st.integers(2, 13),
+    st.integers(1, 15),
+    st.sampled_from([(4, 4), (6, 2), (3, 1)]),
+)
+def test_blockwise_is_a_softmax_for_any_lengths_and_mask(seed, rows, length, keys, heads):
+    q, k, v = draw(seed, rows, length, keys, *heads, 4)
+    mask = np.random.default_rng(seed).random((rows, 1, length, keys)) < 0.6
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "BLOCK_SCORES", heads[0] * keys * 3)  # three queries a block
+        found = np.asarray(attend("blockwise", ONE_DEVICE, q, k, v, jnp.asarray(mask), None))
+    sees_any = mask.any(axis=3)[:, 0]
+    np.testing.assert_allclose(found[sees_any], softmax_attention(q, k, v, mask)[sees_any], atol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def test_blockwise_has_the_gradient_of_xla():
+    q, k, v = draw(3, 2, 10, 12, 6, 2, 4)
+    mask = jnp.asarray(np.random.default_rng(3).random((1, 1, 10, 12)) < 0.7)  # one for all rows
+
+    def summed(kernel, arrays):
+        return jnp.sum(jnp.sin(attend(kernel, ONE_DEVICE, *arrays, mask, None)))
+
+    ours, theirs = (jax.grad(functools.partial(summed, kernel))((q, k, v)) for kernel in ("blockwise", "xla"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_splash_is_a_causal_softmax_that_sees_no_padding(heads):
+    """By Pallas's interpreter; real tokens on either side of the padding."""
+    q, k, v = draw(5, 2, 128, 128, *heads, 16)
+    real = np.ones((2, 128), bool)
+    real[0, 100:] = real[1, :7] = False
+    mask = (np.tri(128, dtype=bool) & real[:, None, :])[:, None]
+    found = np.asarray(splash_on_cpu(q * 0.25, k, v, jnp.asarray(real, jnp.int32)))
+    np.testing.assert_allclose(found[real], softmax_attention(q, k, v, mask)[real], atol=2e-3)
+
+    def summed(part, q, k, v):
+        return jnp.sum(jnp.where(real[:, :, None, None], jnp.sin(part(q, k, v)), 0))
+
+    def splash(q, k, v):
+        return splash_on_cpu(q * 0.25, k, v, jnp.asarray(real, jnp.int32))
+
+    def plain(q, k, v):
+        return attend("xla", ONE_DEVICE, q, k, v, jnp.asarray(mask), None)
+
+    ours, theirs = (jax.grad(functools.partial(summed, part), (0, 1, 2))(q, k, v) for part in (splash, plain))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-3), ours, theirs)
+
+
+class Elsewhere(Layout):
+    """As many devices of another kind."""
+
+    platform, devices = "", 1
+
+    def __init__(self, platform, devices=1):
+        object.__setattr__(self, "platform", platform)
+        object.__setattr__(self, "devices", devices)
+
+
+def test_each_platform_has_its_kernel():
+    def auto(platform, dtype=jnp.float32, devices=1, many=True, causal=True):
+        return choose("auto", Elsewhere(platform, devices), jnp.dtype(dtype), many, causal)
+
+    assert (auto("cpu"), auto("tpu"), auto("gpu"), auto("gpu", jnp.bfloat16)) == ("blockwise", "splash", "xla", "cudnn")
+    assert auto("cpu", devices=8) == "xla"
+    assert auto("cpu", causal=False) == "blockwise"
+    assert {auto(platform, jnp.bfloat16, causal=False) for platform in ("tpu", "gpu")} == {"xla"}
+    assert {auto(platform, jnp.bfloat16, many=False) for platform in ("cpu", "tpu", "gpu")} == {"xla"}
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_kernel_of_another_platform_is_refused(kernel):
+    with pytest.raises(UserError, match=f"compute.attention={kernel} needs a .PU.*this is a cpu"):
+        choose(kernel, Elsewhere("cpu"), jnp.dtype(jnp.bfloat16), True, True)
+    with pytest.raises(UserError, match="dtype=bfloat16"):
+        choose("cudnn", Elsewhere("gpu"), jnp.dtype(jnp.float32), True, True)
+
+
+def test_no_blocks_in_a_turn_is_refused():
+    with pytest.raises(UserError, match=r"compute\.unroll"):
+        Compute(unroll=0)
