@@ -18,6 +18,7 @@ from spa_jax.decoding.sampling import GREEDY
 from spa_jax.models.llama import Llama, Params, init_params
 from spa_jax.models.peft import METHODS
 from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.quantized import Matrix, quantize
 from spa_jax.split import wire
 from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
 from spa_jax.split.device import Seen, correct
@@ -85,6 +86,8 @@ def compile_programs(
     dtype = jnp.dtype(config.dtype)
     shape = architecture(config.backbone)
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init_params(shape, abstract=True))
+    if config.compute.weights == "int8" and which != "finetune":
+        frozen = jax.eval_shape(lambda params: jax.tree_util.tree_map_with_path(_quantized, params), frozen)
     frozen = _placed(layout, frozen)
     tokenizer: Any = None
     backbone = Backbone(config.backbone, shape, frozen, tokenizer, (2,), "", layout, config.compute)
@@ -123,6 +126,10 @@ def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Siz
         batch = jax.tree.map(lambda leaf: _array(layout, leaf.shape, leaf.dtype), features)
     step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
     yield _compile("train step", step, state, backbone.params, batch)[0]
+
+
+def _quantized(path: tuple[Any, ...], leaf: jax.Array) -> Matrix:
+    return quantize("/".join(key.key for key in path), leaf)
 
 
 def _batch(layout: MeshLayout, sizes: Sizes) -> Batch:

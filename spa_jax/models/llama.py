@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spa_jax.models.attention import attend
 from spa_jax.models.compute import AUTOMATIC, Compute, Kernel
 from spa_jax.models.layout import ONE_DEVICE, Layout
+from spa_jax.models.quantized import dequantize, rows_of
 
 PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
@@ -254,6 +255,24 @@ class Block(nn.Module):
         return (h, taps, cache), None
 
 
+class Embedding(nn.Module):
+    """Tokens to vectors, and back to logits where the LM head is tied to them."""
+
+    vocabulary: int
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        initializer = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        self.embedding = self.param("embedding", initializer, (self.vocabulary, self.width))
+
+    def __call__(self, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
+        return rows_of(self.embedding, tokens).astype(self.dtype)
+
+    def attend(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
+        return hidden @ dequantize(self.embedding).astype(self.dtype).T
+
+
 class Llama(nn.Module):
     """The backbone without sampling: `__call__` gives hidden state and taps, `logits` applies the LM head.
 
@@ -275,10 +294,12 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
-        block = Block
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+        block, dense = Block, nn.Dense
+        if self.compute.weights == "int8":
+            block, dense = (nn.map_variables(each, "params", dequantize) for each in (block, dense))
         if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -290,7 +311,7 @@ class Llama(nn.Module):
         self.blocks = scanned(c, self.dtype, self.layout, self.compute.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+            self.lm_head = dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
+from spa_jax.models.quantized import need_floats
 from spa_jax.split import wire
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
@@ -27,6 +28,7 @@ BLOCK = 2048
 
 def head_of(backbone: Backbone, codec: Codec | None = None) -> Head:
     """The backbone's LM head, in a codec or as it is."""
+    need_floats(backbone.params, "a copy of the LM head")
     params = backbone.params
     tied = backbone.config.tie_word_embeddings
     kernel = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"].T

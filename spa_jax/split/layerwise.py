@@ -32,6 +32,7 @@ from spa_jax.models.llama import (
     rope_frequencies,
 )
 from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
+from spa_jax.models.quantized import need_floats
 from spa_jax.split import wire
 from spa_jax.split.channel import Channel, Traffic
 from spa_jax.split.messages_pb2 import Layer, Reply
@@ -85,6 +86,7 @@ class LayerwiseCloud:
     """A backbone that asks a device at every layer."""
 
     def __init__(self, backbone: Backbone, config: PeftConfig, codec: Codec, channel: Channel) -> None:
+        need_floats(backbone.params, "LoRA or Adapter on a device")
         self._backbone, self._config, self._codec, self._channel = backbone, config, codec, channel
         self._step = 0
 

@@ -196,6 +196,8 @@ class RunConfig:
             )
         if self.side.init == "pruned" and self.side.kind != "transformer":
             raise UserError("side.init=pruned copies backbone blocks, which only side.kind=transformer has")
+        if self.side.init == "pruned" and self.compute.weights != "float":
+            raise UserError("side.init=pruned copies the backbone's floats: leave compute.weights at 'float'")
         if self.side.kind == "transformer" and self.side.width % (2 * self.side.heads):
             raise UserError(
                 f"side.width={self.side.width} does not give each of side.heads={self.side.heads} an even width: "

@@ -172,6 +172,7 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         raise UserError(f"the rule for the parameter '{path}' has {len(spec)} axes, and the parameter {list(shape)}")
     parts = []
     for index, (axis, size) in enumerate(zip(spec, shape)):
+        axis = axis if size > 1 else None  # as where a scale is the same for all
         count = mesh.shape[axis] if axis else 1
         if size % count:
             fewer = size < count and FEWER_ARE_COPIED.fullmatch(path)

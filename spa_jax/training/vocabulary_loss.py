@@ -36,9 +36,8 @@ def best_tokens(model: Llama, params: Params, hidden: Float[Array, "*M D"]) -> I
 
 def _head(model: Llama, params: Params) -> Params:
     """What `logits` reads, split by V alone: fetched once, and not for every chunk."""
-    if model.config.tie_word_embeddings:
-        return {"embed": {"embedding": model.layout(params["embed"]["embedding"], "VD")}}
-    return {"lm_head": {"kernel": model.layout(params["lm_head"]["kernel"], "DV")}}
+    name, axes = ("embed", "VD") if model.config.tie_word_embeddings else ("lm_head", "DV")
+    return {name: jax.tree.map(lambda leaf: model.layout(leaf, axes), params[name])}
 
 
 def _chunk(layout: Layout, x: Shaped[Array, "M ..."]) -> Shaped[Array, "chunks size ..."]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spa_jax.errors import UserError
+from spa_jax.models.compute import Weights
 from spa_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf_file import GGUFFile
@@ -45,14 +46,17 @@ _ABSENT = object()
 
 
 def load_gguf(
-    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None
+    path: str | pathlib.Path,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shardings: Shardings | None = None,
+    weights: Weights = "float",
 ) -> Backbone:
     """Loads weights, config and tokenizer from one GGUF file.
 
     Args:
         path: of the file.
         dtype: of the parameters, float32 or bfloat16.
-        shardings: see `mapping.convert`.
+        shardings, weights: see `mapping.convert`.
 
     Raises:
         UserError: when the file is corrupt or truncated, or asks for something not supported.
@@ -62,7 +66,7 @@ def load_gguf(
     config = llama_config_from_gguf(file)
     tokenizer = tokenizer_from_metadata(file.metadata, path)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings)
+    params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings, weights)
     return Backbone(str(path), config, params, tokenizer, eos_ids(file.metadata), fingerprint)
 
 

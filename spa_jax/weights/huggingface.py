@@ -15,6 +15,7 @@ from jaxtyping import Float
 from transformers import PreTrainedTokenizerFast
 
 from spa_jax.errors import UserError
+from spa_jax.models.compute import Weights
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.hf_config import llama_config_from_hf
 from spa_jax.weights.mapping import Shardings, convert
@@ -32,14 +33,17 @@ class HubUnavailable(UserError):
 
 
 def load_directory(
-    path: str | pathlib.Path, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None
+    path: str | pathlib.Path,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shardings: Shardings | None = None,
+    weights: Weights = "float",
 ) -> Backbone:
     """Loads a checkpoint as `save_pretrained` writes it.
 
     Args:
         path: a directory with `config.json`, `model.safetensors` or its shards and index, and `tokenizer.json`.
         dtype: of the parameters, float32 or bfloat16.
-        shardings: see `mapping.convert`.
+        shardings, weights: see `mapping.convert`.
 
     Raises:
         UserError: when a file is missing or corrupt, or the config asks for something not supported.
@@ -49,7 +53,7 @@ def load_directory(
     config = llama_config_from_hf(described)
     tokenizer = load_tokenizer(path)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, SafetensorsSource(path), dtype, shardings)
+    params, fingerprint = convert(config, SafetensorsSource(path), dtype, shardings, weights)
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.is_file() else {}
     eos = _ids(described.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | _ids(tokenizer.eos_token_id)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -17,7 +18,9 @@ import numpy as np
 from jaxtyping import Float
 
 from spa_jax.errors import UserError
+from spa_jax.models.compute import Weights
 from spa_jax.models.llama import LlamaConfig, Params, init_params
+from spa_jax.models.quantized import Matrix, quantize
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 """Where a parameter lies, named by its slash-separated path and its shape; None for the default device."""
@@ -94,7 +97,11 @@ class Layout:
 
 
 def convert(
-    config: LlamaConfig, source: Source, dtype: jax.typing.DTypeLike = jnp.float32, shardings: Shardings | None = None
+    config: LlamaConfig,
+    source: Source,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    shardings: Shardings | None = None,
+    weights: Weights = "float",
 ) -> tuple[Params, str]:
     """Reads every tensor of a checkpoint once, one parameter at a time.
 
@@ -106,6 +113,7 @@ def convert(
         source: its tensors.
         dtype: of the parameters, float32 or bfloat16.
         shardings: where the parameters lie; without it they go to the default device.
+        weights: whether matrices stay floats; otherwise the devices quantise them, one parameter after the other.
 
     Returns:
         The parameters and the fingerprint of architecture and source values.
@@ -137,8 +145,14 @@ def convert(
                 return name, _digest(name, tensor)
 
             digests.update(pool.map(fill, range(len(names)), names))
-            params[path] = parts.finish()
+            params[path] = parts.finish() if weights == "float" else _quantized(path, parts.finish(), shardings)
     return flax.traverse_util.unflatten_dict(params, sep="/"), _fingerprint(config, digests)
+
+
+def _quantized(path: str, leaf: jax.Array, shardings: Shardings | None) -> Matrix:
+    how = functools.partial(quantize, path)
+    lies = jax.tree.map(lambda part: shardings(path, part.shape) if shardings else None, jax.eval_shape(how, leaf))
+    return jax.block_until_ready(jax.jit(how, out_shardings=lies)(leaf))
 
 
 class _Parts:

@@ -69,7 +69,8 @@ def load_backbone(
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
-    return dataclasses.replace(load(path, dtype, layout.sharding), name=name, layout=layout, compute=compute)
+    backbone = load(path, dtype, layout.sharding, compute.weights)
+    return dataclasses.replace(backbone, name=name, layout=layout, compute=compute)
 
 
 def cache_directory() -> pathlib.Path:

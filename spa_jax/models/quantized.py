@@ -1,0 +1,64 @@
+"""A frozen backbone in 8 bits: every matrix as int8 with one float32 scale for each of its output channels, by Qwix.
+
+A block's matrices become floats again within the loop over the blocks, where XLA makes that a part of their products:
+no second copy of the backbone is ever there. Norms and biases stay as they are. Shape letters as in
+`spa_jax.models.llama`, I and O for the input and output width of any matrix.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+from jaxtyping import Array, Float, Int
+
+from spa_jax.errors import UserError
+
+Matrix = Any
+"""A `jax.Array` or a `qwix.QArray`."""
+
+CHANNELS = {
+    r"embed/embedding": (0,),  # V,D
+    r"blocks/attention/[qkv]/kernel": (1, 2),  # D,N,H
+    r"blocks/attention/o/kernel": (2,),  # N,H,D
+    r"blocks/mlp/(gate|up|down)/kernel": (1,),  # I,O
+    r"lm_head/kernel": (1,),  # D,V
+}
+"""Parameter path -> the axes of one block's matrix along which scales differ: all that a product does not sum over."""
+
+
+def quantize(path: str, leaf: jax.Array) -> Matrix:
+    """A parameter in 8 bits, round(w / scale) with scale = max |w| / 127.5 of each output channel; those that are no
+    matrix stay as they are. Blocks are worked through one by one."""
+    axes = next((axes for pattern, axes in CHANNELS.items() if re.fullmatch(pattern, path)), None)
+    if axes is None:
+        return leaf
+
+    def one(matrix: jax.Array) -> qwix.QArray:
+        return qwix.quantize(matrix.astype(jnp.float32), jnp.int8, channelwise_axes=axes)
+
+    return jax.lax.map(one, leaf) if path.startswith("blocks/") else one(leaf)
+
+
+def dequantize(tree: Any) -> Any:
+    """Parameters with every matrix as floats."""
+    return jax.tree.map(lambda leaf: qwix.dequantize(leaf) if _quantized(leaf) else leaf, tree, is_leaf=_quantized)
+
+
+def rows_of(embedding: Matrix, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
+    """The embeddings of these tokens out of `[V,D]`, and no others as floats."""
+    if isinstance(embedding, qwix.QArray):
+        return embedding.qvalue[tokens].astype(jnp.float32) * embedding.scale[tokens]
+    return embedding[tokens]
+
+
+def need_floats(params: Any, what: str) -> None:
+    """Raises:
+    UserError: the parameters are quantised, and `what` does not work on such."""
+    if any(map(_quantized, jax.tree.leaves(params, is_leaf=_quantized))):
+        raise UserError(f"{what} needs a backbone whose weights are floats: leave weights at 'float'")
+
+
+def _quantized(leaf: Any) -> bool:
+    return isinstance(leaf, qwix.QArray)
