@@ -70,7 +70,8 @@ class Cost:
     """Of one run of a program on one device.
 
     Attributes:
-        flops: of matrix products and convolutions, a multiplication and an addition counted as two.
+        flops: of matrix products and convolutions, a multiplication and an addition counted as two; those within a
+            hand-written kernel, such as that of attention, are not seen.
         bytes: read from and written to the main memory, nearly.
         collectives: bytes of the arrays that are exchanged, by the kind of exchange.
         largest_outside: bytes of the largest exchange of each kind outside of every loop.
@@ -306,6 +307,14 @@ def _moved(instruction: Instruction, body: Computation, computations: dict[str, 
     return total + max(results - in_place, 0)
 
 
+def _is_view(instruction: Instruction, computations: dict[str, Computation]) -> bool:
+    """Whether it is a fusion within one that only puts an array's tiles in another order: what goes on from there reads
+    no more of it."""
+    if instruction.opcode != "fusion":
+        return False
+    return {inner.opcode for inner in computations[instruction.calls()[0]].values()} == {"parameter", "copy"}
+
+
 def _touched(parameter: Instruction, inner: Computation, computations: dict[str, Computation]) -> tuple[int, int]:
     """Bytes of a fusion's parameter that are read, and of it those of its result that were in place before."""
     names = {parameter.name}  # also of what is but another view of it
@@ -314,7 +323,7 @@ def _touched(parameter: Instruction, inner: Computation, computations: dict[str,
         at = [index for index, name in enumerate(user.operands) if name in names]
         if not at:
             continue
-        if user.opcode == "bitcast":
+        if user.opcode == "bitcast" or _is_view(user, computations):
             names.add(user.name)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and at == [0]:
             touched += user.size
