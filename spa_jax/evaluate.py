@@ -16,12 +16,14 @@ from spa_jax import command
 from spa_jax.data.tasks import TASKS, Split
 from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS, Setting
+from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
+KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 TASK = flags.DEFINE_enum("task", None, list(TASKS), "What to evaluate on.")
 DATA = flags.DEFINE_string("data", "", "Directory with the task's splits as JSON lines; the hub by default.")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Of the task.")
@@ -59,7 +61,9 @@ def main() -> None:
         THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,
         BATCH_SIZE.value, EFFECT.value,
     )  # fmt: skip
-    backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
+    backbone = load_backbone(
+        BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, KEPT.value))
+    )
     show(evaluate(config, backbone, plugin, Path(OUTPUT.value)))
 
 

@@ -24,6 +24,7 @@ from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import SETTINGS, Setting
+from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.printer import Printer
 from spa_jax.split import client
 from spa_jax.split.channel import InProcess, Traffic
@@ -43,6 +44,7 @@ from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
+KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read prompts from the terminal, each answered on its own.")
 SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
@@ -172,7 +174,7 @@ CHILDREN = contextlib.ExitStack()
 
 def own_cloud(backbone: Backbone) -> str:
     """The address of a cloud on this machine, where nothing but a device that works on can be late."""
-    return CHILDREN.enter_context(cloud_process(backbone.name, "--deadline=60")).address
+    return CHILDREN.enter_context(cloud_process(backbone.name, "--deadline=60", f"--weights={KEPT.value}")).address
 
 
 def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
@@ -251,7 +253,9 @@ def main() -> None:
         raise UserError("--beams searches and --temperature samples: give one of them")
     beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
     plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
-    backbone = load_backbone(BACKBONE.value or (plugin.backbone if plugin else ""))
+    backbone = load_backbone(
+        BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, KEPT.value))
+    )
     with CHILDREN:
         answer_all(responder(backbone, plugin, sampling, beams), backbone, plugin)
 

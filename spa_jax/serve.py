@@ -28,6 +28,7 @@ from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import SETTINGS, Setting
+from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.printer import Printer
 from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
 from spa_jax.split.generation import open_message
@@ -48,6 +49,7 @@ PORT = flags.DEFINE_integer("port", 8470, "cloud: port to listen on; 0 for any t
 METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "cloud: port of Prometheus metrics, on --host; 0 for none.")
 BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "cloud, head: name, directory or .gguf file.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "cloud: of the backbone; bfloat16 on GPUs and TPUs.")
+KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "cloud: int8 keeps the backbone's matrices in 8 bits.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "cloud: devices that every block is split over.", lower_bound=1)
 TLS_CERT = flags.DEFINE_string("tls_cert", "", "cloud: PEM file of its certificate.")
 TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key.")
@@ -107,7 +109,7 @@ def load_split() -> Backbone:
     if TENSOR.value > len(devices):
         raise UserError(f"--tensor={TENSOR.value}, but this machine has {len(devices)} devices")
     layout = MeshLayout(make_mesh(MeshConfig(1, 1, TENSOR.value, 1), 1, devices[: TENSOR.value]))
-    return load_backbone(BACKBONE.value, DTYPE.value, layout)
+    return load_backbone(BACKBONE.value, DTYPE.value, layout, Compute(weights=cast(Weights, KEPT.value)))
 
 
 async def run_cloud() -> None:

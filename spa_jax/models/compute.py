@@ -1,12 +1,13 @@
 """How a backbone computes what it does: choices of speed and memory."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from spa_jax.errors import UserError
 
 Kernel = Literal["auto", "xla", "blockwise", "splash", "cudnn"]
 Weights = Literal["float", "int8"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,3 +80,32 @@ def test_the_cloud_half_of_llama_7b_fits_four_small_chips(compile_for):
     assert [program["name"] for program in report["programs"]] == ["prefill", "advance"]
     weights = 2 * 6.74e9 / 4
     assert weights < report["peak_bytes_per_chip"] < report["chip_bytes"]
+
+
+def test_the_cloud_half_of_llama_7b_in_8_bits_fits_one_small_chip(compile_for):
+    """It reads each matrix once a token, as int8: no floats are written."""
+    status, report = compile_for(
+        "v5e:1x1", "--program=cloud", "--config.compute.weights=int8", "--rows=8", "--length=896"
+    )
+    assert status == 0
+    prefill, advance = report["programs"]
+    weights = 6.74e9
+    assert weights < prefill["argument_bytes"] < 1.01 * weights
+    assert advance["peak_bytes"] < report["chip_bytes"]
+
+
+def test_splash_attention_keeps_no_scores(compile_for):
+    """Neither forward nor, in LoRA, backward."""
+    for arguments in ((WITHOUT_CACHE,), ("--config.setting=lora",)):
+        _, fused = compile_for("v5e:2x4", *arguments)
+        _, whole = compile_for("v5e:2x4", *arguments, "--config.compute.attention=xla")
+        scores = 32 * 1024 * 1024 * 2  # of a chip's row, in bfloat16
+        saved = whole["programs"][0]["temporary_bytes"] - fused["programs"][0]["temporary_bytes"]
+        assert saved > scores
+
+
+def test_two_slices_are_compiled_as_one_mesh(compile_for):
+    status, report = compile_for("v5e:2x4", WITHOUT_CACHE, "--config.mesh.slices=2", "--config.train.batch_size=16")
+    assert status == 0
+    assert report["chips"] == 16
+    assert tuple(report["mesh"].values()) == (2, 8, 1)

@@ -16,9 +16,11 @@ from spa_jax.compiling.hlo import parse
 from spa_jax.data.pipeline import Batch
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Llama, LlamaConfig, init_params
 from spa_jax.models.peft import PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.quantized import quantize
 from spa_jax.models.side import SideConfig
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig, optimizer
@@ -36,7 +38,8 @@ TOKENWISE = PluginConfig("spa", SideConfig("tokenwise", 8, TAPS), CONFIG.hidden_
 TRANSFORMER = PluginConfig("s2", SideConfig("transformer", 8, TAPS, heads=2), CONFIG.hidden_size)
 LORA = PeftConfig("lora", 4)
 ROUTER = RouterConfig("improvement", 0.0, True, True, True)
-TX = optimizer(OptimizerConfig(1e-3, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 10)
+TX = optimizer(OptimizerConfig(2e-4, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 10)
+"""Adam divides by the size of a gradient: where that is float noise, whole steps are."""
 
 
 def layout_of(shape):
@@ -46,6 +49,13 @@ def layout_of(shape):
 def random(tree, seed, scale=0.3):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(np.float32), tree)
+
+
+def in_bits(params):
+    def quantized(keys, leaf):
+        return quantize("/".join(key.key for key in keys), leaf)
+
+    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(quantized, tree))(params)
 
 
 def make_batch():
@@ -64,7 +74,7 @@ def run(layout):
     """All that a mesh computes, as arrays on the host, and the arrays where they lie."""
     frozen = layout.place_all(init_params(CONFIG, seed=1))
     batch = layout.put(make_batch())
-    model = Llama(CONFIG, TAPS, layout=layout)
+    model = Llama(CONFIG, TAPS, layout=layout, compute=Compute("xla"))  # one device alone would take another kernel
     params = random(init_plugin(TOKENWISE, abstract=True), 5)
     folds = [random(init_plugin(TOKENWISE, abstract=True)["side"], seed) for seed in (6, 7)]
     params["folds"] = jax.tree.map(lambda *leaves: np.stack(leaves), *folds)
@@ -75,16 +85,21 @@ def run(layout):
         state, sums = compiled(state, frozen, batch)
     other = layout.place_all(random(init_plugin(TRANSFORMER, abstract=True), 8))
     outcomes = make_eval_step(TRANSFORMER, model)(other, frozen, batch)
-    through = make_train_step(LORA, ROUTER, Llama(CONFIG, remat="full", layout=layout), TX, ACCUMULATE)
+    in_8_bits = layout.place_all(in_bits(init_params(CONFIG, seed=1)))
+    quantized = Llama(CONFIG, TAPS, layout=layout, compute=Compute("xla", weights="int8"))
+    outcomes_8 = make_eval_step(TRANSFORMER, quantized)(other, in_8_bits, batch)
+    remat = dataclasses.replace(model, taps=(), remat="full")
+    through = make_train_step(LORA, ROUTER, remat, TX, ACCUMULATE)
     lora = layout.place_all(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
     lora, lora_sums = through(lora, frozen, batch)
     plugin = Plugin(TOKENWISE, {k: v for k, v in params.items() if k != "folds"}, "", "", "plain")
     plugin = dataclasses.replace(plugin, params=layout.place_all(plugin.params))
-    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", layout), plugin)
+    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", layout, Compute("xla")), plugin)
     prompts = [np.random.default_rng(row).integers(0, 96, 3 + row % 5).tolist() for row in range(8)]
     decoded = fused.advance(fused.start(prompts, 6), GREEDY, 6)
     computed = {
-        "params": state.params, "optimizer": state.opt_state, "sums": sums, "outcomes": outcomes,
+        "params": state.params, "optimizer": state.opt_state, "sums": sums,
+        "outcomes": outcomes, "outcomes_8": outcomes_8,
         "lora": lora.params, "lora_sums": lora_sums,
         "tokens": decoded.hypotheses.tokens, "consulted": decoded.hypotheses.consulted, "cache": decoded.cache,
     }  # fmt: skip
