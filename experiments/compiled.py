@@ -1,12 +1,14 @@
 """What training takes of a TPU chip, by the compiler: python -m experiments.compiled --python=.venv-tpu/bin/python
 
 LLaMA of 7, 13 and 70 billion parameters by SPA, LST, LoRA, Adapter and full fine-tuning, 8 rows of 1024 tokens a step;
-and SPA on the 7 billion from 4 to 256 chips with a row on every chip. Nothing is run and no TPU is needed: `--python`
+what `compute.*` and `peft.remat` change on the 7 billion, and the cloud's programs on one chip and on four; and SPA on
+the 7 billion from 4 to 256 chips with a row on every chip. Nothing is run and no TPU is needed: `--python`
 is of an environment with the TPU compiler (pip install -e '.[tpu]'). Each program is compiled once and kept, so that a
 killed run goes on; then the table and the plot are made from what is there.
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,24 @@ TOPOLOGIES = {
     128: "v5e:8x16",
     256: "v5e:16x16",
 }
+LORA = METHODS["LoRA"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "SPA, compute.attention=xla": (*SPA, "--config.compute.attention=xla"),
+    "SPA, compute.unroll=4": (*SPA, "--config.compute.unroll=4"),
+    "SPA, compute.weights=int8": (*SPA, "--config.compute.weights=int8"),
+    "LoRA, compute.attention=xla": (*LORA, "--config.compute.attention=xla"),
+    "LoRA, peft.remat=dots": (*LORA, "--config.peft.remat=dots"),
+    "LoRA, peft.remat=none": (*LORA, "--config.peft.remat=none"),
+    "LoRA, compute.weights=int8": (*LORA, "--config.compute.weights=int8"),
+}
+"""On eight chips, beside the defaults: splash attention, a block at a time, bfloat16 weights, remat=full."""
+CLOUD = ("--program=cloud", "--rows=8", "--length=896")
+CLOUDS: dict[str, tuple[str, ...]] = {
+    "bfloat16": ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"),
+    "int8 on four": ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4", "--config.compute.weights=int8"),
+    "int8": ("v5e:1x1", "--config.compute.weights=int8"),
+}
+"""The topology, and options."""
 GIB = 2**30
 
 
@@ -86,17 +106,39 @@ def main() -> None:
         for method, options in METHODS.items():
             found = compiled(f"{backbone}-{method.lower()}", backbone, topology, *options)
             lines.append(f"| {backbone}, {method} | {topology} | {' | '.join(row(found))} |")
+    lines += ["", "What choices change on LLaMA-7B:", "", head, "|---" * 7 + "|"]
+    for choice, options in CHOICES.items():
+        found = compiled(f"llama-7b-{_file(choice)}", "llama-7b", "v5e:2x4", *options)
+        lines.append(f"| {choice} | v5e:2x4 | {' | '.join(row(found))} |")
+    lines += ["", "The cloud's programs, LLaMA-7B, 8 prompts of 896 tokens; a new token of each:", ""]
+    lines += ["| weights | chips | GiB a chip | fits | GiB read and written a token |", "|---" * 5 + "|"]
+    for weights, (topology, *mesh) in CLOUDS.items():
+        found = compiled(f"llama-7b-cloud-{_file(weights)}", "llama-7b", topology, *CLOUD, *mesh)
+        lines.append(f"| {weights} | {topology} | {' | '.join(_decode_row(found))} |")
     lines += ["", "SPA on LLaMA-7B, a row on every chip, up to eight chips to a copy:", "", head, "|---" * 7 + "|"]
     reports: dict[int, dict[str, Any]] = {}
     for chips, topology in TOPOLOGIES.items():
-        mesh = (f"--rows={chips}", f"--config.mesh.fsdp={min(chips, 8)}", "--config.mesh.tensor=1")
-        found = compiled(f"llama-7b-spa-on-{chips}", "llama-7b", topology, *SPA, *mesh)
+        spread = (f"--rows={chips}", f"--config.mesh.fsdp={min(chips, 8)}", "--config.mesh.tensor=1")
+        found = compiled(f"llama-7b-spa-on-{chips}", "llama-7b", topology, *SPA, *spread)
         lines.append(f"| SPA | {topology} | {' | '.join(row(found))} |")
         reports |= {chips: found} if found else {}
     write_bytes(Path(OUTPUT.value) / "README.md", ("\n".join(lines) + "\n").encode())
     write_json(Path(OUTPUT.value) / "scaling.json", {str(chips): _short(found) for chips, found in reports.items()})
     _plot(reports)
     Console().print("\n".join(lines), markup=False)
+
+
+def _file(name: str) -> str:
+    """A name as part of a file's."""
+    return "-".join(re.findall(r"\w+", name.lower()))
+
+
+def _decode_row(report: dict[str, Any] | None) -> list[str]:
+    if report is None or not report["fits"]:
+        return ["not compiled" if report is None else "does not fit", *[""] * 2]
+    advance = next(program for program in report["programs"] if program["name"] == "advance")
+    memory = f"{report['peak_bytes_per_chip'] / GIB:.2f} of {report['chip_bytes'] / GIB:.2f}"
+    return [memory, "yes", f"{advance['cost']['bytes'] / GIB:.2f}"]
 
 
 def _short(report: dict[str, Any]) -> dict[str, Any]:
