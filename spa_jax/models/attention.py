@@ -24,6 +24,8 @@ from spa_jax.models.layout import Layout
 
 BLOCK_SCORES = 2**20
 """Scores of one block of `blockwise`: 4 MiB of float32."""
+FEW_SCORES = 2**16
+"""Of one row: with fewer, `xla` is as fast on a processor."""
 LANES = 128
 """Splash attention works on multiples of so many tokens."""
 
@@ -51,7 +53,8 @@ def attend(
     Raises:
         UserError: the kernel cannot run here.
     """
-    chosen = choose(kernel, layout, q.dtype, many=q.shape[1] > 1, causal=real is not None)
+    scores = q.shape[1] * q.shape[2] * k.shape[1] if q.shape[1] > 1 else 0
+    chosen = choose(kernel, layout, q.dtype, scores, causal=real is not None)
     if chosen == "splash" and real is not None:
         return _splash(layout, q, k, v, real)
     if chosen == "blockwise":
@@ -59,8 +62,14 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if chosen == "cudnn" else "xla")
 
 
-def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, many: bool, causal: bool) -> Kernel:
-    """The kernel for these queries.
+def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, scores: int, causal: bool) -> Kernel:
+    """The kernel to use.
+
+    Args:
+        kernel: that was asked for.
+        layout, dtype: of the arrays.
+        scores: of one row, 0 for a single query.
+        causal: whether causality alone hides keys, as of `attend`.
 
     Raises:
         UserError: one was asked for that cannot run on this platform or in this dtype.
@@ -69,7 +78,7 @@ def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, many: bool, causal:
     best: dict[str, Kernel] = {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn" if half else "xla"}
     if kernel == "auto":
         kernel = best.get(layout.platform, "xla")
-        if kernel == "blockwise" and layout.devices > 1:
+        if kernel == "blockwise" and (layout.devices > 1 or scores < FEW_SCORES):
             kernel = "xla"  # a loop over rows would leave all but one device idle
     elif kernel == "splash" and layout.platform != "tpu":
         raise UserError(f"compute.attention=splash needs a TPU, and this is a {layout.platform}: leave it at auto")
@@ -78,7 +87,7 @@ def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, many: bool, causal:
             f"compute.attention=cudnn needs a GPU and bfloat16, and this is a {layout.platform} and {dtype.name}: "
             "leave it at auto, or set dtype=bfloat16"
         )
-    if not many or (kernel in ("splash", "cudnn") and not causal):
+    if not scores or (kernel in ("splash", "cudnn") and not causal):
         return "xla"
     return kernel
 
