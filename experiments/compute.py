@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.ablation import hardware
-from experiments.decode_bench import milliseconds
 from experiments.pytorch import THREADS, use_threads
 from spa_jax import command
 from spa_jax.data.pipeline import Batch
@@ -124,6 +123,13 @@ def decode(backbone: Backbone, count: int, steps: int, rng: np.random.Generator)
         return state.position
 
     return advance
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return 1e3 * (time.perf_counter() - began)
 
 
 def ways_of(choice: Choice) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
