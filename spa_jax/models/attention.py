@@ -26,6 +26,8 @@ BLOCK_SCORES = 2**20
 """Scores of one block of `blockwise`: 4 MiB of float32."""
 FEW_SCORES = 2**16
 """Of one row: with fewer, `xla` is as fast on a processor."""
+PARTS = 4
+"""Of the queries in `blockwise`, where causality hides keys: each sees the keys up to its own end."""
 LANES = 128
 """Splash attention works on multiples of so many tokens."""
 
@@ -58,7 +60,7 @@ def attend(
     if chosen == "splash" and real is not None:
         return _splash(layout, q, k, v, real)
     if chosen == "blockwise":
-        return _blockwise(q, k, v, mask)
+        return _blockwise(q, k, v, mask, causal=real is not None)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if chosen == "cudnn" else "xla")
 
 
@@ -92,36 +94,44 @@ def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, scores: int, causal
     return kernel
 
 
-def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
+    """Of the keys that causality hides, most are not touched; a gradient computes scores again and stores none."""
     rows, length, heads, width = q.shape
     keys, groups = k.shape[1:3]
     shared = heads // groups  # G query heads that share a key head
-    blocks = -(-heads * length * keys // BLOCK_SCORES)
-    size = -(-length // blocks)
-    padding = blocks * size - length
-    mask = jnp.pad(jnp.broadcast_to(mask, (rows, 1, length, keys)), ((0, 0), (0, 0), (0, padding), (0, 0)))
-    mask = mask.reshape(rows, blocks, size, keys)
-    q = jnp.pad(q * width**-0.5, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    q = q.reshape(rows, blocks, size, groups, shared, width).transpose(0, 1, 3, 4, 2, 5)
-    q = q.reshape(rows, blocks, groups, shared * size, width)
+    q = (q * width**-0.5).reshape(rows, length, groups, shared, width)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    mask = jnp.broadcast_to(mask[:, 0], (rows, length, keys))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(k: jax.Array, v: jax.Array, q: jax.Array, seen: jax.Array) -> jax.Array:
+        size = len(q)
+        q = q.transpose(1, 2, 0, 3).reshape(groups, shared * size, width)
+        scores = jnp.einsum("kth,khs->kts", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.tile(seen, (shared, 1)), scores, -0.7 * jnp.finfo(jnp.float32).max)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        mixed = jnp.einsum("kts,ksh->kth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+        return mixed.reshape(groups, shared, size, width).transpose(2, 0, 1, 3)
+
+    def part(k: jax.Array, v: jax.Array, *queries: jax.Array) -> jax.Array:
+        count = len(queries[0])
+        blocks = -(-heads * count * k.shape[-1] // BLOCK_SCORES)
+        size = -(-count // blocks)
+        padded = (jnp.pad(x, ((0, blocks * size - count), *[(0, 0)] * (x.ndim - 1))) for x in queries)
+        in_blocks = tuple(x.reshape(blocks, size, *x.shape[1:]) for x in padded)
+        mixed = jax.lax.map(lambda some: block(k, v, *some), in_blocks)
+        return mixed.reshape(blocks * size, heads, width)[:count]
 
     def row(each: tuple[jax.Array, ...]) -> jax.Array:
         q, k, v, mask = each
+        if not causal:
+            return part(k, v, q, mask)
+        step = -(-length // PARTS)
+        bounds = [(at, min(at + step, length)) for at in range(0, length, step)]
+        return jnp.concatenate([part(k[..., :end], v[:, :end], q[at:end], mask[at:end, :end]) for at, end in bounds])
 
-        def block(some: tuple[jax.Array, jax.Array]) -> jax.Array:
-            q, seen = some
-            scores = jnp.einsum("kth,khs->kts", q, k, preferred_element_type=jnp.float32)
-            scores = jnp.where(jnp.tile(seen, (shared, 1)), scores, -0.7 * jnp.finfo(jnp.float32).max)
-            weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-            mixed = jnp.einsum("kts,ksh->kth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-
-        return jax.lax.map(block, (q, mask))
-
-    out = jax.lax.map(row, (q, k, v, mask))
-    out = out.reshape(rows, blocks, groups, shared, size, width).transpose(0, 1, 4, 2, 3, 5)
-    return out.reshape(rows, blocks * size, heads, width)[:, :length]
+    return jax.lax.map(row, (q, k, v, mask))
 
 
 def _splash(layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:

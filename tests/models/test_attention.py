@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spa_jax.compiling.hlo import cost
 from spa_jax.errors import UserError
 from spa_jax.models import attention
 from spa_jax.models.attention import attend, choose, splash_on_cpu
@@ -55,15 +56,60 @@ def test_blockwise_is_a_softmax_for_any_lengths_and_mask(seed, rows, length, key
     assert np.isfinite(found).all()
 
 
-def test_blockwise_has_the_gradient_of_xla():
-    q, k, v = draw(3, 2, 10, 12, 6, 2, 4)
-    mask = jnp.asarray(np.random.default_rng(3).random((1, 1, 10, 12)) < 0.7)  # one for all rows
+def padded(seed, rows, length):
+    """Real tokens with padding on either side of them, and the mask of those before each."""
+    begin, end = np.sort(np.random.default_rng(seed).integers(0, length + 1, (2, rows)), axis=0)[:, :, None]
+    real = (begin <= np.arange(length)) & (np.arange(length) < end)
+    return real, (np.tri(length, dtype=bool) & real[:, None, :])[:, None]
 
-    def summed(kernel, arrays):
-        return jnp.sum(jnp.sin(attend(kernel, ONE_DEVICE, *arrays, mask, None)))
 
-    ours, theirs = (jax.grad(functools.partial(summed, kernel))((q, k, v)) for kernel in ("blockwise", "xla"))
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(2, 21), st.sampled_from([(4, 4), (6, 2), (3, 1)]))
+def test_blockwise_is_a_causal_softmax_that_sees_no_padding(seed, rows, length, heads):
+    """Also where there are fewer queries than parts, or more in a part than in a block."""
+    q, k, v = draw(seed, rows, length, length, *heads, 4)
+    real, mask = padded(seed, rows, length)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "BLOCK_SCORES", heads[0] * length * 2)  # two queries a block, or a few more
+        found = np.asarray(attend("blockwise", ONE_DEVICE, q, k, v, jnp.asarray(mask), jnp.asarray(real)))
+    np.testing.assert_allclose(found[real], softmax_attention(q, k, v, mask)[real], atol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def summed(kernel, mask, real, q, k, v):
+    """A number with a gradient in every real token."""
+    mixed = jnp.sin(attend(kernel, ONE_DEVICE, q, k, v, mask, real))
+    return jnp.sum(mixed if real is None else jnp.where(real[:, :, None, None], mixed, 0))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blockwise_has_the_gradient_of_xla(causal):
+    q, k, v = draw(3, 3, 11, 11 if causal else 12, 6, 2, 4)
+    real, mask = map(jnp.asarray, padded(4, 3, 11))
+    if not causal:
+        real, mask = None, jnp.asarray(np.random.default_rng(3).random((1, 1, 11, 12)) < 0.7)  # one for all rows
+    ours, theirs = (
+        jax.jit(jax.grad(summed, (3, 4, 5)), static_argnums=0)(kernel, mask, real, q, k, v)
+        for kernel in ("blockwise", "xla")
+    )
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), ours, theirs)
+
+
+def test_blockwise_leaves_hidden_keys_alone_and_keeps_no_scores_for_a_gradient():
+    q, k, v = draw(6, 2, 256, 256, 4, 2, 8)
+    mask, real = jnp.ones((2, 1, 256, 256), bool), jnp.ones((2, 256), bool)
+
+    def compiled(real):
+        gradient = jax.grad(functools.partial(summed, "blockwise", mask, real), (0, 1, 2))
+        return jax.jit(gradient).lower(q, k, v).compile()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(attention, "BLOCK_SCORES", 4 * 256 * 16)
+        some, every = compiled(real), compiled(None)
+    ratio = cost(some.as_text()).flops / cost(every.as_text()).flops
+    assert ratio == pytest.approx((attention.PARTS + 1) / (2 * attention.PARTS), rel=0.01)
+    scores = 2 * 4 * 256 * 256 * 4
+    assert max(program.memory_analysis().temp_size_in_bytes for program in (some, every)) < scores / 2
 
 
 @pytest.mark.slow
