@@ -14,8 +14,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
 from spa_jax.errors import UserError
@@ -149,16 +147,19 @@ def _splash(layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.
 
 def _splash_part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False) -> jax.Array:
     """On one device."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # half a second
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     length, heads = q.shape[1:3]
     block = max(size for size in (512, 256, LANES) if length % size == 0)
-    sizes = splash_kernel.BlockSizes(block, block, block, block, block, block, block, block)
-    kernel = splash_kernel.make_splash_mha_single_device(
-        splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
+    sizes = splash.BlockSizes(block, block, block, block, block, block, block, block)
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
         block_sizes=sizes,
         interpret=interpret,
     )
     q, k, v = (each.swapaxes(1, 2) for each in (q, k, v))
-    each_row = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_kernel.SegmentIds(s, s)))
+    each_row = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))
     return each_row(q, k, v, segments).swapaxes(1, 2)
 
 
