@@ -74,6 +74,7 @@ def test_the_threshold_moves_the_share_from_all_to_none(answer):
     assert never["tokens"] == answer("--setting=base")[0]["tokens"]
 
 
+@pytest.mark.slow
 def test_two_programs_say_what_one_does_and_what_it_cost(answer):
     for search in ((), ("--beams=3",)):
         one, _ = answer(*search)
@@ -86,6 +87,7 @@ def test_two_programs_say_what_one_does_and_what_it_cost(answer):
         assert f"{two['exchanges']} exchanges (ratio M {two['ratio']:.2f})" in printed
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_does(plugin, tmp_path, environment):
     said = {}
     for channel in ("none", "grpc"):
@@ -108,6 +110,7 @@ def test_a_simulated_network_takes_what_its_flags_say(answer):
     assert gone["tokens"] == answer("--setting=base")[0]["tokens"]
 
 
+@pytest.mark.slow
 def test_fewer_bytes_by_a_smaller_codec(answer):
     full, small = (answer("--channel=in-process", f"--codec={codec}")[0] for codec in ("float32", "int8"))
     assert small["tokens"] == full["tokens"]

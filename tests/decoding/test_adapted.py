@@ -63,6 +63,7 @@ def test_greedy_equals_rerunning_the_whole_text_and_stops_at_eos(config, backbon
     assert [token for token, _ in ending.stream(PROMPTS[1], NEW)] == ends[1]
 
 
+@pytest.mark.slow
 def test_a_beam_search_of_lora_equals_that_of_merged_weights(backbone):
     plugin, beams = make_plugin(LORA, backbone), Beams(3)
     merged = jax.tree.map(np.array, backbone.params)

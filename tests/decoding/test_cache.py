@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from spa_jax.decoding.cache import cache_bytes, count_slots, init_cache, place_newest, reorder, see_prompt
 from spa_jax.decoding.hypotheses import rows_of
@@ -13,6 +14,7 @@ from spa_jax.models.llama import PADDING, Llama, positions_from_mask
 LENGTHS, WIDTH, ROOM = np.array([4, 9]), 3, 6
 
 
+@pytest.mark.slow
 def test_hypotheses_that_share_a_row_see_the_prompt_and_their_own_tokens(tiny_config, tiny_params):
     """A random tree; the first group pauses at the third step, and the slots hold garbage to begin with."""
     rng, model = np.random.default_rng(0), Llama(tiny_config)

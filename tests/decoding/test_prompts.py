@@ -11,7 +11,7 @@ from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.prompts import PromptState, PromptStore
 
 
-@pytest.mark.parametrize("kind", ["tokenwise", "transformer"])
+@pytest.mark.parametrize("kind", ["tokenwise", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_another_model_goes_on_from_what_the_first_one_left(backbone, kind):  # noqa: F811
     store, batch = PromptStore(1.0), [*PROMPTS, PROMPTS[3][:5]]
     first = FusedModel(backbone, make_plugin("spa", kind=kind), "spa", prompts=store)

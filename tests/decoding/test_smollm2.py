@@ -57,6 +57,7 @@ def torch_smollm2(smollm2):
     return model
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_pytorchs(smollm2, torch_smollm2):
     """By induction: PyTorch's choice after each prefix of our text, in one forward a text, is our next token."""
     import torch

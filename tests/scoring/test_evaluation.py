@@ -101,6 +101,7 @@ def loss_by_hand(backbone, plugin, examples, sigma_of):
     return total / count, asked / count
 
 
+@pytest.mark.slow
 def test_losses_and_generations_are_those_by_hand(backbone, plugin, data, tmp_path):
     summary = evaluate(config_of(data), backbone, plugin, tmp_path / "out")
     encoder, examples = encode(backbone, data)

@@ -172,6 +172,7 @@ def test_options_that_mean_nothing_are_refused(keys, named, make_config):
         make_config(keys)
 
 
+@pytest.mark.slow
 def test_the_tap_cache_changes_nothing_for_a_side_network_that_attends(make_config, tmp_path):
     keys = {"side.kind": "transformer", "side.heads": 2}
     found = [
