@@ -124,3 +124,43 @@ ENTRY %main (a: {array(left)}, b: {array(right)}) -> {array(out)} {{
 }}
 """
     assert cost(text).flops == 2 * products
+
+
+TILED = """HloModule tiled
+
+%reordered (q: s8[4,32,64]) -> s8[4,32,64] {
+  %q = s8[4,32,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = s8[4,32,64]{2,1,0:T(8,128)(4,1)} copy(%q)
+}
+
+%product (x: bf16[8,32], w: s8[4,32,64], i: s32[]) -> bf16[8,64] {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %w = s8[4,32,64]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %again = s8[4,32,64]{2,1,0:T(8,128)(4,1)} fusion(%w), kind=kLoop, calls=%reordered
+  %one = s8[1,32,64]{2,1,0} dynamic-slice(%again, %i, %zero, %zero), dynamic_slice_sizes={1,32,64}
+  %float = bf16[1,32,64]{2,1,0} convert(%one)
+  %matrix = bf16[32,64]{1,0} bitcast(%float)
+  ROOT %dot = bf16[8,64]{1,0} dot(%x, %matrix), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[8,32], w: s8[4,32,64], i: s32[]) -> bf16[8,64] {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %w = s8[4,32,64]{2,1,0:T(32,128)(4,1)} parameter(1)
+  %i = s32[] parameter(2)
+  %mixed = bf16[8,32]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block":"256"
+}}, metadata={op_name="attention"}
+  ROOT %out = bf16[8,64]{1,0} fusion(%mixed, %w, %i), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_stack_in_other_tiles_is_read_by_the_slice():
+    """And a kernel's metadata over several lines ends no computation."""
+    found = cost(TILED)
+    assert found.flops == 2 * 8 * 32 * 64
+    rows, matrix, out = 2 * 8 * 32, 32 * 64, 2 * 8 * 64
+    kernel = 2 * rows
+    assert found.bytes == kernel + rows + matrix + out + 4  # the last for the index
