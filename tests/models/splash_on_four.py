@@ -1,0 +1,55 @@
+"""Splash attention on four devices, by Pallas's interpreter: prints how far it is from XLA's on one, mesh by mesh."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spa_jax.models import attention
+from spa_jax.models.layout import ONE_DEVICE
+from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+
+MESHES = {
+    "heads split": (4, 1, 2, 2),
+    "rows split": (4, 2, 2, 1),
+    "more devices than key heads": (4, 1, 1, 4),
+    "rows that do not divide": (3, 2, 1, 2),
+}
+"""Rows, and devices along data, fsdp and tensor."""
+LENGTH, HEADS, KEY_HEADS, WIDTH = 100, 4, 2, 8
+
+
+def difference(rows: int, *mesh: int) -> float:
+    """The largest, of the output at real tokens and of the gradients."""
+    rng = np.random.default_rng(0)
+    shapes = [(rows, LENGTH, heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    real = jnp.arange(LENGTH) < jnp.asarray(rng.integers(1, LENGTH + 1, (rows, 1)))
+    mask = (jnp.tri(LENGTH, dtype=bool) & real[:, None, :])[:, None]
+    layout = MeshLayout(make_mesh(MeshConfig(*mesh, 1), rows, jax.devices()))
+
+    def splash(*arrays: jax.Array) -> jax.Array:
+        return attention._splash(layout, *arrays, real)
+
+    def plain(*arrays: jax.Array) -> jax.Array:
+        return attention.attend("xla", ONE_DEVICE, *arrays, mask, None)
+
+    def outcome(kernel, arrays):
+        def summed(*arrays):
+            out = jnp.where(real[:, :, None, None], kernel(*arrays), 0)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(summed, (0, 1, 2), has_aux=True))(*arrays)
+
+    found, wanted = (jax.device_get(outcome(kernel, arrays)) for kernel in (splash, plain))
+    return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+
+
+if __name__ == "__main__":
+    attention._splash_part = attention.splash_on_cpu
+    print(json.dumps({name: difference(*mesh) for name, mesh in MESHES.items()}))
