@@ -11,6 +11,7 @@ queries, S keys, N query heads, K key/value heads, H head width.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def attend(
         return _splash(layout, q, k, v, real)
     if chosen == "blockwise":
         return _blockwise(q, k, v, mask, causal=real is not None)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if chosen == "cudnn" else "xla")
+    if chosen == "cudnn":
+        return _on_each_device(layout, _cudnn_part, q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
 def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, scores: int, causal: bool) -> Kernel:
@@ -132,17 +135,33 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal
     return jax.lax.map(row, (q, k, v, mask))
 
 
+def _on_each_device(
+    layout: Layout,
+    part: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: jax.Array,
+) -> jax.Array:
+    """A kernel that the compiler cannot split: every device runs it on its own rows and heads; `rows` is an array with
+    the batch first that says what they see."""
+    if k.shape[2] % layout.size("K"):  # copied to all devices, each of which has some of the query heads
+        k, v = (jnp.repeat(each, q.shape[2] // k.shape[2], axis=2) for each in (k, v))
+    return layout.mapped(part, ("BTNH", "BTKH", "BTKH", "B"))(q, k, v, rows)
+
+
+def _cudnn_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+
 def _splash(layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
     """Padding belongs to a segment of its own, which no real token sees."""
     length, width = q.shape[1], q.shape[3]
-    if k.shape[2] % layout.size("K"):  # copied to all devices, each of which has some of the query heads
-        k, v = (jnp.repeat(each, q.shape[2] // k.shape[2], axis=2) for each in (k, v))
     ((q, k, v), segments) = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, -length % LANES), *[(0, 0)] * (x.ndim - 2))),
         ((q * width**-0.5, k, v), real.astype(jnp.int32)),
     )
-    attention = layout.mapped(_splash_part, ("BTNH", "BTKH", "BTKH", "BT"))
-    return attention(q, k, v, segments)[:, :length]
+    return _on_each_device(layout, _splash_part, q, k, v, segments)[:, :length]
 
 
 def _splash_part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False) -> jax.Array:

@@ -141,13 +141,13 @@ def test_splash_is_a_causal_softmax_that_sees_no_padding(heads):
 
 
 @pytest.mark.slow
-def test_splash_on_four_devices_is_xla_on_one():
-    """Padded to the lanes of a TPU, forward and backward."""
-    command = [sys.executable, "-m", "tests.models.splash_on_four"]
+def test_a_kernel_on_four_devices_is_xla_on_one():
+    """Forward and backward, splash padded to the lanes of a TPU."""
+    command = [sys.executable, "-m", "tests.models.kernels_on_four"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     differences = json.loads(done.stdout)
-    assert len(differences) == 4
+    assert len(differences) == 8
     assert max(differences.values()) < 5e-5, differences
 
 

@@ -1,4 +1,7 @@
-"""Splash attention on four devices, by Pallas's interpreter: prints how far it is from XLA's on one, mesh by mesh."""
+"""The kernels that a device runs on its own part, on four devices: how far they are from XLA's on one, as JSON.
+
+Splash attention runs by Pallas's interpreter; of cuDNN's only how it is split is true here, XLA's standing in for it.
+"""
 
 import os
 
@@ -24,7 +27,7 @@ MESHES = {
 LENGTH, HEADS, KEY_HEADS, WIDTH = 100, 4, 2, 8
 
 
-def difference(rows: int, *mesh: int) -> float:
+def difference(kernel: str, rows: int, *mesh: int) -> float:
     """The largest, of the output at real tokens and of the gradients."""
     rng = np.random.default_rng(0)
     shapes = [(rows, LENGTH, heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
@@ -33,23 +36,30 @@ def difference(rows: int, *mesh: int) -> float:
     mask = (jnp.tri(LENGTH, dtype=bool) & real[:, None, :])[:, None]
     layout = MeshLayout(make_mesh(MeshConfig(*mesh, 1), rows, jax.devices()))
 
-    def splash(*arrays: jax.Array) -> jax.Array:
-        return attention._splash(layout, *arrays, real)
+    def ours(*arrays: jax.Array) -> jax.Array:
+        if kernel == "splash":
+            return attention._splash(layout, *arrays, real)
+        return attention._on_each_device(layout, attention._cudnn_part, *arrays, mask)
 
     def plain(*arrays: jax.Array) -> jax.Array:
         return attention.attend("xla", ONE_DEVICE, *arrays, mask, None)
 
-    def outcome(kernel, arrays):
+    def outcome(attend, arrays):
         def summed(*arrays):
-            out = jnp.where(real[:, :, None, None], kernel(*arrays), 0)
+            out = jnp.where(real[:, :, None, None], attend(*arrays), 0)
             return jnp.sum(jnp.sin(out)), out
 
         return jax.jit(jax.grad(summed, (0, 1, 2), has_aux=True))(*arrays)
 
-    found, wanted = (jax.device_get(outcome(kernel, arrays)) for kernel in (splash, plain))
+    found, wanted = (jax.device_get(outcome(attend, arrays)) for attend in (ours, plain))
     return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
 
 
+def without_cudnn(q, k, v, mask):
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
 if __name__ == "__main__":
-    attention._splash_part = attention.splash_on_cpu
-    print(json.dumps({name: difference(*mesh) for name, mesh in MESHES.items()}))
+    attention._splash_part, attention._cudnn_part = attention.splash_on_cpu, without_cudnn
+    every = {f"{k}, {name}": difference(k, *mesh) for k in ("splash", "cudnn") for name, mesh in MESHES.items()}
+    print(json.dumps(every))
