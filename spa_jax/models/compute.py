@@ -17,7 +17,8 @@ class Compute:
     Attributes:
         attention: the kernel that runs many tokens at once, see `spa_jax.models.attention`; `auto` is the best of the
             platform.
-        unroll: blocks in one turn of the loop over them; more of them compile longer.
+        unroll: blocks in one turn of the loop over them; more of them compile longer, and on a CPU XLA copies their
+            weights before a turn, which slows generation.
         weights: `int8` keeps the backbone's matrices in 8 bits with a scale for each output channel, see
             `spa_jax.models.quantized`, and changes what it says a little.
     """
