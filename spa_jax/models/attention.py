@@ -55,7 +55,7 @@ def attend(
         UserError: the kernel cannot run here.
     """
     scores = q.shape[1] * q.shape[2] * k.shape[1] if q.shape[1] > 1 else 0
-    chosen = choose(kernel, layout, q.dtype, scores, causal=real is not None)
+    chosen = choose(kernel, layout, q.dtype, q.shape[3], scores, causal=real is not None)
     if chosen == "splash" and real is not None:
         return _splash(layout, q, k, v, real)
     if chosen == "blockwise":
@@ -65,30 +65,31 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, scores: int, causal: bool) -> Kernel:
+def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, width: int, scores: int, causal: bool) -> Kernel:
     """The kernel to use.
 
     Args:
         kernel: that was asked for.
         layout, dtype: of the arrays.
+        width: H.
         scores: of one row, 0 for a single query.
         causal: whether causality alone hides keys, as of `attend`.
 
     Raises:
         UserError: one was asked for that cannot run on this platform or in this dtype.
     """
-    half = dtype in (jnp.bfloat16, jnp.float16)
-    best: dict[str, Kernel] = {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn" if half else "xla"}
+    fused = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
+    best: dict[str, Kernel] = {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn" if fused else "xla"}
     if kernel == "auto":
         kernel = best.get(layout.platform, "xla")
         if kernel == "blockwise" and (layout.devices > 1 or scores < FEW_SCORES):
             kernel = "xla"  # a loop over rows would leave all but one device idle
     elif kernel == "splash" and layout.platform != "tpu":
         raise UserError(f"compute.attention=splash needs a TPU, and this is a {layout.platform}: leave it at auto")
-    elif kernel == "cudnn" and not (layout.platform == "gpu" and half):
+    elif kernel == "cudnn" and not (layout.platform == "gpu" and fused):
         raise UserError(
-            f"compute.attention=cudnn needs a GPU and bfloat16, and this is a {layout.platform} and {dtype.name}: "
-            "leave it at auto, or set dtype=bfloat16"
+            "compute.attention=cudnn needs a GPU, bfloat16 and heads of a width up to 128 that 8 divides, and this is a "
+            f"{layout.platform}, {dtype.name} and {width}: leave it at auto, or set dtype=bfloat16"
         )
     if not scores or (kernel in ("splash", "cudnn") and not causal):
         return "xla"

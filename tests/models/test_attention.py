@@ -162,11 +162,12 @@ class Elsewhere(Layout):
 
 
 def test_each_platform_has_its_kernel():
-    def auto(platform, dtype=jnp.float32, devices=1, scores=10**6, causal=True):
-        return choose("auto", Elsewhere(platform, devices), jnp.dtype(dtype), scores, causal)
+    def auto(platform, dtype=jnp.float32, devices=1, width=64, scores=10**6, causal=True):
+        return choose("auto", Elsewhere(platform, devices), jnp.dtype(dtype), width, scores, causal)
 
     assert (auto("cpu"), auto("tpu"), auto("gpu"), auto("gpu", jnp.bfloat16)) == ("blockwise", "splash", "xla", "cudnn")
     assert auto("cpu", devices=8) == auto("cpu", scores=1000) == "xla"
+    assert auto("gpu", jnp.bfloat16, width=12) == auto("gpu", jnp.bfloat16, width=256) == "xla"
     assert auto("cpu", causal=False) == "blockwise"
     assert {auto(platform, jnp.bfloat16, causal=False) for platform in ("tpu", "gpu")} == {"xla"}
     assert {auto(platform, jnp.bfloat16, scores=0) for platform in ("cpu", "tpu", "gpu")} == {"xla"}
@@ -175,9 +176,9 @@ def test_each_platform_has_its_kernel():
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_kernel_of_another_platform_is_refused(kernel):
     with pytest.raises(UserError, match=f"compute.attention={kernel} needs a .PU.*this is a cpu"):
-        choose(kernel, Elsewhere("cpu"), jnp.dtype(jnp.bfloat16), 10**6, True)
+        choose(kernel, Elsewhere("cpu"), jnp.dtype(jnp.bfloat16), 64, 10**6, True)
     with pytest.raises(UserError, match="dtype=bfloat16"):
-        choose("cudnn", Elsewhere("gpu"), jnp.dtype(jnp.float32), 10**6, True)
+        choose("cudnn", Elsewhere("gpu"), jnp.dtype(jnp.float32), 64, 10**6, True)
 
 
 def test_no_blocks_in_a_turn_is_refused():
