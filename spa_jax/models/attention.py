@@ -88,8 +88,8 @@ def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, width: int, scores:
         raise UserError(f"compute.attention=splash needs a TPU, and this is a {layout.platform}: leave it at auto")
     elif kernel == "cudnn" and not (layout.platform == "gpu" and fused):
         raise UserError(
-            "compute.attention=cudnn needs a GPU, bfloat16 and heads of a width up to 128 that 8 divides, and this is a "
-            f"{layout.platform}, {dtype.name} and {width}: leave it at auto, or set dtype=bfloat16"
+            "compute.attention=cudnn needs a GPU, bfloat16 and heads of a width up to 128 that 8 divides, and this is "
+            f"a {layout.platform}, {dtype.name} and {width}: leave it at auto, or set dtype=bfloat16"
         )
     if not scores or (kernel in ("splash", "cudnn") and not causal):
         return "xla"
