@@ -39,7 +39,7 @@ from spa_jax.weights.registry import load_backbone
 OUTPUT = flags.DEFINE_string("output", "experiments/results/compute.json", "Where to write the result.")
 
 BACKBONE = "smollm2-135m-instruct"
-FORWARD, STEP, REPEATS = (4, 512), (2, 256), 5
+FORWARD, STEP, REPEATS = (4, 512), (2, 512), 3
 """Rows and tokens of a forward pass and of a LoRA step."""
 PROMPTS = {"a token of 1 prompt": (1, 5), "a token of 16 prompts": (16, 2)}
 """How many of 64 tokens, and the new tokens that are timed at a time."""
