@@ -174,8 +174,11 @@ class Bench:
         if not path.exists():
             losses = {}
             for rate in LEARNING_RATES:
-                run = self._train_at(on, rate, f"{on.name}-{rate:g}")
-                losses[f"{rate:g}"] = _read(run / "summary.json")[f"loss/{on.setting}"]
+                name = f"{on.name}-{rate:g}"
+                kept = self.results / "trainings" / f"{name}.json"
+                if not kept.exists():
+                    self._train_at(on, rate, name)
+                losses[f"{rate:g}"] = _read(kept)[f"loss/{on.setting}"]
             write_json(path, {"chosen_on": on.name, "held_out_loss": losses})
         losses = _read(path)["held_out_loss"]
         return float(min(losses, key=lambda rate: losses[rate]))
@@ -217,6 +220,7 @@ class Bench:
         if training.setting in METHODS:
             peft = rank_for(peft_config(parse(config.to_dict())), self.backbone.config, plain)
             config.peft.update(rank=peft.rank, alpha=peft.alpha, width=peft.rank)
+            config.update(scale.through_config)
         if training.kind == "transformer":
             config.side.update(kind="transformer", heads=2, init="pruned")
             return matched(parse(config.to_dict()), self.backbone, plain)

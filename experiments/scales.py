@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from spa_jax.errors import UserError
 
@@ -27,6 +28,7 @@ class Scale:
         questions: most of each task's test questions to generate for; 0 for all.
         eval_size: most validation questions; 0 for all.
         through_length: most tokens of a row where a baseline trains through the backbone; 0 for the task's.
+        through_config: of these baselines, beside the default config.
         through_epochs: of these baselines, for the tasks they are trained on; of the others there is no row.
         transformer: tasks on which the transformer kind of side network is trained too.
         through_rates: task, size and epochs on which their learning rate is chosen; None for the task's own.
@@ -41,6 +43,7 @@ class Scale:
     questions: Mapping[str, int]
     eval_size: int
     through_length: int
+    through_config: Mapping[str, Mapping[str, Any]]
     through_epochs: Mapping[str, int]
     transformer: tuple[str, ...]
     through_rates: tuple[str, str, int] | None
@@ -61,6 +64,7 @@ PAPER = Scale(
     questions=dict.fromkeys(TASKS, 0),
     eval_size=2_000,
     through_length=0,
+    through_config={},
     through_epochs={"xsum": 15, "coqa": 15},
     transformer=TASKS,
     through_rates=None,
@@ -79,13 +83,14 @@ MINI = Scale(
     questions=dict.fromkeys((*TASKS, "sciq_closed_book"), 0),
     eval_size=0,
     through_length=256,
-    through_epochs={"xsum": 5, "sciq": 3},
+    through_config={"peft": {"remat": "dots"}, "train": {"eval_every": 40}},
+    through_epochs={"xsum": 3, "sciq": 3},
     transformer=("sciq",),
     through_rates=("sciq", "small", 12),
     changes=(
         "SmolLM2-135M-Instruct for LLaMA-7B, and hundreds of training rows for hundreds of thousands, taken from the "
         "official validation and test splits: compare rows with each other and not with the paper's. LoRA, Adapter and "
-        "what stands beside them train on sources cut to 256 tokens for about 300 steps."
+        "what stands beside them train on sources cut to 256 tokens for three epochs."
     ),
 )
 SCALES = {scale.name: scale for scale in (PAPER, MINI)}

@@ -93,20 +93,23 @@ def test_a_finished_cell_is_not_run_again_and_an_unfinished_one_is(bench, monkey
 def test_the_learning_rate_is_chosen_once_on_the_medium_size_by_held_out_loss(bench, monkeypatch):
     allowed, ran = Bench(MINI, "", bench._workdir.parent, bench.results.parent), []
 
-    def train(config, workdir):
+    def train(config, _):
         ran.append((config.data.size, config.optimizer.learning_rate))
+        if len(ran) == 3:
+            raise KeyboardInterrupt
         loss = abs(config.optimizer.learning_rate - 5e-4) + 1
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "summary.json").write_text(json.dumps({"loss/spa": loss}))
         return {"loss/spa": loss}
 
     monkeypatch.setattr(cells_module, "train", train)
     monkeypatch.setattr(Bench, "backbone", property(lambda self: pytest.fail("no need")), raising=True)
     monkeypatch.setattr(cells_module, "size_of", lambda *_: 1)
     monkeypatch.setattr(Bench, "backbone", None)
+    with pytest.raises(KeyboardInterrupt):
+        allowed.train(Training("sciq"))
+    assert ran == [("250", 2e-4), ("250", 5e-4), ("250", 1e-3)]
     for size in ("full", "small", "medium"):
         allowed.train(Training("sciq", size))
-    assert ran == [("250", 2e-4), ("250", 5e-4), ("250", 1e-3), ("full", 5e-4), ("60", 5e-4), ("250", 5e-4)]
+    assert ran[3:] == [("250", 1e-3), ("full", 5e-4), ("60", 5e-4), ("250", 5e-4)]  # the two that were done are kept
     chosen = json.loads((allowed.results / "rates" / "sciq-medium-spa.json").read_text())
     assert min(chosen["held_out_loss"], key=chosen["held_out_loss"].get) == "0.0005"
     assert json.loads((allowed.results / "trainings" / "sciq-full-spa.json").read_text())["learning_rate"] == 5e-4
