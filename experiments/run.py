@@ -2,10 +2,11 @@
 
 Says first how long what is not done yet will take, by what finished cells took; does it cell by cell, so that a killed
 run goes on where it stopped; then writes the tables, and says how many backbone passes the tap cache has saved.
-`--only=TEXT` does the cells whose name holds a text, and writes the tables of what is there.
+`--only=PATTERN` does the cells in whose name a regular expression is found, and writes the tables of what is there.
 """
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from spa_jax.files import write_json
 from spa_jax.models.peft import METHODS
 
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
-ONLY = flags.DEFINE_string("only", "", "Run only cells whose name holds this text.")
+ONLY = flags.DEFINE_string("only", "", "Run only cells in whose name this regular expression is found.")
 
 MODULES: tuple[ModuleType, ...] = (
     table6,
@@ -93,9 +94,13 @@ def backbone_passes(bench: Bench) -> dict[str, Any]:
 
 def main() -> None:
     if not (ALL.value or ONLY.value):
-        raise UserError("give --all for every cell, or --only=TEXT for those whose name holds a text")
+        raise UserError("give --all for every cell, or --only=PATTERN for those in whose name it is found")
+    try:
+        only = re.compile(ONLY.value)
+    except re.error as error:
+        raise UserError(f"--only='{ONLY.value}' is no regular expression: {error}") from error
     bench, console = open_bench(), Console()
-    todo = [cell for cell in all_cells(bench) if ONLY.value in cell.name and not bench.done(cell)]
+    todo = [cell for cell in all_cells(bench) if only.search(cell.name) and not bench.done(cell)]
     seconds = estimate(bench, todo)
     about = "no cell is done yet to judge by" if seconds is None else f"about {seconds / 60:.0f} minutes here"
     console.print(f"{len(todo)} cells to run: {about}")
