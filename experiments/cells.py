@@ -126,7 +126,7 @@ class Bench:
 
     def summary(self, training: Training) -> dict[str, Any] | None:
         """What the training said of itself; None where it is not done and may not be run."""
-        path = self.results / "trainings" / f"{training.name}.json"
+        path = self._summary(training.name)
         if not path.exists():
             if not self.may_run:
                 return None
@@ -175,19 +175,15 @@ class Bench:
             losses = {}
             for rate in LEARNING_RATES:
                 name = f"{on.name}-{rate:g}"
-                kept = self.results / "trainings" / f"{name}.json"
-                if not kept.exists():
+                if not self._summary(name).exists():
                     self._train_at(on, rate, name)
-                losses[f"{rate:g}"] = _read(kept)[f"loss/{on.setting}"]
+                losses[f"{rate:g}"] = _read(self._summary(name))[f"loss/{on.setting}"]
             write_json(path, {"chosen_on": on.name, "held_out_loss": losses})
         losses = _read(path)["held_out_loss"]
         return float(min(losses, key=lambda rate: losses[rate]))
 
     def _train_at(self, training: Training, rate: float, name: str) -> Path:
-        run, kept = (
-            self._workdir / "trainings" / f"{training.name}-{rate:g}",
-            self.results / "trainings" / f"{name}.json",
-        )
+        run, kept = self._workdir / "trainings" / f"{training.name}-{rate:g}", self._summary(name)
         if kept.exists() and (run / "plugin").is_dir():  # several cells are of one training
             return run
         log.info("training %s at %g", training.name, rate)
@@ -233,6 +229,9 @@ class Bench:
     def directory(self, task: str) -> str:
         """Of the task's splits as JSON lines; empty for the hub."""
         return str(Path(self._data) / task.removesuffix("_closed_book")) if self._data else ""
+
+    def _summary(self, name: str) -> Path:
+        return self.results / "trainings" / f"{name}.json"
 
     def _path(self, cell: Cell) -> Path:
         return self.results / "cells" / f"{cell.name}.json"
