@@ -47,6 +47,18 @@ def all_cells(bench: Bench) -> list[Cell]:
     return sorted(dict.fromkeys(cell for module in MODULES for cell in module.cells(bench.scale)), key=_task)
 
 
+def select(cells: list[Cell], only: str) -> list[Cell]:
+    """Those in whose name the regular expression is found; all by an empty one.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return [cell for cell in cells if re.search(only, cell.name)]
+    except re.error as error:
+        raise UserError(f"--only='{only}' is no regular expression: {error}") from error
+
+
 def _task(cell: Cell) -> int:
     return list(TITLES).index(cell.task)
 
@@ -95,12 +107,8 @@ def backbone_passes(bench: Bench) -> dict[str, Any]:
 def main() -> None:
     if not (ALL.value or ONLY.value):
         raise UserError("give --all for every cell, or --only=PATTERN for those in whose name it is found")
-    try:
-        only = re.compile(ONLY.value)
-    except re.error as error:
-        raise UserError(f"--only='{ONLY.value}' is no regular expression: {error}") from error
     bench, console = open_bench(), Console()
-    todo = [cell for cell in all_cells(bench) if only.search(cell.name) and not bench.done(cell)]
+    todo = [cell for cell in select(all_cells(bench), ONLY.value) if not bench.done(cell)]
     seconds = estimate(bench, todo)
     about = "no cell is done yet to judge by" if seconds is None else f"about {seconds / 60:.0f} minutes here"
     console.print(f"{len(todo)} cells to run: {about}")

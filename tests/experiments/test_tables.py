@@ -165,6 +165,15 @@ def test_backbone_passes_are_counted_once_and_without_those_that_train_through(b
     assert run.backbone_passes(bench) == {"needed": 1500 + 170, "run": 110, "saved": 1560}
 
 
+def test_cells_are_selected_by_a_regular_expression():
+    cells = [Cell("xsum", "base"), Cell("xsum", "spa", Training("xsum")), Cell("sciq", "base", shots=1)]
+    names = [cell.name for cell in run.select(cells, "xsum-(?!full)|one-shot$")]
+    assert names == ["xsum-base", "sciq-base-one-shot"]
+    assert run.select(cells, "") == cells
+    with pytest.raises(UserError, match=r"--only='\*' is no regular expression: nothing to repeat"):
+        run.select(cells, "*")
+
+
 def test_entries_say_ours_the_interval_and_the_papers():
     assert Entry(1.234, (1.0, 2.0), 3.5).text() == "1.23 [1.00, 2.00] (3.5)"
     assert Entry(None, None, 3.5).text() == "- (3.5)"
