@@ -57,9 +57,14 @@ def open_bench() -> Bench:
 
 def score(result: Mapping[str, Any] | None, name: str = "rougeL", paper: float | None = None) -> Entry:
     """A score of a cell."""
+    return estimated(result, f"score/{name}", paper)
+
+
+def estimated(result: Mapping[str, Any] | None, name: str, paper: float | None = None) -> Entry:
+    """A mean of a cell, with its interval."""
     if result is None:
         return Entry(None, paper=paper)
-    mean, low, high = result[f"score/{name}"]
+    mean, low, high = result[name]
     return Entry(mean, (low, high), paper)
 
 
@@ -124,4 +129,4 @@ def main_of(report: Any) -> None:
     command.run(lambda: report(open_bench()))
 
 
-__all__ = ["Bench", "Entry", "Rows", "Scale", "main_of", "number", "open_bench", "plt", "score", "write"]
+__all__ = ["Bench", "Entry", "Rows", "Scale", "estimated", "main_of", "number", "open_bench", "plt", "score", "write"]

@@ -14,7 +14,19 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from experiments import claims, figure4, router_curve, table1, table2, table3, table4, table5, table6, table7
+from experiments import (
+    claims,
+    figure4,
+    repetition,
+    router_curve,
+    table1,
+    table2,
+    table3,
+    table4,
+    table5,
+    table6,
+    table7,
+)
 from experiments.ablation import hardware
 from experiments.cells import Bench, Cell
 from experiments.report import open_bench
@@ -37,6 +49,7 @@ MODULES: tuple[ModuleType, ...] = (
     figure4,
     router_curve,
     table2,
+    repetition,
     claims,
 )
 """In the order in which their cells are run."""

@@ -29,7 +29,7 @@ from spa_jax.models.llama import Params
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
-from spa_jax.scoring.scores import score
+from spa_jax.scoring.scores import repetition, score
 from spa_jax.training import loop
 from spa_jax.training.config import TapCacheConfig
 from spa_jax.training.evaluation import Evaluator, threshold_for
@@ -150,13 +150,14 @@ def evaluate(
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Mean scores with 95 % bootstrap intervals over rows, `[mean, low, high]`, and the share of generated tokens for
-    which the device was asked."""
+    """Mean scores and repetition with 95 % bootstrap intervals over rows, `[mean, low, high]`, and the share of
+    generated tokens for which the device was asked."""
     groups = [row.group for row in predictions]
     scores = {
         f"score/{name}": list(estimate([row.scores[name] for row in predictions], groups))
         for name in predictions[0].scores
     }
+    scores["repetition"] = list(estimate([repetition(row.text) for row in predictions], groups))
     sources = "".join(row.sources for row in predictions)
     return {**scores, "consulted_share": sources.count("d") / len(sources), "generated_tokens": len(sources)}
 

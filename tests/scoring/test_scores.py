@@ -8,6 +8,7 @@ import pytest
 from spa_jax.scoring.answers import against_humans, exact_match, f1, words
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.rouge import rouge, sentences
+from spa_jax.scoring.scores import repetition
 
 
 def test_rouge_of_a_text_that_stops_early():
@@ -35,6 +36,13 @@ def test_rouge_knows_word_stems_and_takes_the_best_reference():
     assert rouge("", ["something"])["rougeL"] == 0
     with pytest.raises(ValueError, match="at least one reference"):
         rouge("anything", [])
+
+
+def test_repetition_is_the_share_of_runs_of_four_words_that_were_there_before():
+    """In "a b c d a b c d" five runs, of which the last is the first again."""
+    assert repetition("a b c d a b c d") == pytest.approx(20)
+    assert repetition("a a a a a a") == pytest.approx(200 / 3)
+    assert repetition("one two three four five") == repetition("too short") == repetition("") == 0
 
 
 @pytest.mark.parametrize(
