@@ -104,6 +104,7 @@ class Bench:
         self._workdir, self.results = workdir / scale.name, results / scale.name
         self._backbone: Backbone | None = None
         self._prompts = PromptStore(PROMPTS_GIB)
+        self._results: dict[Cell, dict[str, Any]] = {}  # bootstrapped once, though several tables show them
 
     @property
     def backbone(self) -> Backbone:
@@ -114,11 +115,13 @@ class Bench:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What the cell measured, its scores from its predictions; None where it is not done and may not be run."""
-        if not self.done(cell):
-            if not self.may_run:
-                return None
-            self._evaluate(cell, self._path(cell))
-        return {**_read(self._path(cell)), **summarize(self.predictions(cell))}
+        if cell not in self._results:
+            if not self.done(cell):
+                if not self.may_run:
+                    return None
+                self._evaluate(cell, self._path(cell))
+            self._results[cell] = {**_read(self._path(cell)), **summarize(self.predictions(cell))}
+        return self._results[cell]
 
     def predictions(self, cell: Cell) -> list[Prediction]:
         """What the cell's model said, of a cell that is done."""

@@ -7,7 +7,6 @@ from spa_jax.scoring.answers import against_humans, exact_match, f1
 from spa_jax.scoring.rouge import rouge
 
 Kind = Literal["rouge", "answers"]
-RUN = 4
 
 
 def score(kind: Kind, text: str, references: Sequence[str]) -> dict[str, float]:
@@ -29,5 +28,5 @@ def repetition(text: str) -> float:
     """In per cent, how many of the text's runs of four words it has had before: seq-rep-4 of Welleck et al. (2020),
     over words between white space; 0 where there is no run."""
     words = text.split()
-    runs = [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
+    runs = list(zip(words, words[1:], words[2:], words[3:]))
     return 100 * (1 - len(set(runs)) / len(runs)) if runs else 0.0
