@@ -136,6 +136,11 @@ class Bench:
             self.train(training)
         return _read(path)
 
+    def hardware(self) -> str:
+        """What the finished cells ran on, which need not be where their tables are written."""
+        found = {_read(path)["hardware"] for path in (self.results / "cells").glob("*.json")}
+        return "; ".join(sorted(found)) or hardware()
+
     def train(self, training: Training) -> Path:
         """The run's directory, with its plugin."""
         rate = self._rate(training)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import figure4, table1, table3, table5
-from experiments.ablation import hardware
 from experiments.cells import Bench, Cell, Training
 from experiments.report import main_of
 from experiments.scales import BUDGET, SIZES, TASKS, TITLES, Scale
@@ -89,7 +88,8 @@ def verdict(found: Estimate) -> str:
 
 
 def report(bench: Bench) -> None:
-    lines = [f"# Claims of the paper at the {bench.scale.name} scale", "", f"{hardware()}. {bench.scale.changes}", ""]
+    title = f"# Claims of the paper at the {bench.scale.name} scale"
+    lines = [title, "", f"{bench.hardware()}. {bench.scale.changes}", ""]
     lines += ["| claim | data | difference | |", "|---|---|---|---|"]
     records: list[Mapping[str, Any]] = []
     for claim in claims(bench.scale):
@@ -102,9 +102,8 @@ def report(bench: Bench) -> None:
         records.append({"claim": claim.says, "task": claim.task, **found._asdict(), "verdict": verdict(found)})
     print("\n".join(lines))
     command = f"python -m experiments.claims --scale={bench.scale.name}"
-    write_json(
-        bench.results / "claims.json", {"command": command, "hardware": hardware(), "confidence": 0.95, "rows": records}
-    )
+    record = {"command": command, "hardware": bench.hardware(), "confidence": 0.95, "rows": records}
+    write_json(bench.results / "claims.json", record)
     write_bytes(bench.results / "claims.md", ("\n".join(lines) + "\n").encode())
 
 

@@ -10,7 +10,6 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.ablation import hardware
 from experiments.cells import Bench
 from experiments.scales import SCALES, Scale, find_scale
 from spa_jax import command
@@ -78,7 +77,7 @@ def write(bench: Bench, name: str, title: str, rows: Rows, notes: Sequence[str] 
     """Prints the table and writes `NAME.json`, `NAME.md` and `NAME.png` into the results of the scale."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = Table(title, *columns)
-    lines = [f"# {title}", "", f"`python -m experiments.{name} --scale={bench.scale.name}`; {hardware()}.", ""]
+    lines = [f"# {title}", "", f"`python -m experiments.{name} --scale={bench.scale.name}`; {bench.hardware()}.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for label, row in rows.items():
         cells = [row[column].text() if column in row else "" for column in columns]
@@ -89,7 +88,7 @@ def write(bench: Bench, name: str, title: str, rows: Rows, notes: Sequence[str] 
     Console(width=200).print(table)
     record = {
         "command": f"python -m experiments.{name} --scale={bench.scale.name}",
-        "hardware": hardware(),
+        "hardware": bench.hardware(),
         "rows": {label: {column: entry._asdict() for column, entry in row.items()} for label, row in rows.items()},
         "notes": [bench.scale.changes, *notes],
     }
