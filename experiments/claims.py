@@ -89,7 +89,8 @@ def verdict(found: Estimate) -> str:
 
 def report(bench: Bench) -> None:
     title = f"# Claims of the paper at the {bench.scale.name} scale"
-    lines = [title, "", f"{bench.hardware()}. {bench.scale.changes}", ""]
+    hardware = bench.hardware()
+    lines = [title, "", f"{hardware}. {bench.scale.changes}", ""]
     lines += ["| claim | data | difference | |", "|---|---|---|---|"]
     records: list[Mapping[str, Any]] = []
     for claim in claims(bench.scale):
@@ -102,7 +103,7 @@ def report(bench: Bench) -> None:
         records.append({"claim": claim.says, "task": claim.task, **found._asdict(), "verdict": verdict(found)})
     print("\n".join(lines))
     command = f"python -m experiments.claims --scale={bench.scale.name}"
-    record = {"command": command, "hardware": bench.hardware(), "confidence": 0.95, "rows": records}
+    record = {"command": command, "hardware": hardware, "confidence": 0.95, "rows": records}
     write_json(bench.results / "claims.json", record)
     write_bytes(bench.results / "claims.md", ("\n".join(lines) + "\n").encode())
 

@@ -76,8 +76,8 @@ def number(result: Mapping[str, Any] | None, name: str, paper: float | None = No
 def write(bench: Bench, name: str, title: str, rows: Rows, notes: Sequence[str] = (), plot: bool = True) -> None:
     """Prints the table and writes `NAME.json`, `NAME.md` and `NAME.png` into the results of the scale."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title, *columns)
-    lines = [f"# {title}", "", f"`python -m experiments.{name} --scale={bench.scale.name}`; {bench.hardware()}.", ""]
+    table, hardware = Table(title, *columns), bench.hardware()
+    lines = [f"# {title}", "", f"`python -m experiments.{name} --scale={bench.scale.name}`; {hardware}.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for label, row in rows.items():
         cells = [row[column].text() if column in row else "" for column in columns]
@@ -88,7 +88,7 @@ def write(bench: Bench, name: str, title: str, rows: Rows, notes: Sequence[str] 
     Console(width=200).print(table)
     record = {
         "command": f"python -m experiments.{name} --scale={bench.scale.name}",
-        "hardware": bench.hardware(),
+        "hardware": hardware,
         "rows": {label: {column: entry._asdict() for column, entry in row.items()} for label, row in rows.items()},
         "notes": [bench.scale.changes, *notes],
     }
