@@ -137,8 +137,9 @@ class Bench:
         return _read(path)
 
     def hardware(self) -> str:
-        """What the finished cells ran on, which need not be where their tables are written."""
-        found = {_read(path)["hardware"] for path in (self.results / "cells").glob("*.json")}
+        """What the scale's measurements ran on, which need not be where their tables are written."""
+        measured = [_read(path) for path in self.results.glob("*/*.json")]
+        found = {each["hardware"] for each in measured if "hardware" in each}
         return "; ".join(sorted(found)) or hardware()
 
     def train(self, training: Training) -> Path:

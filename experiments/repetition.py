@@ -7,15 +7,15 @@ Where a beam search runs in circles, ROUGE falls though the loss does too.
 
 from experiments import table1, table3, table5
 from experiments.cells import Bench, Cell
-from experiments.report import estimated, main_of, write
-from experiments.scales import TASKS, TITLES, Scale
+from experiments.report import by_task, estimated, main_of, write
+from experiments.scales import TASKS, Scale
 
 
 def table(task: str, scale: Scale) -> dict[str, Cell]:
     """The cells of a column."""
-    settings = {name: cell for name, cell in table3.table(task).items() if name != "SPA"}
-    sizes = {f"SPA {size}": cell for size, cell in table5.table(task).items()}
-    return {"one-shot": table1.table(task, scale)["one-shot"], **sizes, **settings}
+    settings = table3.table(task)
+    smaller = {f"SPA {size}": cell for size, cell in table5.table(task).items() if cell not in settings.values()}
+    return {"one-shot": table1.table(task, scale)["one-shot"], **smaller, **settings}
 
 
 def cells(scale: Scale) -> list[Cell]:
@@ -23,11 +23,8 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def report(bench: Bench) -> None:
-    by_task = {task: table(task, bench.scale) for task in TASKS}
-    rows = {
-        name: {TITLES[task]: estimated(bench.result(by_task[task][name]), "repetition") for task in TASKS}
-        for name in by_task[TASKS[0]]
-    }
+    tables = {task: table(task, bench.scale) for task in TASKS}
+    rows = by_task(tables, lambda _name, _task, cell: estimated(bench.result(cell), "repetition"))
     notes = ["In per cent of each text's runs of four words, those that it has had before (Welleck et al. 2020)."]
     write(bench, "repetition", "Repetition", rows, notes)
 

@@ -1,6 +1,6 @@
 """What the modules of tables and figures share: flags, and how a table is written as JSON, Markdown and a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +10,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cells import Bench
-from experiments.scales import SCALES, Scale, find_scale
+from experiments.cells import Bench, Cell
+from experiments.scales import SCALES, TITLES, Scale, find_scale
 from spa_jax import command
 from spa_jax.files import write_bytes, write_json
 
@@ -47,6 +47,7 @@ class Entry(NamedTuple):
 
 Rows = Mapping[str, Mapping[str, Entry]]
 """Name of a row -> name of a column -> entry."""
+MutableRows = dict[str, dict[str, Entry]]
 
 
 def open_bench() -> Bench:
@@ -71,6 +72,27 @@ def number(result: Mapping[str, Any] | None, name: str, paper: float | None = No
     """Another number of a cell or training."""
     found = None if result is None else result.get(name)
     return Entry(None if found is None else times * found, paper=paper)
+
+
+def by_task(tables: Mapping[str, Mapping[str, Cell]], entry: Callable[[str, str, Cell], Entry]) -> MutableRows:
+    """A column for each task and a row for each name of a cell.
+
+    Args:
+        tables: task -> name of a row -> cell.
+        entry: of a row's name, a task and a cell.
+    """
+    rows: MutableRows = {}
+    for task, cells in tables.items():
+        for name, cell in cells.items():
+            rows.setdefault(name, {})[TITLES[task]] = entry(name, task, cell)
+    return rows
+
+
+def mean(entries: Iterable[Entry], paper: float | None = None) -> Entry:
+    """Of these entries, once all of them are there."""
+    found = [entry.ours for entry in entries]
+    known = [ours for ours in found if ours is not None]
+    return Entry(sum(known) / len(known) if known and len(known) == len(found) else None, paper=paper)
 
 
 def write(bench: Bench, name: str, title: str, rows: Rows, notes: Sequence[str] = (), plot: bool = True) -> None:
@@ -128,4 +150,18 @@ def main_of(report: Any) -> None:
     command.run(lambda: report(open_bench()))
 
 
-__all__ = ["Bench", "Entry", "Rows", "Scale", "estimated", "main_of", "number", "open_bench", "plt", "score", "write"]
+__all__ = [
+    "Bench",
+    "Entry",
+    "Rows",
+    "Scale",
+    "by_task",
+    "estimated",
+    "main_of",
+    "mean",
+    "number",
+    "open_bench",
+    "plt",
+    "score",
+    "write",
+]

@@ -6,8 +6,8 @@ LST and SPA have the token-wise side network, and below them, on the scale's tas
 """
 
 from experiments.cells import Bench, Cell, Training
-from experiments.report import Entry, main_of, score, write
-from experiments.scales import TASKS, TITLES, Scale
+from experiments.report import Entry, by_task, main_of, score, write
+from experiments.scales import TASKS, Scale
 
 PAPER = {
     "one-shot": (17.32, 22.36, 15.32, 17.21),
@@ -34,11 +34,10 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def report(bench: Bench) -> None:
-    rows: dict[str, dict[str, Entry]] = {}
-    for i, task in enumerate(TASKS):
-        for name, cell in table(task, bench.scale).items():
-            paper = PAPER[name][i] if name in PAPER else None
-            rows.setdefault(name, {})[TITLES[task]] = score(bench.result(cell), paper=paper)
+    def entry(name: str, task: str, cell: Cell) -> Entry:
+        return score(bench.result(cell), paper=PAPER[name][TASKS.index(task)] if name in PAPER else None)
+
+    rows = by_task({task: table(task, bench.scale) for task in TASKS}, entry)
     write(bench, "table1", "Table 1: ROUGE-L of one-shot prompting, LST and SPA", rows)
 
 

@@ -7,8 +7,8 @@ same with `router.offset`.
 """
 
 from experiments.cells import Bench, Cell, Training
-from experiments.report import Entry, main_of, number, score, write
-from experiments.scales import BUDGET, TASKS, TITLES, Scale
+from experiments.report import Entry, by_task, main_of, mean, number, score, write
+from experiments.scales import BUDGET, TASKS, Scale
 
 PAPER = {
     "S1": (36.24, 40.55, 38.81, 25.91),
@@ -37,17 +37,17 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def report(bench: Bench) -> None:
-    rows: dict[str, dict[str, Entry]] = {}
-    for name in table(TASKS[0]):
-        results = {task: bench.result(table(task)[name]) for task in TASKS}
-        row = {
-            TITLES[task]: score(results[task], paper=PAPER[name][i] if name in PAPER else None)
-            for i, task in enumerate(TASKS)
-        }
-        shares = {f"{TITLES[task]} share": number(results[task], "consulted_share") for task in TASKS}
-        found = [entry.ours for entry in shares.values() if entry.ours is not None]
-        mean = sum(found) / len(found) if found else None
-        rows[name] = {**row, **shares, "mean share": Entry(mean, paper=PAPER_RATIOS.get(name))}
+    def quality(name: str, task: str, cell: Cell) -> Entry:
+        return score(bench.result(cell), paper=PAPER[name][TASKS.index(task)] if name in PAPER else None)
+
+    def share(_name: str, _task: str, cell: Cell) -> Entry:
+        return number(bench.result(cell), "consulted_share")
+
+    tables = {task: table(task) for task in TASKS}
+    rows = by_task(tables, quality)
+    for name, shares in by_task(tables, share).items():
+        rows[name] |= {f"{title} share": entry for title, entry in shares.items()}
+        rows[name]["mean share"] = mean(shares.values(), PAPER_RATIOS.get(name))
     notes = ["Shares are of generated tokens, EOS included, by beam search."]
     write(bench, "table3", "Table 3: ROUGE-L of S1, S2, S3 and SPA", rows, notes)
 

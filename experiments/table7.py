@@ -4,7 +4,7 @@ python -m experiments.table7 --scale=mini --data=DIR
 """
 
 from experiments.cells import Bench
-from experiments.report import Entry, main_of, number, write
+from experiments.report import main_of, mean, number, write
 from experiments.scales import SIZES, TASKS
 from experiments.table5 import by_size, cells, columns, table
 
@@ -22,9 +22,7 @@ def report(bench: Bench) -> None:
     }
     rows = {name: dict(row) for name, row in by_size(bench, entries).items()}
     for size, row in zip(SIZES, rows.values()):
-        known = [share for share in (entries[size][task].ours for task in TASKS) if share is not None]
-        mean = sum(known) / len(known) if len(known) == len(TASKS) else None
-        row["mean of the four"] = Entry(mean, None, PAPER[size])
+        row["mean of the four"] = mean((entries[size][task] for task in TASKS), PAPER[size])
     notes = [
         "In per cent of generated tokens, EOS included, by beam search. The mean leaves the closed book out. No budget "
         "is set: the threshold is the paper's argmax."

@@ -62,6 +62,18 @@ def test_shares_are_of_generated_tokens_and_their_mean_waits_for_all_four(bench)
     table7.report(bench)
     rows = json.loads((bench.results / "table7.json").read_text())["rows"]["SPA full"]
     assert rows["mean of the four"]["ours"] == pytest.approx((50 * 3 + 80) / 4)
+    table3.report(bench)
+    rows = json.loads((bench.results / "table3.json").read_text())["rows"]
+    assert rows["SPA"]["mean share"]["ours"] == pytest.approx((0.5 * 3 + 0.8) / 4)
+    assert rows["S1"]["mean share"]["ours"] is None
+
+
+def test_a_table_names_every_machine_its_scale_was_measured_on(bench):
+    store(bench, table1.table("sciq", MINI)["SPA"], [10.0, 20.0])
+    (bench.results / "latency").mkdir()
+    (bench.results / "latency" / "spa.json").write_text(json.dumps({"hardware": "another machine"}))
+    table1.report(bench)
+    assert "; another machine; what it ran on." in (bench.results / "table1.md").read_text()
 
 
 def test_a_cell_is_named_by_what_it_is_and_no_two_alike():
