@@ -4,6 +4,7 @@ Shape letters: G groups (prompts), U of them that begin no other one, K hypothes
 tokens, N most new tokens, P taps, D width.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -38,6 +39,9 @@ from spa_jax.models.router import consult
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import Plugin
+
+NARROWEST = 4
+"""Groups at which a batch is not narrowed any more."""
 
 
 class DecodeState(NamedTuple):
@@ -131,11 +135,13 @@ class FusedModel:
         seen = see_prompt(position, beams.width if beams else 1, slots)
         return DecodeState(*caches, seen, position, hypotheses)
 
-    def advance(self, state: DecodeState, sampling: Sampling, until: int, beams: Beams | None = None) -> DecodeState:
-        """Goes on in one jitted loop until `until` new tokens are there or every group is done; the state is
-        donated."""
+    def advance(
+        self, state: DecodeState, sampling: Sampling, until: int, beams: Beams | None = None, least: int = 0
+    ) -> DecodeState:
+        """Goes on in one jitted loop until `until` new tokens are there or no more than `least` groups are left that
+        are not done; the state is donated."""
         frozen, trainable = self._params
-        return self._advance(frozen, trainable, state, sampling, self.threshold, until, beams=beams)
+        return self._advance(frozen, trainable, state, sampling, self.threshold, until, least, beams=beams)
 
     def generate(
         self,
@@ -144,11 +150,33 @@ class FusedModel:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         beams: Beams | None = None,
+        batch_size: int = 0,
     ) -> list[Generation]:
-        """Generates for each prompt of token ids, up to its EOS or `max_new_tokens`, by sampling or by beam search."""
-        state = self.start(prompts, max_new_tokens, sampling, seed, beams)
-        state = self.advance(state, sampling, max_new_tokens, beams)
-        return generations(state.hypotheses, self.backbone.eos_ids)
+        """Generates for each prompt of token ids, up to its EOS or `max_new_tokens`, by sampling or by beam search.
+
+        With a batch size, prompts are padded to so many groups, and whenever half of the groups are done only the
+        others go on, so that a batch does not wait for its longest answer: for many batches, since each half down to
+        `NARROWEST` is a program of its own.
+        """
+        padding = [prompts[-1]] * (batch_size - len(prompts))
+        state = self.start([*prompts, *padding], max_new_tokens, sampling, seed, beams)
+        if padding:
+            state = _end(state, len(prompts))
+        groups, found = np.arange(len(prompts) + len(padding)), dict[int, Generation]()
+        while True:
+            narrows = batch_size and len(groups) >= 2 * NARROWEST
+            least = len(groups) // 2 if narrows else 0
+            state = self.advance(state, sampling, max_new_tokens, beams, least)
+            done = jax.device_get(state.hypotheses.done | (state.hypotheses.made >= max_new_tokens))
+            reached = generations(state.hypotheses, self.backbone.eos_ids)
+            found |= {group: each for group, each, ended in zip(groups.tolist(), reached, done) if ended}
+            if done.all():
+                return [found[group] for group in range(len(prompts))]
+            size = len(groups) // 2
+            while size >= 2 * max(NARROWEST, np.sum(~done)):
+                size //= 2
+            kept = np.argsort(done, stable=True)[:size]  # those that are not done first
+            state, groups = _narrow(state, kept), groups[kept]
 
     def stream(
         self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
@@ -279,6 +307,7 @@ class FusedModel:
         sampling: Sampling,
         threshold: jax.Array,
         until: jax.Array,
+        least: jax.Array,
         *,
         beams: Beams | None,
     ) -> DecodeState:
@@ -297,7 +326,23 @@ class FusedModel:
             seen = reorder(seen, rows_of(parents))
             return DecodeState(_present(out.cache), side_cache, seen, s.position + run, hypotheses)
 
-        return jax.lax.while_loop(lambda s: jnp.any(active(s)), step, state)
+        return jax.lax.while_loop(lambda s: jnp.sum(active(s)) > least, step, state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _end(state: DecodeState, beyond: jax.Array) -> DecodeState:
+    """The groups from this one on are done."""
+    chosen = state.hypotheses
+    done = chosen.done | (jnp.arange(len(chosen.done)) >= beyond)
+    return state._replace(hypotheses=chosen._replace(done=done))
+
+
+@jax.jit
+def _narrow(state: DecodeState, kept: Int[Array, " H"]) -> DecodeState:
+    """Of the groups only these."""
+    groups, slots = len(state.position), state.seen.shape[-1]
+    narrowed = reorder(state._replace(seen=state.seen.reshape(groups, -1, slots)), kept)
+    return narrowed._replace(seen=narrowed.seen.reshape(-1, slots))
 
 
 def _present(cache: Cache | None) -> Cache:

@@ -175,9 +175,8 @@ def generate_all(
     batches = [part[i : i + batch_size] for part in (alone, *talks) for i in range(0, len(part), batch_size)]
     with loop.progress_bar() as bar:
         for batch in bar.track(batches, description="generating"):
-            padded = [*batch, *[batch[-1]] * (batch_size - len(batch))]  # so that few shapes compile
-            generations = model.generate([question.prompt for question in padded], new_tokens, beams=beams)
-            yield list(zip(batch, generations))
+            prompts = [question.prompt for question in batch]
+            yield list(zip(batch, model.generate(prompts, new_tokens, beams=beams, batch_size=batch_size)))
 
 
 def _prediction(task: Task, encoder: Encoder, question: Question, generation: Generation) -> Prediction:

@@ -175,6 +175,23 @@ def test_prompts_that_begin_another_one_are_run_with_it_and_give_what_they_give_
     assert [g.consulted for g in together] == [g.consulted for g in alone]
 
 
+@pytest.mark.parametrize(
+    ("kind", "sampling", "beams"),
+    [("tokenwise", Sampling(1.0), None), ("tokenwise", Sampling(), Beams(3)), ("transformer", Sampling(), None)],
+    ids=["sampled", "beams", "attending"],
+)
+def test_a_batch_that_is_padded_and_narrowed_gives_what_it_gives_whole(kind, sampling, beams, backbone):
+    eos_ids = tuple(range(0, backbone.config.vocab_size, 5))  # a fifth of all tokens, so that groups end at all times
+    model = FusedModel(dataclasses.replace(backbone, eos_ids=eos_ids), make_plugin("spa", kind=kind))
+    prompts = [prompt[cut:] for prompt in PROMPTS for cut in (0, 1, 2)][:11]
+    whole = model.generate(prompts, NEW, sampling, 3, beams)
+    assert len({len(generation.tokens) for generation in whole}) > 3
+    model._advance.clear_cache()
+    narrowed = model.generate(prompts, NEW, sampling, 3, beams, batch_size=16)
+    assert [(g.tokens, g.consulted) for g in narrowed] == [(g.tokens, g.consulted) for g in whole]
+    assert model._advance._cache_size() in (2, 3)  # of 16 groups, and of 8, 4 or both
+
+
 def test_prompts_begin_the_longest_that_goes_on_as_they_do():
     assert prompts_begun([[1, 2], [1, 2, 3], [1], [2], [1, 2, 4], [1, 2, 3]]).tolist() == [1, 1, 1, 3, 4, 1]
 

@@ -250,10 +250,8 @@ def test_the_side_networks_effect_is_counted_along_the_greedy_path(backbone, plu
 
 def test_batches_hold_prompts_of_about_one_length_or_one_conversations(backbone, plugin, data, monkeypatch):
     sizes = []
-    generate = FusedModel.generate
-    monkeypatch.setattr(
-        FusedModel, "generate", lambda self, p, *a, **k: sizes.append(len(p)) or generate(self, p, *a, **k)
-    )
+    start = FusedModel.start
+    monkeypatch.setattr(FusedModel, "start", lambda self, p, *a, **k: sizes.append(len(p)) or start(self, p, *a, **k))
     lengths = {"1": 9, "2": 3, "3.1": 2, "3.2": 4, "4": 5}
     questions = [Question(name, [1] * length, ("x",)) for name, length in lengths.items()]
     batches = list(generate_all(FusedModel(backbone, plugin), questions, 2, None, 2))
