@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cells import Bench, Cell
-from experiments.scales import SCALES, TITLES, Scale, find_scale
+from experiments.scales import SCALES, TASKS, TITLES, Scale, find_scale
 from spa_jax import command
 from spa_jax.files import write_bytes, write_json
 
@@ -86,6 +86,16 @@ def by_task(tables: Mapping[str, Mapping[str, Cell]], entry: Callable[[str, str,
         for name, cell in cells.items():
             rows.setdefault(name, {})[TITLES[task]] = entry(name, task, cell)
     return rows
+
+
+def scores(bench: Bench, tables: Mapping[str, Mapping[str, Cell]], paper: Mapping[str, Sequence[float]]) -> MutableRows:
+    """ROUGE-L `by_task`, beside the paper's: name of a row -> a number for each of TASKS."""
+
+    def entry(name: str, task: str, cell: Cell) -> Entry:
+        said = paper[name][TASKS.index(task)] if name in paper and task in TASKS else None
+        return score(bench.result(cell), paper=said)
+
+    return by_task(tables, entry)
 
 
 def mean(entries: Iterable[Entry], paper: float | None = None) -> Entry:
@@ -163,5 +173,6 @@ __all__ = [
     "open_bench",
     "plt",
     "score",
+    "scores",
     "write",
 ]

@@ -6,7 +6,7 @@ LST and SPA have the token-wise side network, and below them, on the scale's tas
 """
 
 from experiments.cells import Bench, Cell, Training
-from experiments.report import Entry, by_task, main_of, score, write
+from experiments.report import main_of, scores, write
 from experiments.scales import TASKS, Scale
 
 PAPER = {
@@ -34,10 +34,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def report(bench: Bench) -> None:
-    def entry(name: str, task: str, cell: Cell) -> Entry:
-        return score(bench.result(cell), paper=PAPER[name][TASKS.index(task)] if name in PAPER else None)
-
-    rows = by_task({task: table(task, bench.scale) for task in TASKS}, entry)
+    rows = scores(bench, {task: table(task, bench.scale) for task in TASKS}, PAPER)
     write(bench, "table1", "Table 1: ROUGE-L of one-shot prompting, LST and SPA", rows)
 
 

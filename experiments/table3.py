@@ -7,7 +7,7 @@ same with `router.offset`.
 """
 
 from experiments.cells import Bench, Cell, Training
-from experiments.report import Entry, by_task, main_of, mean, number, score, write
+from experiments.report import Entry, by_task, main_of, mean, number, scores, write
 from experiments.scales import BUDGET, TASKS, Scale
 
 PAPER = {
@@ -37,14 +37,11 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def report(bench: Bench) -> None:
-    def quality(name: str, task: str, cell: Cell) -> Entry:
-        return score(bench.result(cell), paper=PAPER[name][TASKS.index(task)] if name in PAPER else None)
-
     def share(_name: str, _task: str, cell: Cell) -> Entry:
         return number(bench.result(cell), "consulted_share")
 
     tables = {task: table(task) for task in TASKS}
-    rows = by_task(tables, quality)
+    rows = scores(bench, tables, PAPER)
     for name, shares in by_task(tables, share).items():
         rows[name] |= {f"{title} share": entry for title, entry in shares.items()}
         rows[name]["mean share"] = mean(shares.values(), PAPER_RATIOS.get(name))

@@ -6,8 +6,8 @@ python -m experiments.table7 --scale=mini --data=DIR     (share of tokens the de
 """
 
 from experiments.cells import Bench, Cell, Training
-from experiments.report import Entry, Rows, main_of, number, write
-from experiments.scales import SIZES, TASKS, TITLES, Scale
+from experiments.report import Entry, by_task, main_of, number, write
+from experiments.scales import SIZES, TASKS, Scale
 from spa_jax.data.tasks import TASKS as DATA_SETS
 
 
@@ -25,24 +25,24 @@ def cells(scale: Scale) -> list[Cell]:
     return [cell for task in columns(scale) for cell in table(task).values()]
 
 
-def by_size(bench: Bench, entry: dict[str, dict[str, Entry]]) -> Rows:
-    """`{size: {task: entry}}` with the rows' and columns' names."""
-    return {f"SPA {size}": {TITLES[task]: found for task, found in row.items()} for size, row in entry.items()}
+def tables(scale: Scale) -> dict[str, dict[str, Cell]]:
+    """Of each task the cells by the names of their rows."""
+    return {task: {f"SPA {size}": cell for size, cell in table(task).items()} for task in columns(scale)}
 
 
 def report(bench: Bench) -> None:
-    entries: dict[str, dict[str, Entry]] = {size: {} for size in SIZES}
-    for task in columns(bench.scale):
+    def entry(_name: str, task: str, cell: Cell) -> Entry:
+        assert cell.training is not None
         known = DATA_SETS[task]
-        for size in SIZES:
-            paper = None if task not in TASKS else known.sizes.get(size, known.paper_full)
-            found = number(bench.summary(Training(task, size)), "data/train_questions", paper)
-            entries[size][task] = found
+        paper = None if task not in TASKS else known.sizes.get(cell.training.size, known.paper_full)
+        return number(bench.summary(cell.training), "data/train_questions", paper)
+
+    rows = by_task(tables(bench.scale), entry)
     notes = [
         "Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller one "
         "is part of every larger one.",
     ]
-    write(bench, "table5", "Table 5: training sizes", by_size(bench, entries), notes, plot=False)
+    write(bench, "table5", "Table 5: training sizes", rows, notes, plot=False)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,23 @@
 python -m experiments.table7 --scale=mini --data=DIR
 """
 
-from experiments.cells import Bench
-from experiments.report import main_of, mean, number, write
-from experiments.scales import SIZES, TASKS
-from experiments.table5 import by_size, cells, columns, table
+from experiments.cells import Bench, Cell
+from experiments.report import Entry, by_task, main_of, mean, number, write
+from experiments.scales import TASKS, TITLES
+from experiments.table5 import cells, tables
 
-PAPER = {"small": 82.3, "medium": 71.5, "full": 61.8}
+PAPER = {"SPA small": 82.3, "SPA medium": 71.5, "SPA full": 61.8}
 
 __all__ = ["cells", "report"]
 
 
 def report(bench: Bench) -> None:
-    entries = {
-        size: {
-            task: number(bench.result(table(task)[size]), "consulted_share", times=100) for task in columns(bench.scale)
-        }
-        for size in SIZES
-    }
-    rows = {name: dict(row) for name, row in by_size(bench, entries).items()}
-    for size, row in zip(SIZES, rows.values()):
-        row["mean of the four"] = mean((entries[size][task] for task in TASKS), PAPER[size])
+    def share(_name: str, _task: str, cell: Cell) -> Entry:
+        return number(bench.result(cell), "consulted_share", times=100)
+
+    rows = by_task(tables(bench.scale), share)
+    for name, row in rows.items():
+        row["mean of the four"] = mean((row[TITLES[task]] for task in TASKS), PAPER[name])
     notes = [
         "In per cent of generated tokens, EOS included, by beam search. The mean leaves the closed book out. No budget "
         "is set: the threshold is the paper's argmax."

@@ -41,7 +41,7 @@ from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import Plugin
 
 NARROWEST = 4
-"""Groups at which a batch is not narrowed any more."""
+"""Groups below which a batch is not narrowed."""
 
 
 class DecodeState(NamedTuple):
@@ -155,8 +155,8 @@ class FusedModel:
         """Generates for each prompt of token ids, up to its EOS or `max_new_tokens`, by sampling or by beam search.
 
         With a batch size, prompts are padded to so many groups, and whenever half of the groups are done only the
-        others go on, so that a batch does not wait for its longest answer: for many batches, since each half down to
-        `NARROWEST` is a program of its own.
+        others go on, so that a batch does not wait for its longest answer: for many batches, since each bucket of
+        groups is a program of its own.
         """
         padding = [prompts[-1]] * (batch_size - len(prompts))
         state = self.start([*prompts, *padding], max_new_tokens, sampling, seed, beams)
@@ -164,18 +164,14 @@ class FusedModel:
             state = _end(state, len(prompts))
         groups, found = np.arange(len(prompts) + len(padding)), dict[int, Generation]()
         while True:
-            narrows = batch_size and len(groups) >= 2 * NARROWEST
-            least = len(groups) // 2 if narrows else 0
+            least = len(groups) // 2 if batch_size and len(groups) >= 2 * NARROWEST else 0
             state = self.advance(state, sampling, max_new_tokens, beams, least)
-            done = jax.device_get(state.hypotheses.done | (state.hypotheses.made >= max_new_tokens))
+            done = jax.device_get(state.hypotheses.done)
             reached = generations(state.hypotheses, self.backbone.eos_ids)
             found |= {group: each for group, each, ended in zip(groups.tolist(), reached, done) if ended}
             if done.all():
                 return [found[group] for group in range(len(prompts))]
-            size = len(groups) // 2
-            while size >= 2 * max(NARROWEST, np.sum(~done)):
-                size //= 2
-            kept = np.argsort(done, stable=True)[:size]  # those that are not done first
+            kept = np.argsort(done, stable=True)[: bucket(int(np.sum(~done)), NARROWEST)]  # first those not done
             state, groups = _narrow(state, kept), groups[kept]
 
     def stream(

@@ -87,7 +87,7 @@ def test_a_cell_is_named_by_what_it_is_and_no_two_alike():
 
 def test_settings_that_share_a_side_network_share_a_training():
     three = table3.table("xsum")
-    assert three["S1"].training == three["SPA"].training == table6.table("xsum")["full"].training
+    assert three["S1"].training == three["SPA"].training == table6.tables(MINI)["xsum"]["SPA full"].training
     assert three["S2"].training == three["S3"].training == table1.table("xsum", MINI)["LST"].training
 
 
