@@ -147,6 +147,35 @@ class Bench:
         rate = self._rate(training)
         return self._train_at(training, rate, training.name)
 
+    def config(self, training: Training, rate: float) -> RunConfig:
+        """Of the run; trainable counts are those of the token-wise side network, within 10 %."""
+        scale, config = self.scale, default.get_config()
+        config.update(
+            backbone=scale.backbone,
+            dtype=scale.dtype,
+            setting=training.setting,
+            side={"width": scale.side_width},
+            router={"offset": training.offset},
+            data={
+                "task": training.task,
+                "directory": self.directory(training.task),
+                "size": scale.sizes[training.task][training.size],
+                "eval_size": scale.eval_size,
+                "max_length": self._max_length(training),
+            },
+            train={"epochs": training.epochs, "batch_size": BATCH_SIZE, "log_every": 100},
+            optimizer={"learning_rate": rate},
+        )
+        plain = size_of(parse({**config.to_dict(), "setting": "spa"}), self.backbone)
+        if training.setting in METHODS:
+            peft = rank_for(peft_config(parse(config.to_dict())), self.backbone.config, plain)
+            config.peft.update(rank=peft.rank, alpha=peft.alpha, width=peft.rank)
+            config.update(scale.through_config)
+        if training.kind == "transformer":
+            config.side.update(kind="transformer", heads=2, init="pruned")
+            return matched(parse(config.to_dict()), self.backbone, plain)
+        return parse(config.to_dict())
+
     def kept(self, path: Path) -> dict[str, Any] | None:
         """What a measurement has left there, if anything."""
         return _read(path) if path.exists() else None
@@ -196,40 +225,12 @@ class Bench:
         if kept.exists() and (run / "plugin").is_dir():  # several cells are of one training
             return run
         log.info("training %s at %g", training.name, rate)
-        summary = train(self._config(training, rate), run)
+        summary = train(self.config(training, rate), run)
         write_json(
             kept,
             {"training": name, "learning_rate": rate, "epochs": training.epochs, "hardware": hardware(), **summary},
         )
         return run
-
-    def _config(self, training: Training, rate: float) -> RunConfig:
-        scale, config = self.scale, default.get_config()
-        config.update(
-            backbone=scale.backbone,
-            dtype=scale.dtype,
-            setting=training.setting,
-            side={"width": scale.side_width},
-            router={"offset": training.offset},
-            data={
-                "task": training.task,
-                "directory": self.directory(training.task),
-                "size": scale.sizes[training.task][training.size],
-                "eval_size": scale.eval_size,
-                "max_length": self._max_length(training),
-            },
-            train={"epochs": training.epochs, "batch_size": BATCH_SIZE, "log_every": 100},
-            optimizer={"learning_rate": rate},
-        )
-        plain = size_of(parse({**config.to_dict(), "setting": "spa"}), self.backbone)
-        if training.setting in METHODS:
-            peft = rank_for(peft_config(parse(config.to_dict())), self.backbone.config, plain)
-            config.peft.update(rank=peft.rank, alpha=peft.alpha, width=peft.rank)
-            config.update(scale.through_config)
-        if training.kind == "transformer":
-            config.side.update(kind="transformer", heads=2, init="pruned")
-            return matched(parse(config.to_dict()), self.backbone, plain)
-        return parse(config.to_dict())
 
     def _max_length(self, training: Training | None) -> int:
         through = training is not None and (training.setting in METHODS or training.short)
