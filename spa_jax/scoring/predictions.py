@@ -79,7 +79,8 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
-    """The identity of the evaluation and its rows, in the order of their ids.
+    """The identity of the evaluation and its rows in the order of their ids, each once, though two processes that did the
+    same evaluation may both have written it.
 
     Raises:
         UserError: the file cannot be read, or is none.
@@ -90,4 +91,5 @@ def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
         rows = [Prediction(**json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is no predictions file ({error}): delete it, or choose another --output") from error
-    return identity, sorted(rows, key=lambda row: tuple(map(int, row.id.split("."))))
+    once = {row.id: row for row in rows}.values()
+    return identity, sorted(once, key=lambda row: tuple(map(int, row.id.split("."))))

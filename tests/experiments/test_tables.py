@@ -221,5 +221,6 @@ def test_committed_predictions_hold_no_more_than_they_may():
             "questions",
         }  # fmt: skip
         assert lines
+        assert len({json.loads(line)["id"] for line in lines}) == len(lines)
         for line in lines:
             assert set(json.loads(line)) == {"id", "hash", "text", "sources", "scores"}

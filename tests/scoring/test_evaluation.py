@@ -20,7 +20,7 @@ from spa_jax.models.plugin import PluginConfig, correction, init_plugin, router_
 from spa_jax.models.side import SideConfig
 from spa_jax.scoring.effect import alternatives, side_effect
 from spa_jax.scoring.evaluation import EvaluationConfig, Question, evaluate, generate_all
-from spa_jax.scoring.predictions import Predictions, read_predictions
+from spa_jax.scoring.predictions import Prediction, Predictions, read_predictions
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
@@ -161,6 +161,16 @@ def test_the_predictions_of_another_evaluation_are_refused(backbone, plugin, dat
     (tmp_path / "predictions.jsonl").write_text("text\n")
     with pytest.raises(UserError, match="is no predictions file"):
         evaluate(config_of(data, limit=2), backbone, plugin, tmp_path)
+
+
+def test_what_two_processes_wrote_of_one_evaluation_counts_once(tmp_path):
+    """Both began when nothing was there, and what they say is the same."""
+    path = tmp_path / "predictions.jsonl"
+    first, second = (Predictions(path, {"task": "sciq"}) for _ in range(2))
+    rows = [Prediction(name, "0" * 16, "text", "cd", {"rougeL": 1.0}) for name in ("1", "2", "10")]
+    first.add(rows)
+    second.add(rows[:2])
+    assert read_predictions(path)[1] == rows
 
 
 def test_no_text_of_the_data_set_is_kept(backbone, plugin, data, tmp_path):
