@@ -79,8 +79,8 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
-    """The identity of the evaluation and its rows in the order of their ids, each once, though two processes that did the
-    same evaluation may both have written it.
+    """The identity of the evaluation and its rows in the order of their ids, each once, though two processes may have
+    written it.
 
     Raises:
         UserError: the file cannot be read, or is none.
