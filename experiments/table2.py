@@ -20,18 +20,20 @@ from experiments.ablation import hardware
 from experiments.cells import Bench, Cell, Training
 from experiments.report import Entry, main_of, number, score, write
 from experiments.scales import LEARNING_RATES, TITLES, Scale
+from spa_jax.data.encoding import Encoder
 from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
-from spa_jax.models.peft import METHODS as THROUGH
-from spa_jax.models.peft import Peft
+from spa_jax.models.peft import Peft, PeftConfig
 from spa_jax.split.channel import Traffic
 from spa_jax.split.generation import generate, open_message
 from spa_jax.split.latency import total_seconds
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
+from spa_jax.training.config import DataConfig, RunConfig
 from spa_jax.training.rows import make_encoder
-from spa_jax.training.run import peft_config, plugin_config, trainable_params
+from spa_jax.training.run import trainable_params, trained_config
+from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import Plugin, load_plugin
 
@@ -76,9 +78,14 @@ def latency(bench: Bench, name: str) -> dict[str, Any] | None:
     task = next(iter(bench.scale.through_epochs))
     training = table(task, bench.scale)[name].training
     assert training is not None
-    plugin = load_plugin(bench.train(training) / "plugin") if name == "SPA" else untrained(bench, training)
-    prompts = questions(bench, training)
-    backbone = dataclasses.replace(bench.backbone, eos_ids=())
+    config = bench.config(training, LEARNING_RATES[0])  # the rate matters only to a training
+    encoder, backbone = make_encoder(bench.backbone, config.data), dataclasses.replace(bench.backbone, eos_ids=())
+    prompts = questions(encoder, config.data)
+    plugin: Plugin | PeftPlugin
+    if name == "SPA":
+        plugin = load_plugin(bench.train(training) / "plugin")
+    else:
+        plugin = untrained(config, backbone, encoder.template)
     cloud = Cloud(backbone)
 
     def answer(prompt: list[int]) -> tuple[float, Traffic]:
@@ -110,22 +117,17 @@ def latency(bench: Bench, name: str) -> dict[str, Any] | None:
     return found
 
 
-def questions(bench: Bench, training: Training) -> list[list[int]]:
-    """Prompts of the first questions of the test split, as long as those of the training."""
-    encoder = make_encoder(bench.backbone, bench.config(training, LEARNING_RATES[0]).data)
-    pairs = load_split(training.task, bench.directory(training.task), "test")[:QUESTIONS]
-    return [encoder.encode(pair)[0].prompts[0] for pair in pairs]
+def questions(encoder: Encoder, config: DataConfig) -> list[list[int]]:
+    """Prompts of the first questions of the test split."""
+    examples, _ = encoder.encode_all(load_split(config.task, config.directory, "test")[:QUESTIONS])
+    return [example.prompts[0] for example in examples]
 
 
-def untrained(bench: Bench, training: Training) -> Plugin | PeftPlugin:
-    """What the training starts from: as large and as fast as what it ends with."""
-    config, backbone = bench.config(training, LEARNING_RATES[0]), bench.backbone
-    origin = backbone.name, backbone.fingerprint, make_encoder(backbone, config.data).template
-    if training.setting in THROUGH:
-        peft = peft_config(config)
-        return PeftPlugin(peft, trainable_params(config, peft, backbone), *origin)
-    plugin = plugin_config(config, backbone)
-    return Plugin(plugin, trainable_params(config, plugin, backbone), *origin)
+def untrained(config: RunConfig, backbone: Backbone, template: str) -> Plugin | PeftPlugin:
+    """What a run starts from: as large and as fast as what it ends with."""
+    trained = trained_config(config, backbone)
+    rest = trainable_params(config, trained, backbone), backbone.name, backbone.fingerprint, template
+    return PeftPlugin(trained, *rest) if isinstance(trained, PeftConfig) else Plugin(trained, *rest)
 
 
 def report(bench: Bench) -> None:

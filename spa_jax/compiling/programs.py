@@ -16,7 +16,6 @@ from spa_jax.data.pipeline import Batch, bucket
 from spa_jax.decoding.cache import count_slots, init_cache
 from spa_jax.decoding.sampling import GREEDY
 from spa_jax.models.llama import Llama, Params, init_params
-from spa_jax.models.peft import METHODS
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import Matrix, quantize
 from spa_jax.split import wire
@@ -26,7 +25,7 @@ from spa_jax.split.wire import Codec, Encoded
 from spa_jax.training.config import RunConfig
 from spa_jax.training.features import extract, where_read
 from spa_jax.training.optimizer import optimizer
-from spa_jax.training.run import backbone_model, peft_config, plugin_config, trainable_params
+from spa_jax.training.run import backbone_model, plugin_config, trainable_params, trained_config
 from spa_jax.training.sharding import MeshLayout
 from spa_jax.training.step import TrainState, init_state, make_train_step
 from spa_jax.weights.architectures import architecture
@@ -106,7 +105,7 @@ def compile_programs(
 
 
 def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Sizes) -> Iterator[Compiled]:
-    plugin = peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
+    plugin = trained_config(config, backbone)
     model = backbone_model(config, plugin, backbone)
     layout.check_batch(sizes.rows, config.train.accumulate)
     batch: Any = _batch(layout, sizes)

@@ -65,6 +65,11 @@ def peft_config(config: RunConfig) -> PeftConfig:
     return PeftConfig("adapter", options.width)
 
 
+def trained_config(config: RunConfig, backbone: Backbone) -> PluginConfig | PeftConfig:
+    """What a run of any setting trains."""
+    return peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
+
+
 def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: Sequence[list[Example]]) -> None:
     """Creates the run's directory and its config.json, or checks that the run there is this one.
 
@@ -213,7 +218,7 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
             "%d training and %d held-out sources were longer than data.max_length=%d allows and cut at their end",
             cut, cut_held_out, encoder.max_length,
         )  # fmt: skip
-    plugin = peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
+    plugin = trained_config(config, backbone)
     every = examples + held_out
     cache = None
     if isinstance(plugin, PeftConfig):

@@ -56,5 +56,5 @@ def test_how_often_spa_asks_is_what_it_has_learned(bench):
 def test_an_untrained_method_has_the_size_of_the_trained_one(bench):
     training = table2.table("xsum", bench.scale)["LST"].training
     assert training is not None
-    plugin = table2.untrained(bench, training)
+    plugin = table2.untrained(bench.config(training, 1e-3), bench.backbone, "chat")
     assert count_params(plugin.params) == bench.summary(training)["params/trainable"]
