@@ -11,6 +11,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 
 from spa_jax.compiling.hlo import parse
 from spa_jax.data.pipeline import Batch
@@ -23,7 +24,6 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import quantize
 from spa_jax.models.side import SideConfig
 from spa_jax.training.objective import RouterConfig
-from spa_jax.training.optimizer import OptimizerConfig, optimizer
 from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.weights.backbone import Backbone
@@ -38,8 +38,9 @@ TOKENWISE = PluginConfig("spa", SideConfig("tokenwise", 8, TAPS), CONFIG.hidden_
 TRANSFORMER = PluginConfig("s2", SideConfig("transformer", 8, TAPS, heads=2), CONFIG.hidden_size)
 LORA = PeftConfig("lora", 4)
 ROUTER = RouterConfig("improvement", 0.0, True, True, True)
-TX = optimizer(OptimizerConfig(2e-4, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 10)
-"""Adam divides by the size of a gradient: where that is float noise, whole steps are."""
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-2), eps=1e-4, weight_decay=0.1))
+"""As in training but for eps: Adam divides by the size of a gradient, and with its usual eps, where that is float noise,
+whole steps would be."""
 
 
 def layout_of(shape):
