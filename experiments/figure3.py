@@ -28,6 +28,8 @@ from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", "runs/quickstart/plugin", "Of the quickstart.")
 QUESTIONS, NEW_TOKENS, COLUMNS = 6, 48, 92
+COLUMN = 0.1  # inches
+FONT_SIZE = 72 * COLUMN / 0.602  # points, of the font in which a letter is this much of its size wide
 CLOUD, DEVICE = "#1f5fd0", "#000000"
 
 
@@ -67,14 +69,14 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
                 lines.append([])
             lines[-1].append((text, colour))
         lines.append([])
-    figure = plt.figure(figsize=(COLUMNS * 0.1, len(lines) * 0.22))
+    figure = plt.figure(figsize=(COLUMNS * COLUMN, len(lines) * 0.22))
     for row, line in enumerate(lines):
         column = 0
         for text, colour in line:
             x, y = column / COLUMNS, 1 - (row + 1) / len(lines)
-            figure.text(x, y, text, color=colour, family="monospace", fontsize=11.4, parse_math=False)
+            figure.text(x, y, text, color=colour, family="DejaVu Sans Mono", fontsize=FONT_SIZE, parse_math=False)
             column += len(text)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
