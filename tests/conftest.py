@@ -78,9 +78,10 @@ def compilation_cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """What a program does and holds shows without LLVM's optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")  # a folder may have it so already
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

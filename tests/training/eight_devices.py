@@ -39,8 +39,8 @@ TRANSFORMER = PluginConfig("s2", SideConfig("transformer", 8, TAPS, heads=2), CO
 LORA = PeftConfig("lora", 4)
 ROUTER = RouterConfig("improvement", 0.0, True, True, True)
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-2), eps=1e-4, weight_decay=0.1))
-"""As in training but for eps: Adam divides by the size of a gradient, and with its usual eps,
-where that is float noise, whole steps would be."""
+"""Training's at a constant rate, decaying vectors too, and with another eps: Adam divides by the size of a gradient,
+and with its usual eps, where that is float noise, whole steps would be."""
 
 
 def layout_of(shape):
