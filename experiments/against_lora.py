@@ -25,7 +25,7 @@ from experiments.pytorch import THREADS, export, peak_bytes, run_child, use_thre
 from experiments.sciq_rows import MAX_LENGTH, read_sciq
 from spa_jax import command
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import Batch, bucket_of, collate, plan
+from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.training.config import RunConfig, parse
@@ -56,7 +56,7 @@ def examples_of(config: RunConfig) -> tuple[Any, list[Example]]:
 
 def chosen_rows(examples: Sequence[Example], batch_size: int) -> list[np.ndarray]:
     """Rows of the steps that are timed, the warm-up's first."""
-    steps = plan(examples, batch_size, seed=0)
+    steps = plan_batches(examples, batch_size, seed=0)
     return [steps[step] for step in range(WARM_UP + STEPS)]
 
 
@@ -122,7 +122,7 @@ def measure_spa_jax(folder: Path, cached: bool) -> dict[str, float]:
     from spa_jax.training.optimizer import optimizer
     from spa_jax.training.run import plugin_config, trainable_params
     from spa_jax.training.step import init_state, make_train_step
-    from spa_jax.training.tap_cache import Layout, TapCache
+    from spa_jax.training.tap_cache import FeatureSpec, TapCache
 
     config = config_of()
     backbone, examples = examples_of(config)
@@ -134,15 +134,15 @@ def measure_spa_jax(folder: Path, cached: bool) -> dict[str, float]:
     train_step = make_train_step(plugin, config.router, model, tx, 1)
     source, built = collate, 0.0
     if cached:
-        layout = Layout(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype)
-        cache = TapCache(folder / "taps", layout)
+        spec = FeatureSpec(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype)
+        cache = TapCache(folder / "taps", spec)
         began = time.perf_counter()
         loop.fill_cache(cache, model, backbone.params, size, examples)
         built = time.perf_counter() - began
         source = cache.collate  # type: ignore[assignment]
     chosen = chosen_rows(examples, size)
     compiling = time.perf_counter()
-    for rows in {bucket_of(examples[rows[0]]): rows for rows in chosen}.values():
+    for rows in {padded_shape(examples[rows[0]]): rows for rows in chosen}.values():
         state, _ = train_step(state, backbone.params, source(examples, rows))
     compiled = time.perf_counter() - compiling
 
@@ -166,7 +166,7 @@ def main() -> None:
         write_json(folder / f"{SIDE.value}.json", found)
         return
     backbone, examples = examples_of(config_of())
-    steps = len(plan(examples, 8)) * EPOCHS
+    steps = len(plan_batches(examples, 8)) * EPOCHS
     folder = Path(FOLDER.value)
     if not (folder / "batches.npz").exists():
         export(backbone, folder / "model")

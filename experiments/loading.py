@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from experiments.ablation import hardware
 from spa_jax import command
 from spa_jax.files import write_json
-from spa_jax.training.processes import DistributedConfig, join
-from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.training.processes import DistributedConfig, init_distributed
+from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES
 from spa_jax.weights.registry import load_backbone
 
@@ -72,12 +72,12 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def load(directory: str, coordinator: str, count: int, process: int, answers: Any) -> None:
     """In a process of its own: (its own slices, most memory of its own, most with mapped pages), in bytes."""
-    join(DistributedConfig(count > 1, coordinator, count, process, 100))
-    layout = MeshLayout(make_mesh(MeshConfig(1, count, 1, 1), count))
+    init_distributed(DistributedConfig(count > 1, coordinator, count, process, 100))
+    partitioner = MeshPartitioner(make_mesh(MeshConfig(1, count, 1, 1), count))
     me, most = psutil.Process(), {"own": 0, "resident": 0}
     stop = _watch(me, most)
     before = dict(most)
-    backbone = load_backbone(directory, "bfloat16", layout)
+    backbone = load_backbone(directory, "bfloat16", partitioner)
     slices = sum(shard.data.nbytes for leaf in jax.tree.leaves(backbone.params) for shard in leaf.addressable_shards)
     stop()
     answers.put((slices, most["own"] - before["own"], most["resident"] - before["resident"]))

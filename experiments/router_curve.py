@@ -18,7 +18,7 @@ from experiments.ablation import hardware
 from experiments.cells import Bench, Cell, Training
 from experiments.report import Entry, main_of, number, plt, score, write
 from experiments.scales import BUDGET, TITLES, Scale
-from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.pipeline import collate, plan_batches
 from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
 from spa_jax.models.llama import Llama, Params
@@ -84,7 +84,7 @@ def outcomes_of(bench: Bench, plugin: Plugin, task: str) -> tuple[Outcomes, Floa
         return outcomes, jax.lax.map(entropy, features.hidden), features.weights
 
     parts = []
-    for rows in plan(examples, BATCH):
+    for rows in plan_batches(examples, BATCH):
         outcomes, entropy, weights = jax.device_get(step(plugin.params, backbone.params, collate(examples, rows)))
         parts.append([leaf[weights > 0] for leaf in (*outcomes, entropy)])
     columns: list[Any] = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]

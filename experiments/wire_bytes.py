@@ -24,17 +24,17 @@ from experiments.ablation import hardware
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.pairs import read_json_lines
-from spa_jax.data.pipeline import plan
+from spa_jax.data.pipeline import plan_batches
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.models.combine import always
+from spa_jax.models.combine import with_correction
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.split.wire import CODECS, Codec, bytes_per_position, decode, encode
 from spa_jax.training import loop
 from spa_jax.training.features import Features
 from spa_jax.training.objective import corrections
-from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.training.tap_cache import FeatureSpec, TapCache
 from spa_jax.training.vocabulary_loss import token_losses
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import load_plugin
@@ -57,7 +57,7 @@ def losses(
         return decode(encode(codec, x), jnp.dtype(jnp.float32))
 
     g = corrections(plugin, params, features._replace(taps=crossed(features.taps)), model)
-    return token_losses(model, frozen, always(plugin.setting, features.hidden, crossed(g)), features.targets)
+    return token_losses(model, frozen, with_correction(plugin.setting, features.hidden, crossed(g)), features.targets)
 
 
 def measure(backbone: Backbone, directory: Path, test: Path) -> dict[str, dict[str, Any]]:
@@ -66,9 +66,9 @@ def measure(backbone: Backbone, directory: Path, test: Path) -> dict[str, dict[s
     side, width = plugin.config.side, plugin.config.hidden_size
     model = Llama(backbone.config, side.taps)
     examples, _ = Encoder(backbone.tokenizer, plugin.template, MAX_LENGTH).encode_all(read_json_lines(str(test)))
-    cache = TapCache(cache_directory() / "taps", Layout(backbone.fingerprint, side.taps, width, "float32"))
+    cache = TapCache(cache_directory() / "taps", FeatureSpec(backbone.fingerprint, side.taps, width, "float32"))
     loop.fill_cache(cache, model, backbone.params, BATCH, examples)
-    batches = [cache.collate(examples, rows) for rows in plan(examples, BATCH)]
+    batches = [cache.collate(examples, rows) for rows in plan_batches(examples, BATCH)]
     rows: dict[str, dict[str, Any]] = {}
     for codec in CODECS:
         each = [losses(plugin.config, model, codec, plugin.params, backbone.params, batch) for batch in batches]

@@ -23,7 +23,7 @@ from spa_jax.files import write_json
 from spa_jax.split.wire import CODECS, Codec
 from spa_jax.train import read_config
 from spa_jax.training.rows import row_length
-from spa_jax.training.sharding import AXES, MeshLayout, make_mesh
+from spa_jax.training.sharding import AXES, MeshPartitioner, make_mesh
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu", "TPU topology such as v5e:2x4, or cpu or gpu for what is here.")
 PROGRAM = flags.DEFINE_enum(
@@ -77,13 +77,13 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be one to read
     target = find_target(TOPOLOGY.value, max(config.mesh.slices, 1))
     rows = ROWS.value or config.train.batch_size
-    layout = MeshLayout(make_mesh(config.mesh, rows // config.train.accumulate, target.devices))
+    partitioner = MeshPartitioner(make_mesh(config.mesh, rows // config.train.accumulate, target.devices))
     length = LENGTH.value or row_length(config.data.task, config.data.max_length)
     sizes = Sizes(rows, length, TARGETS.value or length, ROOM.value)
     which = cast(ProgramName, PROGRAM.value)
-    programs = list(compile_programs(config, which, layout, sizes, cast(Codec, CODEC.value)))
+    programs = list(compile_programs(config, which, partitioner, sizes, cast(Codec, CODEC.value)))
     described = report(programs, target)
-    mesh = {axis: layout.mesh.shape[axis] for axis in AXES}
+    mesh = {axis: partitioner.mesh.shape[axis] for axis in AXES}
     settings = {"topology": TOPOLOGY.value, "program": which, "chips": len(target.devices), "mesh": mesh}
     show(programs)
     verdict = "fits" if described["fits"] else "does not fit"

@@ -22,7 +22,7 @@ def path_of(name: str) -> Path:
     return cast(Path, epath.Path(name)) if "://" in name else Path(name)
 
 
-def in_bucket(path: Path) -> bool:
+def is_remote(path: Path) -> bool:
     """Whether a path of `path_of` is not on this machine."""
     return not isinstance(path, Path)
 
@@ -35,7 +35,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if in_bucket(path):
+        if is_remote(path):
             path.write_bytes(data)
             return
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -64,7 +64,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the place cannot be written, or a plain file stands there.
     """
-    if in_bucket(path):
+    if is_remote(path):
         with tempfile.TemporaryDirectory() as local:
             yield Path(local)
             for file in Path(local).iterdir():

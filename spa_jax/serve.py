@@ -38,7 +38,7 @@ from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec
-from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.mapping import DTYPES
 from spa_jax.weights.plugin import Plugin, load_plugin
@@ -108,8 +108,8 @@ def load_split() -> Backbone:
     devices = jax.devices()
     if TENSOR.value > len(devices):
         raise UserError(f"--tensor={TENSOR.value}, but this machine has {len(devices)} devices")
-    layout = MeshLayout(make_mesh(MeshConfig(1, 1, TENSOR.value, 1), 1, devices[: TENSOR.value]))
-    return load_backbone(BACKBONE.value, DTYPE.value, layout, Compute(weights=cast(Weights, KEPT.value)))
+    partitioner = MeshPartitioner(make_mesh(MeshConfig(1, 1, TENSOR.value, 1), 1, devices[: TENSOR.value]))
+    return load_backbone(BACKBONE.value, DTYPE.value, partitioner, Compute(weights=cast(Weights, KEPT.value)))
 
 
 async def run_cloud() -> None:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.compiling.hlo import Cost, cost
-from spa_jax.data.pipeline import Batch, bucket
+from spa_jax.data.pipeline import Batch, padded_length
 from spa_jax.decoding.cache import count_slots, init_cache
 from spa_jax.decoding.sampling import GREEDY
 from spa_jax.models.llama import Llama, Params, init_params
@@ -26,7 +26,7 @@ from spa_jax.training.config import RunConfig
 from spa_jax.training.features import extract, where_read
 from spa_jax.training.optimizer import optimizer
 from spa_jax.training.run import backbone_model, plugin_config, trainable_params, trained_config
-from spa_jax.training.sharding import MeshLayout
+from spa_jax.training.sharding import MeshPartitioner
 from spa_jax.training.step import TrainState, init_state, make_train_step
 from spa_jax.weights.architectures import architecture
 from spa_jax.weights.backbone import Backbone
@@ -75,7 +75,7 @@ class Compiled:
 
 
 def compile_programs(
-    config: RunConfig, which: ProgramName, layout: MeshLayout, sizes: Sizes, codec: Codec
+    config: RunConfig, which: ProgramName, partitioner: MeshPartitioner, sizes: Sizes, codec: Codec
 ) -> Iterator[Compiled]:
     """Compiles the programs that a config runs: to train, in the cloud, or on a device; or to train the whole backbone.
 
@@ -87,34 +87,34 @@ def compile_programs(
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init_params(shape, abstract=True))
     if config.compute.weights == "int8" and which != "finetune":
         frozen = jax.eval_shape(lambda params: jax.tree_util.tree_map_with_path(_quantized, params), frozen)
-    frozen = _placed(layout, frozen)
+    frozen = _placed(partitioner, frozen)
     tokenizer: Any = None
-    backbone = Backbone(config.backbone, shape, frozen, tokenizer, (2,), "", layout, config.compute)
+    backbone = Backbone(config.backbone, shape, frozen, tokenizer, (2,), "", partitioner, config.compute)
     if which == "train":
-        yield from _train(config, backbone, layout, sizes)
+        yield from _train(config, backbone, partitioner, sizes)
         return
     if which == "finetune":
-        yield _finetune(config, backbone, layout, sizes)
+        yield _finetune(config, backbone, partitioner, sizes)
         return
     plugin = plugin_config(config, backbone)
     model = backbone.model(plugin.side.taps)
     if which == "cloud":
         yield from _cloud(plugin, model, frozen, sizes, codec)
     else:
-        yield _device(plugin, layout, sizes, codec)
+        yield _device(plugin, partitioner, sizes, codec)
 
 
-def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Sizes) -> Iterator[Compiled]:
+def _train(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, sizes: Sizes) -> Iterator[Compiled]:
     plugin = trained_config(config, backbone)
     model = backbone_model(config, plugin, backbone)
-    layout.check_batch(sizes.rows, config.train.accumulate)
-    batch: Any = _batch(layout, sizes)
+    partitioner.check_batch(sizes.rows, config.train.accumulate)
+    batch: Any = _batch(partitioner, sizes)
     tx = optimizer(config.optimizer, 100)
 
     def fresh(params: Params) -> Any:
         return init_state(trainable_params(config, plugin, dataclasses.replace(backbone, params=params)), tx)
 
-    state = _placed(layout, jax.eval_shape(fresh, backbone.params))
+    state = _placed(partitioner, jax.eval_shape(fresh, backbone.params))
     if config.tap_cache.enabled and isinstance(plugin, PluginConfig):
         backbone_pass = jax.jit(extract, static_argnums=(0, 3))
         arguments = (model, backbone.params, batch, plugin.side.attends)
@@ -122,7 +122,7 @@ def _train(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Siz
         features = jax.eval_shape(
             lambda params, batch: extract(model, params, batch, plugin.side.attends), *arguments[1:3]
         )
-        batch = jax.tree.map(lambda leaf: _array(layout, leaf.shape, leaf.dtype), features)
+        batch = jax.tree.map(lambda leaf: _array(partitioner, leaf.shape, leaf.dtype), features)
     step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
     yield _compile("train step", step, state, backbone.params, batch)[0]
 
@@ -131,33 +131,38 @@ def _quantized(path: tuple[Any, ...], leaf: jax.Array) -> Matrix:
     return quantize("/".join(key.key for key in path), leaf)
 
 
-def _batch(layout: MeshLayout, sizes: Sizes) -> Batch:
-    length, targets = bucket(sizes.length, 32), bucket(sizes.targets, 8)
+def _batch(partitioner: MeshPartitioner, sizes: Sizes) -> Batch:
+    length, targets = padded_length(sizes.length, 32), padded_length(sizes.targets, 8)
     integer, shapes = jnp.int32, [(sizes.rows, length), (sizes.rows,), *[(sizes.rows, targets)] * 3]
     dtypes: list[Any] = [integer, integer, integer, integer, jnp.float32]
-    leaves: list[Any] = [_array(layout, shape, dtype) for shape, dtype in zip(shapes, dtypes)]
+    leaves: list[Any] = [_array(partitioner, shape, dtype) for shape, dtype in zip(shapes, dtypes)]
     return Batch(*leaves)
 
 
-def _finetune(config: RunConfig, backbone: Backbone, layout: MeshLayout, sizes: Sizes) -> Compiled:
+def _finetune(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, sizes: Sizes) -> Compiled:
     """One step that trains every parameter of the backbone, kept in float32, with blocks rematerialised."""
-    layout.check_batch(sizes.rows)
-    model, tx = Llama(backbone.config, (), jnp.dtype(config.dtype), "full", layout), optimizer(config.optimizer, 100)
+    partitioner.check_batch(sizes.rows)
+    model, tx = (
+        Llama(backbone.config, (), jnp.dtype(config.dtype), "full", partitioner),
+        optimizer(config.optimizer, 100),
+    )
 
     def summed(params: Params, batch: Batch) -> jax.Array:
         positions, _ = where_read(batch, everywhere=True)
         out = model.apply({"params": params}, batch.tokens, positions)
         hidden = jnp.take_along_axis(out.hidden, jnp.asarray(batch.predict)[:, :, None], axis=1)
-        logits = layout(model.apply({"params": params}, hidden, method="logits"), "B.V")
+        logits = partitioner.constrain(model.apply({"params": params}, hidden, method="logits"), "B.V")
         return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets) * batch.weights)
 
     def step(state: TrainState, batch: Batch) -> TrainState:
-        grads = layout.parameters(jax.grad(summed)(state.params, batch))
+        grads = partitioner.constrain_params(jax.grad(summed)(state.params, batch))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return layout.parameters(TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state))
+        return partitioner.constrain_params(
+            TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        )
 
     state = jax.eval_shape(lambda: init_state(init_params(backbone.config), tx))
-    return _compile("step", jax.jit(step, donate_argnums=0), _placed(layout, state), _batch(layout, sizes))[0]
+    return _compile("step", jax.jit(step, donate_argnums=0), _placed(partitioner, state), _batch(partitioner, sizes))[0]
 
 
 def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, codec: Codec) -> Iterator[Compiled]:
@@ -171,7 +176,7 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     router: Any = RouterState(array(groups, d, 2), array(groups), array(groups, d))
     slots = count_slots(sizes.length, sizes.room, 1)
     program, outputs = _compile(
-        "prefill", prefill, config, frozen, router, array(groups, bucket(sizes.length, 32), dtype=jnp.int32),
+        "prefill", prefill, config, frozen, router, array(groups, padded_length(sizes.length, 32), dtype=jnp.int32),
         array(groups, dtype=jnp.int32), 0, GREEDY, slots=slots, room=sizes.room,
     )  # fmt: skip
     yield program
@@ -183,8 +188,8 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     yield _compile("advance", advance, config, frozen, state, told, over, over, GREEDY)[0]
 
 
-def _device(plugin: PluginConfig, layout: MeshLayout, sizes: Sizes, codec: Codec) -> Compiled:
-    one = NamedSharding(jax.sharding.Mesh(layout.mesh.devices.reshape(-1)[:1], "device"), PartitionSpec())
+def _device(plugin: PluginConfig, partitioner: MeshPartitioner, sizes: Sizes, codec: Codec) -> Compiled:
+    one = NamedSharding(jax.sharding.Mesh(partitioner.mesh.devices.reshape(-1)[:1], "device"), PartitionSpec())
     rows, block = sizes.rows, plugin.side.block
     positions, cache = 1, None
     if plugin.side.attends:
@@ -200,23 +205,23 @@ def _device(plugin: PluginConfig, layout: MeshLayout, sizes: Sizes, codec: Codec
 
 
 def _mesh(model: Llama) -> jax.sharding.Mesh:
-    assert isinstance(model.layout, MeshLayout)
-    return model.layout.mesh
+    assert isinstance(model.partitioner, MeshPartitioner)
+    return model.partitioner.mesh
 
 
 def _encoded(codec: Codec, shape: tuple[int, ...]) -> Encoded:
     return jax.eval_shape(lambda: wire.encode(codec, jnp.zeros(shape)))
 
 
-def _array(layout: MeshLayout, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.batch)
+def _array(partitioner: MeshPartitioner, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=partitioner.batch_sharding)
 
 
-def _placed(layout: MeshLayout, tree: Any) -> Any:
+def _placed(partitioner: MeshPartitioner, tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        layout.shardings(tree),
+        partitioner.param_shardings(tree),
     )
 
 

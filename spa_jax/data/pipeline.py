@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """1 for a target token, 0 for padding; float32."""
 
 
-def bucket(length: int, least: int) -> int:
+def padded_length(length: int, least: int) -> int:
     """The padded length: the next of least, 1.5 least, 2 least, 3 least, 4 least, ..., so that few programs compile."""
     size = least
     while size < length:
@@ -35,12 +35,12 @@ def bucket(length: int, least: int) -> int:
     return size * 3 // 4 if size * 3 // 4 >= max(length, least) else size
 
 
-def bucket_of(example: Example) -> tuple[int, int]:
+def padded_shape(example: Example) -> tuple[int, int]:
     """Padded (T, R) of an example; a batch holds examples of one bucket."""
-    return bucket(len(example.tokens), 32), bucket(len(example.predict), 8)
+    return padded_length(len(example.tokens), 32), padded_length(len(example.predict), 8)
 
 
-def plan(examples: Sequence[Example], batch_size: int, seed: int | None = None) -> grain.MapDataset:
+def plan_batches(examples: Sequence[Example], batch_size: int, seed: int | None = None) -> grain.MapDataset:
     """Which rows make up each step's batch: `plan(...)[step]` is int32 `[B]`, -1 for a row beyond the data.
 
     An epoch, `len(plan)` steps, holds every example once; with a seed, each epoch has its own order and its own
@@ -49,7 +49,7 @@ def plan(examples: Sequence[Example], batch_size: int, seed: int | None = None) 
     """
     buckets = defaultdict(list)
     for row, example in enumerate(examples):
-        buckets[bucket_of(example)].append(row)
+        buckets[padded_shape(example)].append(row)
 
     def pad(rows: Sequence[int]) -> np.ndarray:
         return np.array([*rows, *[-1] * (batch_size - len(rows))], np.int32)
@@ -69,7 +69,7 @@ def plan(examples: Sequence[Example], batch_size: int, seed: int | None = None) 
 def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None) -> Batch:
     """The batch of these rows, padded to their bucket, or to the one given where they are a part of a batch."""
     chosen = [examples[row] for row in rows if row >= 0]
-    length, width = shape or bucket_of(chosen[0])
+    length, width = shape or padded_shape(chosen[0])
     tokens = np.zeros((len(rows), length), np.int32)
     lengths = np.zeros(len(rows), np.int32)
     predict, targets = np.zeros((2, len(rows), width), np.int32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from spa_jax.decoding.hypotheses import IMPOSSIBLE, Finished, Hypotheses, keep_where
+from spa_jax.decoding.hypotheses import IMPOSSIBLE, Finished, Hypotheses, select_active
 from spa_jax.errors import UserError
 
 
@@ -104,7 +104,7 @@ def extend(
     parents = jnp.take_along_axis(parents, chosen, axis=1)
     extended = Hypotheses(_take(tokens, chosen), _take(asked, chosen), going, made, done, hypotheses.keys, finished)
     unchanged = jnp.broadcast_to(jnp.arange(width, dtype=parents.dtype)[None, :], parents.shape)
-    return keep_where(active, extended, hypotheses), jnp.where(active[:, None], parents, unchanged)
+    return select_active(active, extended, hypotheses), jnp.where(active[:, None], parents, unchanged)
 
 
 def _take(history: Array, index: Int[Array, "G C"]) -> Array:

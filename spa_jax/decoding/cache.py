@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from spa_jax.data.pipeline import bucket
-from spa_jax.models.llama import PADDING, Cache, LlamaConfig, Places
+from spa_jax.data.pipeline import padded_length
+from spa_jax.models.llama import PADDING, Cache, CachePlacement, LlamaConfig
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache `{"k", "v"}` of `[B,L,K,H,S]`; `Places` say which slot holds which token."""
+    """An empty cache `{"k", "v"}` of `[B,L,K,H,S]`; `CachePlacement` say which slot holds which token."""
     shape = (batch, config.num_layers, config.num_kv_heads, config.head_dim, slots)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
@@ -29,7 +29,7 @@ def cache_bytes(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -
 
 def count_slots(longest: int, room: int, width: int) -> int:
     """Slots for a prompt of up to `longest` tokens and `room` new ones of each of `width` hypotheses."""
-    return bucket(longest + room * width, 64)
+    return padded_length(longest + room * width, 64)
 
 
 def see_prompt(lengths: Int[Array, " G"], width: int, slots: int) -> Bool[Array, "R S"]:
@@ -39,7 +39,7 @@ def see_prompt(lengths: Int[Array, " G"], width: int, slots: int) -> Bool[Array,
 
 def place_newest(
     seen: Bool[Array, "R S"], position: Int[Array, " G"], made: Int[Array, " G"], running: Bool[Array, " G"]
-) -> tuple[Places, Bool[Array, "R S"]]:
+) -> tuple[CachePlacement, Bool[Array, "R S"]]:
     """Places `[G,K]` of the newest of `made` tokens, which stands at `position`, and what is seen with it in place.
 
     A group that is not running places nothing.
@@ -48,7 +48,7 @@ def place_newest(
     first = position + (made - 1) * (width - 1)
     slots = jnp.where(running[:, None], first[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], PADDING)
     seen |= jnp.arange(seen.shape[1])[None, :] == slots.reshape(-1, 1)
-    return Places(slots, seen.reshape(groups, 1, width, -1)), seen
+    return CachePlacement(slots, seen.reshape(groups, 1, width, -1)), seen
 
 
 Caches = TypeVar("Caches")

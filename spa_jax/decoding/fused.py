@@ -13,11 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spa_jax.data.pipeline import bucket
+from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding import beam, sampling
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import count_slots, init_cache, place_newest, reorder, see_prompt
-from spa_jax.decoding.hypotheses import Generation, Hypotheses, begin, generations, newest, rows_of
+from spa_jax.decoding.hypotheses import (
+    Generation,
+    Hypotheses,
+    init_hypotheses,
+    last_tokens,
+    parent_rows,
+    to_generations,
+)
 from spa_jax.decoding.prompts import PromptState, PromptStore
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
@@ -25,12 +32,12 @@ from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
 from spa_jax.models.llama import (
     PADDING,
     Cache,
+    CachePlacement,
     Llama,
     LlamaOutput,
     Params,
-    Places,
-    by_position,
     normalize_taps,
+    place_by_position,
     positions_from_mask,
 )
 from spa_jax.models.peft import Method, Peft
@@ -167,11 +174,11 @@ class FusedModel:
             least = len(groups) // 2 if batch_size and len(groups) >= 2 * NARROWEST else 0
             state = self.advance(state, sampling, max_new_tokens, beams, least)
             done = jax.device_get(state.hypotheses.done)
-            reached = generations(state.hypotheses, self.backbone.eos_ids)
+            reached = to_generations(state.hypotheses, self.backbone.eos_ids)
             found |= {group: each for group, each, ended in zip(groups.tolist(), reached, done) if ended}
             if done.all():
                 return [found[group] for group in range(len(prompts))]
-            kept = np.argsort(done, stable=True)[: bucket(int(np.sum(~done)), NARROWEST)]  # first those not done
+            kept = np.argsort(done, stable=True)[: padded_length(int(np.sum(~done)), NARROWEST)]  # first those not done
             state, groups = _narrow(state, kept), groups[kept]
 
     def stream(
@@ -200,7 +207,7 @@ class FusedModel:
         tokens: jax.Array,
         positions: jax.Array,
         cache: Cache,
-        places: Places | None = None,
+        places: CachePlacement | None = None,
     ) -> LlamaOutput:
         peft = Peft(self._within, trainable) if self._within else None
         return self.model.apply({"params": frozen}, tokens, positions, cache, places, peft)
@@ -212,7 +219,7 @@ class FusedModel:
         taps: Float[Array, "P B M D"],
         positions: Int[Array, "B M"],
         side_cache: Cache | None,
-        places: Places | None = None,
+        places: CachePlacement | None = None,
     ) -> tuple[Float[Array, "B M D"], Cache | None]:
         """g of these tokens, 0 without a side network, and its cache."""
         if self._beside is None:
@@ -240,7 +247,9 @@ class FusedModel:
         state = hidden
         if self._beside is not None:
             state = combine(cast(Setting, self.setting), hidden, g, sigma, offset_of(trainable))
-        return choose(self.model, frozen, state, sigma, hypotheses, active, sampling, beams, self.backbone.eos_ids)
+        return choose_next_token(
+            self.model, frozen, state, sigma, hypotheses, active, sampling, beams, self.backbone.eos_ids
+        )
 
     def _run_prompt(
         self,
@@ -257,7 +266,7 @@ class FusedModel:
         runs, width = tokens.shape
         positions = positions_from_mask(jnp.arange(width, dtype=jnp.int32)[None, :] < whole[:, None])
         cache = init_cache(self.backbone.config, runs, slots, self.model.dtype)
-        out = self._run(frozen, trainable, tokens, positions, cache, by_position(positions, None))
+        out = self._run(frozen, trainable, tokens, positions, cache, place_by_position(positions, None))
         attends = self._beside is not None and self._beside.side.attends
         taps = out.taps if attends else out.taps[:, rows, lengths - 1][:, :, None]
         return PromptState(out.hidden[rows, lengths - 1], taps, _present(out.cache))
@@ -290,7 +299,7 @@ class FusedModel:
             g, _ = self._correct(frozen, trainable, taps, lengths[:, None] - 1, None)
             g = g[:, 0]
         groups, count = len(lengths), beams.width if beams else 1
-        hypotheses = begin(groups, count, room, seed, search=beams is not None)
+        hypotheses = init_hypotheses(groups, count, room, seed, search=beams is not None)
         active = jnp.ones(groups, bool)
         hypotheses, _ = self._choose(frozen, trainable, hidden, g, hypotheses, active, sampling, beams, threshold)
         return hypotheses, side_cache
@@ -312,14 +321,14 @@ class FusedModel:
 
         def step(s: DecodeState) -> DecodeState:
             run, chosen = active(s), s.hypotheses
-            tokens = newest(chosen)
+            tokens = last_tokens(chosen)
             positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
             places, seen = place_newest(s.seen, s.position, chosen.made, run)
             out = self._run(frozen, trainable, tokens, positions, s.cache, places)
             g, side_cache = self._correct(frozen, trainable, out.taps, positions, s.side_cache, places)
             hidden, g = (each.reshape(-1, each.shape[-1]) for each in (out.hidden, g))
             hypotheses, parents = self._choose(frozen, trainable, hidden, g, chosen, run, sampling, beams, threshold)
-            seen = reorder(seen, rows_of(parents))
+            seen = reorder(seen, parent_rows(parents))
             return DecodeState(_present(out.cache), side_cache, seen, s.position + run, hypotheses)
 
         return jax.lax.while_loop(lambda s: jnp.sum(active(s)) > least, step, state)
@@ -346,7 +355,7 @@ def _present(cache: Cache | None) -> Cache:
     return cache
 
 
-def choose(
+def choose_next_token(
     model: Llama,
     frozen: Params,
     state: Float[Array, "B D"],
@@ -375,7 +384,7 @@ def choose(
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "G T"]:
     """Prompts padded on the right to a common bucket."""
-    tokens = np.zeros((len(prompts), bucket(max(map(len, prompts)), 32)), np.int32)
+    tokens = np.zeros((len(prompts), padded_length(max(map(len, prompts)), 32)), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return tokens

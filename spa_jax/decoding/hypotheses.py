@@ -58,7 +58,7 @@ class Generation:
         return sum(self.consulted) / max(len(self.consulted), 1)
 
 
-def begin(groups: int, beams: int, room: int, seed: int | jax.Array, search: bool) -> Hypotheses:
+def init_hypotheses(groups: int, beams: int, room: int, seed: int | jax.Array, search: bool) -> Hypotheses:
     """No tokens yet. With `search` the first choice fans out from one hypothesis."""
     tokens = jnp.zeros((groups, beams, room), jnp.int32)
     consulted = jnp.zeros(tokens.shape, bool)
@@ -79,19 +79,19 @@ def token_keys(keys: PRNGKeyArray, made: Int[Array, " G"]) -> PRNGKeyArray:
     return jax.vmap(jax.random.fold_in)(keys, made)
 
 
-def newest(hypotheses: Hypotheses) -> Int[Array, "G K"]:
+def last_tokens(hypotheses: Hypotheses) -> Int[Array, "G K"]:
     """The last token of each hypothesis; groups need at least one."""
     index = jnp.maximum(hypotheses.made - 1, 0)
     return jnp.take_along_axis(hypotheses.tokens, index[:, None, None], axis=2)[:, :, 0]
 
 
-def rows_of(parents: Int[Array, "G K"]) -> Int[Array, " R"]:
+def parent_rows(parents: Int[Array, "G K"]) -> Int[Array, " R"]:
     """Indices among the R = G K rows of hypotheses that are given by their index within the group."""
     groups, beams = parents.shape
     return (parents + beams * jnp.arange(groups, dtype=parents.dtype)[:, None]).reshape(-1)
 
 
-def keep_where(active: Bool[Array, " G"], new: Hypotheses, old: Hypotheses) -> Hypotheses:
+def select_active(active: Bool[Array, " G"], new: Hypotheses, old: Hypotheses) -> Hypotheses:
     """`new` for active groups and `old` for the others."""
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -100,7 +100,7 @@ def keep_where(active: Bool[Array, " G"], new: Hypotheses, old: Hypotheses) -> H
     return jax.tree.map(pick, new, old)
 
 
-def generations(hypotheses: Hypotheses, eos_ids: Sequence[int]) -> list[Generation]:
+def to_generations(hypotheses: Hypotheses, eos_ids: Sequence[int]) -> list[Generation]:
     """The best hypothesis of each group; the state is fetched from the device."""
     best = hypotheses.finished or hypotheses
     tokens, consulted, made = jax.device_get((best.tokens[:, 0], best.consulted[:, 0], hypotheses.made))

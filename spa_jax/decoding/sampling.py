@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from spa_jax.decoding.hypotheses import Hypotheses, keep_where, token_keys
+from spa_jax.decoding.hypotheses import Hypotheses, select_active, token_keys
 from spa_jax.errors import UserError
 
 
@@ -95,4 +95,4 @@ def append(
         made=made,
         done=jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (made == hypotheses.tokens.shape[2]),
     )
-    return keep_where(active, extended, hypotheses)
+    return select_active(active, extended, hypotheses)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from spa_jax.errors import UserError
 from spa_jax.models.compute import Kernel
-from spa_jax.models.layout import Layout
+from spa_jax.models.partitioner import Partitioner
 
 BLOCK_SCORES = 2**20
 """Scores of one block of `blockwise`: 4 MiB of float32."""
@@ -33,7 +33,7 @@ LANES = 128
 
 def attend(
     kernel: Kernel,
-    layout: Layout,
+    partitioner: Partitioner,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -45,7 +45,7 @@ def attend(
 
     Args:
         kernel: to use.
-        layout: how the arrays lie on devices.
+        partitioner: how the arrays lie on devices.
         q, k, v: after the rotary embedding.
         mask: which keys a query sees.
         real: where the keys are the queries' own tokens and causality alone hides them, which of these are no padding;
@@ -55,22 +55,24 @@ def attend(
         UserError: the kernel cannot run here.
     """
     scores = q.shape[1] * q.shape[2] * k.shape[1] if q.shape[1] > 1 else 0
-    chosen = choose(kernel, layout, q.dtype, q.shape[3], scores, causal=real is not None)
+    chosen = select_kernel(kernel, partitioner, q.dtype, q.shape[3], scores, causal=real is not None)
     if chosen == "splash" and real is not None:
-        return _splash(layout, q, k, v, real)
+        return _splash(partitioner, q, k, v, real)
     if chosen == "blockwise":
         return _blockwise(q, k, v, mask, causal=real is not None)
     if chosen == "cudnn":
-        return _on_each_device(layout, _cudnn_part, q, k, v, mask)
+        return _on_each_device(partitioner, _cudnn_part, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, width: int, scores: int, causal: bool) -> Kernel:
+def select_kernel(
+    kernel: Kernel, partitioner: Partitioner, dtype: jnp.dtype, width: int, scores: int, causal: bool
+) -> Kernel:
     """The kernel to use.
 
     Args:
         kernel: that was asked for.
-        layout, dtype: of the arrays.
+        partitioner, dtype: of the arrays.
         width: H.
         scores: of one row, 0 for a single query.
         causal: whether causality alone hides keys, as of `attend`.
@@ -81,15 +83,15 @@ def choose(kernel: Kernel, layout: Layout, dtype: jnp.dtype, width: int, scores:
     fused = dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
     best: dict[str, Kernel] = {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn" if fused else "xla"}
     if kernel == "auto":
-        kernel = best.get(layout.platform, "xla")
-        if kernel == "blockwise" and (layout.devices > 1 or scores < FEW_SCORES):
+        kernel = best.get(partitioner.platform, "xla")
+        if kernel == "blockwise" and (partitioner.num_devices > 1 or scores < FEW_SCORES):
             kernel = "xla"  # a loop over rows would leave all but one device idle
-    elif kernel == "splash" and layout.platform != "tpu":
-        raise UserError(f"compute.attention=splash needs a TPU, and this is a {layout.platform}: leave it at auto")
-    elif kernel == "cudnn" and not (layout.platform == "gpu" and fused):
+    elif kernel == "splash" and partitioner.platform != "tpu":
+        raise UserError(f"compute.attention=splash needs a TPU, and this is a {partitioner.platform}: leave it at auto")
+    elif kernel == "cudnn" and not (partitioner.platform == "gpu" and fused):
         raise UserError(
             "compute.attention=cudnn needs a GPU, bfloat16 and heads of a width up to 128 that 8 divides, and this is "
-            f"a {layout.platform}, {dtype.name} and {width}: leave it at auto, or set dtype=bfloat16"
+            f"a {partitioner.platform}, {dtype.name} and {width}: leave it at auto, or set dtype=bfloat16"
         )
     if not scores or (kernel in ("splash", "cudnn") and not causal):
         return "xla"
@@ -137,7 +139,7 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal
 
 
 def _on_each_device(
-    layout: Layout,
+    partitioner: Partitioner,
     part: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     q: jax.Array,
     k: jax.Array,
@@ -146,23 +148,23 @@ def _on_each_device(
 ) -> jax.Array:
     """A kernel that the compiler cannot split: every device runs it on its own rows and heads; `rows` is an array with
     the batch first that says what they see."""
-    if k.shape[2] % layout.size("K"):  # copied to all devices, each of which has some of the query heads
+    if k.shape[2] % partitioner.axis_size("K"):  # copied to all devices, each of which has some of the query heads
         k, v = (jnp.repeat(each, q.shape[2] // k.shape[2], axis=2) for each in (k, v))
-    return layout.mapped(part, ("BTNH", "BTKH", "BTKH", "B"))(q, k, v, rows)
+    return partitioner.shard_map(part, ("BTNH", "BTKH", "BTKH", "B"))(q, k, v, rows)
 
 
 def _cudnn_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-def _splash(layout: Layout, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
+def _splash(partitioner: Partitioner, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
     """Padding belongs to a segment of its own, which no real token sees."""
     length, width = q.shape[1], q.shape[3]
     ((q, k, v), segments) = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, -length % LANES), *[(0, 0)] * (x.ndim - 2))),
         ((q * width**-0.5, k, v), real.astype(jnp.int32)),
     )
-    return _on_each_device(layout, _splash_part, q, k, v, segments)[:, :length]
+    return _on_each_device(partitioner, _splash_part, q, k, v, segments)[:, :length]
 
 
 def _splash_part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False) -> jax.Array:

@@ -13,7 +13,7 @@ ADDED: tuple[Setting, ...] = ("spa", "s1")
 """Settings where g is added to f; in the others it replaces f."""
 
 
-def always(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def with_correction(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """What enters the LM head where the device is asked."""
     return f + g.astype(f.dtype) if setting in ADDED else g.astype(f.dtype)
 
@@ -28,11 +28,11 @@ def combine(
     """f and g by sigma, which `base`, `s1` and `s3` ignore; `offset` as of `skipped`."""
     if setting == "base":
         return f
-    consulted = always(setting, f, g)
-    return jnp.where(sigma[..., None], consulted, skipped(f, offset)) if setting in ROUTED else consulted
+    consulted = with_correction(setting, f, g)
+    return jnp.where(sigma[..., None], consulted, without_correction(f, offset)) if setting in ROUTED else consulted
 
 
-def skipped(f: Float[Array, "... D"], offset: Float[Array, " D"] | None) -> Float[Array, "... D"]:
+def without_correction(f: Float[Array, "... D"], offset: Float[Array, " D"] | None) -> Float[Array, "... D"]:
     """What enters the LM head where the device is not asked: f, or f and the router's learned constant."""
     return f if offset is None else f + jnp.broadcast_to(offset, f.shape).astype(f.dtype)
 

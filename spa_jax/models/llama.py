@@ -6,7 +6,7 @@ width, F feed-forward width, V vocabulary, P number of taps.
 Every token carries its absolute *position*, and a token at position p lives in cache slot p. A query sees the keys at
 positions up to its own, so one comparison masks both the future and cache slots not written yet. Padding has position
 `PADDING`: no real token sees it and the cache has no slot for it, wherever in the row it stands. Where several
-continuations share one row of a cache, `Places` say instead where tokens live and what they see.
+continuations share one row of a cache, `CachePlacement` say instead where tokens live and what they see.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.models.attention import attend
 from spa_jax.models.compute import AUTOMATIC, Compute, Kernel
-from spa_jax.models.layout import ONE_DEVICE, Layout
-from spa_jax.models.quantized import dequantize, rows_of
+from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
+from spa_jax.models.quantized import dequantize, take_embeddings
 
 PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
@@ -91,7 +91,7 @@ class LlamaConfig:
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("slots", "mask"), meta_fields=("alone",))
 @dataclasses.dataclass(frozen=True)
-class Places:
+class CachePlacement:
     """Where tokens live in a cache and which slots they see."""
 
     slots: Int[Array, "B T"]
@@ -118,11 +118,11 @@ def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, PADDING)
 
 
-def by_position(positions: Int[Array, "B T"], cache: Cache | None) -> Places:
+def place_by_position(positions: Int[Array, "B T"], cache: Cache | None) -> CachePlacement:
     """Each token in the slot of its position, seeing all up to its own: of the cache, or without one of the tokens,
     which is also how a prompt sees itself that goes into an empty cache."""
     keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[-1])[None, None, None, :]
-    return Places(positions, keys <= positions[:, None, :, None], alone=cache is None)
+    return CachePlacement(positions, keys <= positions[:, None, :, None], alone=cache is None)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
@@ -167,7 +167,7 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     dtype: jnp.dtype
-    layout: Layout = ONE_DEVICE
+    partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
     @nn.compact
@@ -175,7 +175,7 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T H/2"],
-        places: Places,
+        places: CachePlacement,
         cache: Cache | None,
         layer: Int[Array, ""],
         adapt: Adapt = unchanged,
@@ -201,7 +201,7 @@ class Attention(nn.Module):
                 )
         real = places.slots != PADDING if places.alone else None
         k, v = k.astype(self.dtype), v.astype(self.dtype)
-        mixed = attend(self.kernel, self.layout, q, k, v, places.mask, real)
+        mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, real)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
         return adapt("o", mixed, out(mixed)), cache
 
@@ -228,7 +228,7 @@ class Block(nn.Module):
 
     config: LlamaConfig
     dtype: jnp.dtype
-    layout: Layout = ONE_DEVICE
+    partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
     @nn.compact
@@ -238,18 +238,18 @@ class Block(nn.Module):
         layer: Int[Array, ""],
         tap_slot: Int[Array, ""],
         angles: Float[Array, "B T H/2"],
-        places: Places,
+        places: CachePlacement,
         peft: Adapt | None = None,
     ) -> tuple[tuple[jax.Array, jax.Array, Cache | None], None]:
         h, taps, cache = carry
         eps, adapt = self.config.rms_norm_eps, peft or unchanged
         x = RMSNorm(eps, name="attention_norm")(h)
-        attention = Attention(self.config, self.dtype, self.layout, self.kernel, name="attention")
+        attention = Attention(self.config, self.dtype, self.partitioner, self.kernel, name="attention")
         x, cache = attention(x, angles, places, cache, layer, adapt)
         h = h + adapt("attention", x, x)
         x = MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h), adapt)
         h = h + adapt("mlp", x, x)
-        h = self.layout(h, "BTD")
+        h = self.partitioner.constrain(h, "BTD")
         if taps.shape[0]:
             taps = taps.at[tap_slot].set(h, mode="drop")
         return (h, taps, cache), None
@@ -267,7 +267,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", initializer, (self.vocabulary, self.width))
 
     def __call__(self, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
-        return rows_of(self.embedding, tokens).astype(self.dtype)
+        return take_embeddings(self.embedding, tokens).astype(self.dtype)
 
     def attend(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
         return hidden @ dequantize(self.embedding).astype(self.dtype).T
@@ -281,7 +281,7 @@ class Llama(nn.Module):
         taps: which of h_0 ... h_L to return, ascending.
         dtype: of activations; parameters are cast to it where they are used.
         remat: what is kept for the gradient of a `peft`.
-        layout: how activations lie on devices.
+        partitioner: how activations lie on devices.
         compute: how it computes.
     """
 
@@ -289,7 +289,7 @@ class Llama(nn.Module):
     taps: tuple[int, ...] = ()
     dtype: jnp.dtype = jnp.float32
     remat: Remat = "none"
-    layout: Layout = ONE_DEVICE
+    partitioner: Partitioner = SINGLE_DEVICE
     compute: Compute = AUTOMATIC
 
     def setup(self) -> None:
@@ -308,7 +308,7 @@ class Llama(nn.Module):
             length=c.num_layers,
             unroll=min(self.compute.unroll, c.num_layers),
         )
-        self.blocks = scanned(c, self.dtype, self.layout, self.compute.attention)
+        self.blocks = scanned(c, self.dtype, self.partitioner, self.compute.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = dense(c.vocab_size, use_bias=False, dtype=self.dtype)
@@ -318,7 +318,7 @@ class Llama(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         cache: Cache | None = None,
-        places: Places | None = None,
+        places: CachePlacement | None = None,
         peft: Adapt | None = None,
     ) -> LlamaOutput:
         """Runs tokens at their positions: all of a sequence, a prompt into an empty cache, or the next tokens.
@@ -327,22 +327,22 @@ class Llama(nn.Module):
             tokens: token ids, int32.
             positions: absolute position of each token, int32, `PADDING` for padding.
             cache: keys and values of the tokens before.
-            places: of the tokens in it; by default `by_position`.
+            places: of the tokens in it; by default `place_by_position`.
             peft: what adapts the blocks, a pytree whose leaves have the L blocks first (`spa_jax.models.peft.Peft`).
         """
         c = self.config
-        h = self.layout(self.embed(self.layout(tokens, "bT")), "bTd")
-        h = self.layout(h, "BTD")
+        h = self.partitioner.constrain(self.embed(self.partitioner.constrain(tokens, "bT")), "bTd")
+        h = self.partitioner.constrain(h, "BTD")
         if cache is not None:
-            cache = {name: self.layout(leaf, "BLKHS") for name, leaf in cache.items()}
+            cache = {name: self.partitioner.constrain(leaf, "BLKHS") for name, leaf in cache.items()}
         slot_of = {tap: slot for slot, tap in enumerate(self.taps)}
         unused = len(self.taps)
-        taps = self.layout(jnp.zeros((len(self.taps), *h.shape), h.dtype), "PBTD")
+        taps = self.partitioner.constrain(jnp.zeros((len(self.taps), *h.shape), h.dtype), "PBTD")
         if 0 in slot_of:
             taps = taps.at[slot_of[0]].set(h)
         tap_slots = jnp.array([slot_of.get(layer + 1, unused) for layer in range(c.num_layers)], jnp.int32)
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        places = places or by_position(positions, cache)
+        places = places or place_by_position(positions, cache)
         layers = jnp.arange(c.num_layers, dtype=jnp.int32)
         (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, angles, places, peft)
         return LlamaOutput(self.norm(h), taps, cache)

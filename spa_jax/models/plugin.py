@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, Setting
-from spa_jax.models.llama import Cache, LlamaConfig, Params, Places
+from spa_jax.models.llama import Cache, CachePlacement, LlamaConfig, Params
 from spa_jax.models.router import Router
 from spa_jax.models.side import SideConfig, TokenwiseSide, TransformerSide
 
@@ -51,7 +51,7 @@ def correction(
     positions: Int[Array, "B T"],
     cache: Cache | None = None,
     dtype: jnp.dtype = jnp.float32,
-    places: Places | None = None,
+    places: CachePlacement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """g of normalised taps at their positions, and the cache with them added.
 

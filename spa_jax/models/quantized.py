@@ -46,7 +46,7 @@ def dequantize(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: qwix.dequantize(leaf) if _quantized(leaf) else leaf, tree, is_leaf=_quantized)
 
 
-def rows_of(embedding: Matrix, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
+def take_embeddings(embedding: Matrix, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
     """The embeddings of these tokens out of `[V,D]`, and no others as floats."""
     if isinstance(embedding, qwix.QArray):
         return embedding.qvalue[tokens].astype(jnp.float32) * embedding.scale[tokens]

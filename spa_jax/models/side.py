@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spa_jax.models.llama import Block, Cache, LlamaConfig, Places, RMSNorm, by_position, rope_frequencies
+from spa_jax.models.llama import Block, Cache, CachePlacement, LlamaConfig, RMSNorm, place_by_position, rope_frequencies
 
 GATE_TEMPERATURE = 0.1
 """Of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""
@@ -120,7 +120,7 @@ class Rung(nn.Module):
         state: Float[Array, "B T E"],
         layer: Int[Array, ""],
         angles: Float[Array, "B T H/2"],
-        places: Places,
+        places: CachePlacement,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         s, cache = carry
         alpha = self.param("gate", nn.initializers.zeros, ()).astype(self.dtype)
@@ -152,7 +152,7 @@ class TransformerSide(nn.Module):
         taps: Float[Array, "P B T D"],
         positions: Int[Array, "B T"],
         cache: Cache | None = None,
-        places: Places | None = None,
+        places: CachePlacement | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config.block
         down = self.param(
@@ -160,7 +160,7 @@ class TransformerSide(nn.Module):
         )
         states = jnp.einsum("pbtd,pde->pbte", taps.astype(self.dtype), down.astype(self.dtype))
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        places = places or by_position(positions, cache)
+        places = places or place_by_position(positions, cache)
         ladder = nn.scan(
             Rung,
             variable_axes={"params": 0},

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.pipeline import collate, plan_batches
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ROUTED, Setting, always
+from spa_jax.models.combine import ROUTED, Setting, with_correction
 from spa_jax.models.llama import Params
 from spa_jax.models.plugin import router_logits
 from spa_jax.models.router import consult
@@ -54,11 +54,11 @@ def side_effect(
         sigma = jnp.ones(f.shape[:2], bool)
         if setting in ROUTED:
             sigma = consult(router_logits(params, f), model.threshold)
-        differs = best_tokens(llama, frozen, f) != best_tokens(llama, frozen, always(setting, f, g))
+        differs = best_tokens(llama, frozen, f) != best_tokens(llama, frozen, with_correction(setting, f, g))
         return sigma, differs, features.weights
 
     examples = [_example(*one) for one in generated]
-    batches = [collate(examples, rows) for rows in plan(examples, batch_size)]
+    batches = [collate(examples, rows) for rows in plan_batches(examples, batch_size)]
     parts = [jax.device_get(step(plugin.params, model.backbone.params, batch)) for batch in batches]
     sigma, differs = (np.concatenate([part[i][part[2] > 0] for part in parts]) for i in (0, 1))
     return {

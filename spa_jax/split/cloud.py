@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import init_cache, place_newest, reorder, see_prompt
-from spa_jax.decoding.fused import choose
-from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, begin, newest, rows_of
+from spa_jax.decoding.fused import choose_next_token
+from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, init_hypotheses, last_tokens, parent_rows
 from spa_jax.decoding.sampling import Sampling, append
-from spa_jax.models.combine import ROUTED, Setting, always, skipped
-from spa_jax.models.llama import PADDING, Cache, Llama, Params, by_position, normalize_taps, positions_from_mask
+from spa_jax.models.combine import ROUTED, Setting, with_correction, without_correction
+from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps, place_by_position, positions_from_mask
 from spa_jax.models.router import consult
 from spa_jax.split import wire
 from spa_jax.split.wire import Codec, Encoded, ReplyMode
@@ -103,7 +103,7 @@ def prefill(
     groups, length = tokens.shape
     positions = positions_from_mask(jnp.arange(length, dtype=jnp.int32)[None, :] < lengths[:, None])
     cache = init_cache(model.config, groups, slots, model.dtype)
-    out = model.apply({"params": frozen}, tokens, positions, cache, by_position(positions, None))
+    out = model.apply({"params": frozen}, tokens, positions, cache, place_by_position(positions, None))
     last = (lengths - 1)[:, None, None]
     hidden = jnp.take_along_axis(out.hidden, last, axis=1)[:, 0]
     prompt = None
@@ -123,7 +123,7 @@ def prefill(
         seen=see_prompt(lengths, width, slots),
         position=lengths,
         start=lengths - 1,
-        hypotheses=begin(groups, width, room, seed, search=config.beams is not None),
+        hypotheses=init_hypotheses(groups, width, room, seed, search=config.beams is not None),
         router=router,
         hidden=jnp.zeros_like(hidden),
         consulted=jnp.zeros(rows, bool),
@@ -179,7 +179,7 @@ def advance(
 
     def step(s: CloudState) -> CloudState:
         run = runs(s)
-        tokens = newest(s.hypotheses)
+        tokens = last_tokens(s.hypotheses)
         positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
         places, seen = place_newest(s.seen, s.position, s.hypotheses.made, run)
         out = config.model.apply({"params": frozen}, tokens, positions, s.cache, places)
@@ -245,11 +245,11 @@ def _finish(
     width = config.width
 
     f, some = state.hidden, jnp.any(groups)
-    alone = skipped(f, jnp.repeat(state.router.offset, width, axis=0)) if config.setting in ROUTED else f
-    entering = jnp.where(use[:, None], always(config.setting, f, g), alone)
+    alone = without_correction(f, jnp.repeat(state.router.offset, width, axis=0)) if config.setting in ROUTED else f
+    entering = jnp.where(use[:, None], with_correction(config.setting, f, g), alone)
 
     def chosen() -> tuple[Hypotheses, jax.Array]:
-        return choose(
+        return choose_next_token(
             config.model, frozen, entering, use, state.hypotheses, groups, sampling, config.beams, config.eos_ids
         )
 
@@ -262,5 +262,5 @@ def _finish(
     if config.beams is None:
         return state
     follow = (state.seen, state.taps, state.unsent, state.origin)
-    follow = jax.lax.cond(some, lambda: reorder(follow, rows_of(parents)), lambda: follow)
+    follow = jax.lax.cond(some, lambda: reorder(follow, parent_rows(parents)), lambda: follow)
     return state._replace(**dict(zip(("seen", "taps", "unsent", "origin"), follow)))

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spa_jax.data.pipeline import bucket
+from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding.cache import init_cache, reorder
 from spa_jax.decoding.hypotheses import group_keys, token_keys
 from spa_jax.decoding.sampling import Sampling, sample
-from spa_jax.models.combine import Setting, always
+from spa_jax.models.combine import Setting, with_correction
 from spa_jax.models.llama import PADDING, Cache, Params
 from spa_jax.models.plugin import PluginConfig, correction
 from spa_jax.split import wire
@@ -70,7 +70,7 @@ def correct(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def choose(
+def choose_token(
     config: PluginConfig,
     setting: Setting,
     side: Params,
@@ -83,7 +83,7 @@ def choose(
     g, cache = _g(config, side, cache, seen)
     at = jnp.take_along_axis(seen.positions, seen.last[:, None], axis=1)[:, 0]
     keys = token_keys(group_keys(choice.seed, len(choice.lengths)), at - choice.lengths + 1)
-    return sample(keys, logits(choice.head, always(setting, f, g)), choice.sampling), cache
+    return sample(keys, logits(choice.head, with_correction(setting, f, g)), choice.sampling), cache
 
 
 def _g(config: PluginConfig, side: Params, cache: Cache | None, seen: Seen) -> tuple[Array, Cache | None]:
@@ -118,7 +118,7 @@ class Device:
         self._setting, self._choice = setting, choice
         self._kept: dict[int, Cache | None] = {0: None}
         if config.side.attends:
-            self._kept[0] = init_cache(config.side.block, rows, bucket(slots, 64), jnp.dtype(jnp.float32))
+            self._kept[0] = init_cache(config.side.block, rows, padded_length(slots, 64), jnp.dtype(jnp.float32))
 
     def receive(self, message: Taps) -> Reply | None:
         """Answers a question; of a part of the prompt it only takes note.
@@ -176,7 +176,7 @@ class Device:
     def _answer(self, cache: Cache | None, seen: Seen, f: np.ndarray) -> tuple[Encoded | Array, Cache | None]:
         if self._choice is None:
             return correct(self._config, self._codec, self._side, cache, seen)
-        return choose(self._config, self._setting, self._side, cache, seen, f, self._choice)
+        return choose_token(self._config, self._setting, self._side, cache, seen, f, self._choice)
 
     def _makes_sense(self, rows: np.ndarray, positions: np.ndarray) -> bool:
         if len(rows) != len(positions) or not len(rows) or rows.max() >= self._rows or positions.max() >= self._slots:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spa_jax.data.pipeline import bucket
+from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding.cache import init_cache
 from spa_jax.errors import UserError
 from spa_jax.models.llama import (
@@ -27,7 +27,7 @@ from spa_jax.models.llama import (
     Llama,
     LlamaConfig,
     Params,
-    by_position,
+    place_by_position,
     rms_norm,
     rope_frequencies,
 )
@@ -93,8 +93,8 @@ class LayerwiseCloud:
     def generate(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], Traffic]:
         """Greedy tokens, EOS not heeded, and the traffic of the steps after the prompt."""
         c = self._backbone.config
-        cache = init_cache(c, 1, bucket(len(prompt) + max_new_tokens, 64), jnp.dtype(jnp.float32))
-        width = bucket(len(prompt), 32)
+        cache = init_cache(c, 1, padded_length(len(prompt) + max_new_tokens, 64), jnp.dtype(jnp.float32))
+        width = padded_length(len(prompt), 32)
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(prompt)] = prompt
         positions = np.where(np.arange(width) < len(prompt), np.arange(width), PADDING)[None].astype(np.int32)
@@ -159,7 +159,7 @@ def _attention(
     params = _block(frozen, layer)
     x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-    attention, places = Attention(c, jnp.float32), by_position(positions, cache)
+    attention, places = Attention(c, jnp.float32), place_by_position(positions, cache)
     return attention.apply({"params": params["attention"]}, x, angles, places, cache, layer, adapt)
 
 

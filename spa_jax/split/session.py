@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from spa_jax.data.encoding import Encoder, pieces
-from spa_jax.data.pipeline import bucket
+from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import cache_bytes, count_slots
 from spa_jax.decoding.fused import check_lengths, pad_prompts
-from spa_jax.decoding.hypotheses import Generation, generations
+from spa_jax.decoding.hypotheses import Generation, to_generations
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, SETTINGS
@@ -152,7 +152,7 @@ class Session:
         chosen[self._asked] = unsent[self._asked]
         rows, slots = np.nonzero(chosen)
         first = np.repeat(start, width) if self.config.attends else np.repeat(position - 1, width)
-        padded = np.zeros((2, bucket(len(rows), len(origin))), np.int32)
+        padded = np.zeros((2, padded_length(len(rows), len(origin))), np.int32)
         padded[:, : len(rows)] = rows, slots
         taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(_select(s.taps, *padded)))
         self._step += 1
@@ -199,7 +199,7 @@ class Session:
 
     def result(self) -> list[Generation]:
         """What was generated so far."""
-        return generations(self._state.hypotheses, self.config.eos_ids)
+        return to_generations(self._state.hypotheses, self.config.eos_ids)
 
     def forget(self) -> None:
         """Gives the state's memory back; the session is over."""

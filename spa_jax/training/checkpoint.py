@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from spa_jax.errors import UserError
-from spa_jax.files import in_bucket
+from spa_jax.files import is_remote
 from spa_jax.training.step import TrainState
 
 
@@ -52,7 +52,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         try:
-            directory = directory if in_bucket(directory) else directory.absolute()
+            directory = directory if is_remote(directory) else directory.absolute()
             self._manager = ocp.CheckpointManager(directory, options=options)
         except Exception as error:  # Orbax raises many types for what is one thing to the user.
             raise UserError(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import plan, prefetched
+from spa_jax.data.pipeline import plan_batches, prefetched
 from spa_jax.models.llama import Params
 from spa_jax.training.objective import Outcomes, means, per_token, sums
 
@@ -41,7 +41,7 @@ class Evaluator:
 
     def outcomes(self, params: Params) -> Outcomes:
         """The outcomes of all held-out target tokens, as flat NumPy arrays."""
-        batches = plan(self.examples, self.batch_size).map(lambda rows: self.collate(self.examples, rows))
+        batches = plan_batches(self.examples, self.batch_size).map(lambda rows: self.collate(self.examples, rows))
         parts = jax.device_get([self.step(params, self.frozen, batch) for batch in prefetched(batches)])
         leaves: list[Any] = [np.concatenate(pieces) for pieces in zip(*(_flat(*part) for part in parts))]
         return Outcomes(*leaves)

@@ -80,7 +80,7 @@ def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix
     base_loss = token_losses(model, params, hidden, targets)
     read_at, reads = map(jnp.asarray, where_read(batch, everywhere))
     features = Features(hidden, taps, base_loss, targets, jnp.asarray(batch.weights), read_at, reads)
-    return jax.lax.stop_gradient(jax.tree.map(lambda leaf: model.layout(leaf, "B"), features))
+    return jax.lax.stop_gradient(jax.tree.map(lambda leaf: model.partitioner.constrain(leaf, "B"), features))
 
 
 def where_read(batch: Batch, everywhere: bool) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, "B R"]]:

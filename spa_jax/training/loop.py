@@ -14,17 +14,17 @@ import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import bucket_of, collate, plan, prefetched
+from spa_jax.data.pipeline import collate, padded_shape, plan_batches, prefetched
 from spa_jax.errors import UserError
-from spa_jax.files import in_bucket, write_bytes
-from spa_jax.models.layout import Layout
+from spa_jax.files import is_remote, write_bytes
 from spa_jax.models.llama import Llama, Params
+from spa_jax.models.partitioner import Partitioner
 from spa_jax.training.checkpoint import Checkpoints
 from spa_jax.training.config import RunConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.features import Features, extract, run_prefix
 from spa_jax.training.objective import means
-from spa_jax.training.processes import Notice, Preempted, first, meet
+from spa_jax.training.processes import Preempted, PreemptionNotice, barrier, is_main_process
 from spa_jax.training.step import TrainState
 from spa_jax.training.tap_cache import TapCache
 
@@ -63,26 +63,26 @@ def run_backbone(
     prefix, common = None, common_prefix(examples)
     if len(common):
         prefix = jax.jit(run_prefix, static_argnums=0)(model, frozen, common[None, :])
-    steps = plan(examples, batch_size)
-    batches = prefetched(steps.map(lambda rows: own_part(model.layout, collate, examples, rows)))
+    steps = plan_batches(examples, batch_size)
+    batches = prefetched(steps.map(lambda rows: own_part(model.partitioner, collate, examples, rows)))
     pending = None
     with progress_bar() as bar:
         for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
             dispatched = None
             if batch is not None:
-                dispatched = rows, program(model, frozen, model.layout.put(batch), everywhere, prefix)
+                dispatched = rows, program(model, frozen, model.partitioner.shard_batch(batch), everywhere, prefix)
             if pending is not None:
-                chosen, features = pending[0], model.layout.taken(pending[1])
+                chosen, features = pending[0], model.partitioner.to_local(pending[1])
                 for i, row in enumerate(chosen):
                     if row >= 0:
                         yield int(row), jax.tree.map(lambda leaf, i=i: leaf[i], features)
             pending = dispatched
 
 
-def own_part(layout: Layout, source: Collate, examples: Sequence[Example], rows: Rows) -> tuple[Rows, Any]:
+def own_part(partitioner: Partitioner, source: Collate, examples: Sequence[Example], rows: Rows) -> tuple[Rows, Any]:
     """The rows of a batch that this process has to load, and what `source` makes of them."""
-    own = rows[layout.rows(len(rows))]
-    return own, source(examples, own, bucket_of(examples[rows[0]]))
+    own = rows[partitioner.local_rows(len(rows))]
+    return own, source(examples, own, padded_shape(examples[rows[0]]))
 
 
 def common_prefix(examples: Sequence[Example]) -> Rows:
@@ -108,11 +108,11 @@ def fill_cache(cache: TapCache, model: Llama, frozen: Params, batch_size: int, e
     Raises:
         UserError: several processes do not share the directory.
     """
-    meet("the tap cache is open")
+    barrier("the tap cache is open")
     todo = cache.missing(examples)
     log.info("tap cache %s: %d examples to compute", cache.directory, len(todo))
-    cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing, cache.layout.everywhere))
-    meet("the tap cache is built")
+    cache.build(todo, lambda missing: run_backbone(model, frozen, batch_size, missing, cache.spec.everywhere))
+    barrier("the tap cache is built")
     cache.refresh()
     if cache.missing(examples):
         raise UserError(
@@ -134,15 +134,15 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue
-        if first():
+        if is_main_process():
             write_bytes(path, "".join(kept).encode())
         self._path, self._lines = path, kept
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        if not first():
+        if not is_main_process():
             return
         line = json.dumps({"step": step, **metrics}) + "\n"
-        if in_bucket(self._path):
+        if is_remote(self._path):
             self._lines.append(line)
             return
         with self._path.open("a", encoding="utf-8") as file:
@@ -150,7 +150,7 @@ class MetricsFile:
 
     def flush(self) -> None:
         """All that was written is there when this returns."""
-        if in_bucket(self._path) and first():
+        if is_remote(self._path) and is_main_process():
             write_bytes(self._path, "".join(self._lines).encode())
 
 
@@ -175,7 +175,7 @@ def train(
         Preempted: the machine is about to be taken away; the last step is saved.
     """
     start = int(state.step)
-    epoch = plan(examples, config.train.batch_size, config.seed)
+    epoch = plan_batches(examples, config.train.batch_size, config.seed)
     steps = len(epoch) * config.train.epochs
     eval_every = config.train.eval_every or len(epoch)
     file = MetricsFile(metrics_path, start)
@@ -200,8 +200,8 @@ def train(
     began = time.perf_counter()
     pending = None
     batches = prefetched(epoch.repeat(config.train.epochs)[start:steps].map(lambda rows: collate_rows(examples, rows)))
-    columns, notice = progress_bar(loss="loss", usage="consulted", rate="tokens/s"), Notice()
-    with columns as bar, notice.awaited():
+    columns, notice = progress_bar(loss="loss", usage="consulted", rate="tokens/s"), PreemptionNotice()
+    with columns as bar, notice.listening():
         task = bar.add_task("training", total=steps, completed=start, loss="-", usage="-", rate="-")
         for step in range(start + 1, steps + 1):
             batch = next(batches)

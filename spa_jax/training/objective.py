@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from spa_jax.models.combine import always, mix, skipped
+from spa_jax.models.combine import mix, with_correction, without_correction
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import CONSULT, consult_probability
@@ -76,13 +76,13 @@ def corrections(plugin: PluginConfig, params: Params, features: Features, model:
 def token_outcomes(plugin: PluginConfig, model: Llama, params: Params, frozen: Params, features: Features) -> Outcomes:
     """Losses with and without the plugin, and what the router says."""
     g = corrections(plugin, params, features, model)
-    asked = token_losses(model, frozen, always(plugin.setting, features.hidden, g), features.targets)
+    asked = token_losses(model, frozen, with_correction(plugin.setting, features.hidden, g), features.targets)
     base = features.base_loss
     if not plugin.routed:
         return Outcomes(base, base, asked, jnp.ones_like(asked))
     unasked = base
     if plugin.offset:
-        unasked = token_losses(model, frozen, skipped(features.hidden, offset_of(params)), features.targets)
+        unasked = token_losses(model, frozen, without_correction(features.hidden, offset_of(params)), features.targets)
     return Outcomes(base, unasked, asked, consult_probability(router_logits(params, features.hidden)))
 
 

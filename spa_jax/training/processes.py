@@ -42,7 +42,7 @@ class Preempted(UserError):
     """Of the process: EX_TEMPFAIL, so that whoever started it knows to start it again."""
 
 
-def join(config: DistributedConfig) -> None:
+def init_distributed(config: DistributedConfig) -> None:
     """Meets the other processes; JAX must not have been used before.
 
     Raises:
@@ -65,19 +65,19 @@ def join(config: DistributedConfig) -> None:
         ) from error
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes what all of them know."""
     return jax.process_index() == 0
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Goes on when all processes are there; what was written before can then be read."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
-def company() -> Iterator[None]:
+def explain_lost_process() -> Iterator[None]:
     """While this lasts, the end of another process is an error that says so.
 
     Raises:
@@ -94,7 +94,7 @@ def company() -> Iterator[None]:
         ) from error
 
 
-class Notice:
+class PreemptionNotice:
     """Of preemption: asked once a step, whether all processes shall save and end after it.
 
     Alone a process learns of it by SIGTERM. Several ask JAX, which lets all of them end after the same step whichever
@@ -110,7 +110,7 @@ class Notice:
         return self._given
 
     @contextlib.contextmanager
-    def awaited(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Listens while this lasts."""
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             yield

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import collate, plan
+from spa_jax.data.pipeline import collate, plan_batches
 from spa_jax.errors import UserError
-from spa_jax.files import in_bucket, write_json
+from spa_jax.files import is_remote, write_json
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.peft import METHODS, PeftConfig, init_peft
@@ -32,11 +32,11 @@ from spa_jax.training.config import RunConfig, TapCacheConfig
 from spa_jax.training.evaluation import Evaluator
 from spa_jax.training.objective import FOLDS
 from spa_jax.training.optimizer import optimizer
-from spa_jax.training.processes import company, first, join, meet
+from spa_jax.training.processes import barrier, explain_lost_process, init_distributed, is_main_process
 from spa_jax.training.rows import load_pairs, make_encoder
-from spa_jax.training.sharding import MeshLayout, make_mesh
+from spa_jax.training.sharding import MeshPartitioner, make_mesh
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
-from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.training.tap_cache import FeatureSpec, TapCache
 from spa_jax.training.through import scoring
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin, save_peft
@@ -77,7 +77,7 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
         UserError: not writable, or the directory holds a run of another config, backbone or data.
     """
     path = workdir / "config.json"
-    meet("the workdir is not written yet")
+    barrier("the workdir is not written yet")
     digests = json.dumps([[example.digest for example in split] for split in splits])
     data = hashlib.sha256(digests.encode()).hexdigest()[:32]
     resolved = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -98,8 +98,8 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
         if data_before != data:
             raise UserError(f"'{workdir}' holds a run on other data: choose another --workdir")
         return
-    meet("the workdir is read")
-    if not first():
+    barrier("the workdir is read")
+    if not is_main_process():
         return
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions = {"python": platform.python_version(), **packages}
@@ -168,18 +168,20 @@ def open_tap_cache(
         )
     root = Path(options.directory or cache_directory() / "taps")
     side, dtype = plugin.side, backbone.dtype.name
-    cache = TapCache(root, Layout(backbone.identity, side.taps, plugin.hidden_size, dtype, side.attends))
+    cache = TapCache(root, FeatureSpec(backbone.identity, side.taps, plugin.hidden_size, dtype, side.attends))
     cache.check_room(examples, options.limit_gib)
     return cache
 
 
-def _own_rows(layout: MeshLayout, source: loop.Collate) -> loop.Collate:
-    return lambda examples, rows: loop.own_part(layout, source, examples, rows)[1]
+def _own_rows(partitioner: MeshPartitioner, source: loop.Collate) -> loop.Collate:
+    return lambda examples, rows: loop.own_part(partitioner, source, examples, rows)[1]
 
 
-def _on_mesh(layout: MeshLayout, step: Callable[[Any, Params, Any], Any]) -> Callable[[Any, Params, Any], Any]:
+def _on_mesh(
+    partitioner: MeshPartitioner, step: Callable[[Any, Params, Any], Any]
+) -> Callable[[Any, Params, Any], Any]:
     """A step of batches that the host holds."""
-    return lambda state, frozen, batch: step(state, frozen, layout.put(batch))
+    return lambda state, frozen, batch: step(state, frozen, partitioner.shard_batch(batch))
 
 
 def _last_timing(workdir: Path) -> dict[str, float]:
@@ -198,18 +200,18 @@ def train(config: RunConfig, workdir: Path) -> dict[str, float]:
         UserError: anything in config, data, backbone or workdir that the user can mend.
         Preempted: the machine is about to be taken away, and the run is saved.
     """
-    join(config.distributed)
-    with company():
+    init_distributed(config.distributed)
+    with explain_lost_process():
         return _train(config, workdir)
 
 
 def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
-    if not in_bucket(workdir) and workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
+    if not is_remote(workdir) and workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
         raise UserError(f"cannot write the workdir '{workdir}'")
     pairs = load_pairs(config.data, config.seed)
-    layout = MeshLayout(make_mesh(config.mesh, config.train.batch_size // config.train.accumulate))
-    layout.check_batch(config.train.batch_size, config.train.accumulate)
-    backbone = load_backbone(config.backbone, config.dtype, layout, config.compute)
+    partitioner = MeshPartitioner(make_mesh(config.mesh, config.train.batch_size // config.train.accumulate))
+    partitioner.check_batch(config.train.batch_size, config.train.accumulate)
+    backbone = load_backbone(config.backbone, config.dtype, partitioner, config.compute)
     encoder = make_encoder(backbone, config.data)
     (examples, cut), (held_out, cut_held_out) = (encoder.encode_all(split) for split in pairs)
     log.info("%d training and %d held-out examples", len(examples), len(held_out))
@@ -235,16 +237,16 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
         passes = {"data/backbone_passes": len(cache.missing(every))}
         loop.fill_cache(cache, model, frozen, config.train.batch_size, every)
         source = cache.collate
-    source = held_out_source = _own_rows(layout, source)
+    source = held_out_source = _own_rows(partitioner, source)
     if isinstance(plugin, PeftConfig):
         scored = scoring(loop.run_backbone(model, frozen, config.train.batch_size, held_out))
-        held_out_source = _own_rows(layout, scored)
+        held_out_source = _own_rows(partitioner, scored)
 
-    steps = len(plan(examples, config.train.batch_size, config.seed)) * config.train.epochs
+    steps = len(plan_batches(examples, config.train.batch_size, config.seed)) * config.train.epochs
     tx = optimizer(config.optimizer, steps)
-    fresh = layout.place_all(init_state(trainable_params(config, plugin, backbone), tx))
-    train_step = _on_mesh(layout, make_train_step(plugin, config.router, model, tx, config.train.accumulate))
-    eval_step = _on_mesh(layout, make_eval_step(plugin, model))
+    fresh = partitioner.place(init_state(trainable_params(config, plugin, backbone), tx))
+    train_step = _on_mesh(partitioner, make_train_step(plugin, config.router, model, tx, config.train.accumulate))
+    eval_step = _on_mesh(partitioner, make_eval_step(plugin, model))
     evaluate = Evaluator(
         eval_step, frozen, held_out, held_out_source, config.train.batch_size,
         config.setting, plugin.threshold, config.router.budget,
@@ -276,13 +278,13 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
         "data/sources_cut": cut + cut_held_out,
         **timing,
     }
-    params = layout.host(params)
-    if first():
+    params = partitioner.to_host(params)
+    if is_main_process():
         origin = (backbone.name, backbone.fingerprint, encoder.template)
         if isinstance(plugin, PeftConfig):
             save_peft(workdir / "plugin", PeftPlugin(plugin, params, *origin))
         else:
             save_plugin(workdir / "plugin", Plugin(plugin, params, *origin))
         write_json(workdir / "summary.json", summary)
-    meet("the run is written")
+    barrier("the run is written")
     return summary

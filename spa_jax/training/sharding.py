@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from spa_jax.errors import UserError
-from spa_jax.models.layout import Layout
+from spa_jax.models.partitioner import Partitioner
 
 Tree = TypeVar("Tree")
 
@@ -31,7 +31,7 @@ ROWS = ("data", "fsdp")
 LETTERS: dict[str, Any] = {
     "B": ROWS, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "b": "data", "d": "fsdp"
 }  # fmt: skip
-"""Axes of activations, see `Layout`."""
+"""Axes of activations, see `Partitioner`."""
 
 P = PartitionSpec
 BACKBONE = {
@@ -192,37 +192,37 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshLayout(Layout):
+class MeshPartitioner(Partitioner):
     """A mesh, and what lies where on it. With one device there is nothing to say, and nothing is said."""
 
     mesh: Mesh
 
     @property
-    def parts(self) -> int:
+    def batch_parts(self) -> int:
         """Equal parts that the batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in ROWS)
 
     @property
-    def devices(self) -> int:
-        """As of `Layout`."""
+    def num_devices(self) -> int:
+        """As of `Partitioner`."""
         return self.mesh.size
 
     @property
     def platform(self) -> str:
-        """As of `Layout`."""
+        """As of `Partitioner`."""
         return self.mesh.devices.flat[0].platform
 
-    def size(self, letter: str) -> int:
-        """As of `Layout`."""
+    def axis_size(self, letter: str) -> int:
+        """As of `Partitioner`."""
         axis = LETTERS.get(letter)
-        return self.parts if axis == ROWS else self.mesh.shape[axis] if axis else 1
+        return self.batch_parts if axis == ROWS else self.mesh.shape[axis] if axis else 1
 
     def _spec(self, x: jax.Array, axes: str) -> PartitionSpec:
-        divides = (size % self.size(letter) == 0 for letter, size in zip(axes, x.shape))
+        divides = (size % self.axis_size(letter) == 0 for letter, size in zip(axes, x.shape))
         return P(*(LETTERS.get(letter) if whole else None for letter, whole in zip(axes, divides)))
 
-    def mapped(self, part: Callable[..., jax.Array], arguments: Sequence[str]) -> Callable[..., jax.Array]:
-        """As of `Layout`."""
+    def shard_map(self, part: Callable[..., jax.Array], arguments: Sequence[str]) -> Callable[..., jax.Array]:
+        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return part
 
@@ -232,27 +232,27 @@ class MeshLayout(Layout):
 
         return call
 
-    def __call__(self, x: jax.Array, axes: str) -> jax.Array:
-        """As of `Layout`."""
+    def constrain(self, x: jax.Array, axes: str) -> jax.Array:
+        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x, axes)))
 
-    def parameters(self, tree: Tree) -> Tree:
-        """As of `Layout`."""
-        return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+    def constrain_params(self, tree: Tree) -> Tree:
+        """As of `Partitioner`."""
+        return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, self.param_shardings(tree))
 
-    def whole(self, tree: Tree) -> Tree:
-        """As of `Layout`."""
+    def gather(self, tree: Tree) -> Tree:
+        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return tree
 
         def fetched(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-            return leaf if any(re.fullmatch(rule, _path(keys)) for rule in BACKBONE) else self(leaf, "")
+            return leaf if any(re.fullmatch(rule, _path(keys)) for rule in BACKBONE) else self.constrain(leaf, "")
 
         return jax.tree_util.tree_map_with_path(fetched, tree)
 
-    def shardings(self, tree: Any) -> Any:
+    def param_shardings(self, tree: Any) -> Any:
         """The sharding of every leaf of parameters or of a state that holds some.
 
         What belongs to a parameter, such as its averages in an optimizer, lies where it does; a number that belongs to
@@ -269,13 +269,13 @@ class MeshLayout(Layout):
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    def sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
-        """As of `Layout`."""
+    def param_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
+        """As of `Partitioner`."""
         return None if self.mesh.size == 1 else NamedSharding(self.mesh, spec_of(path, shape, self.mesh))
 
-    def place_all(self, tree: Tree) -> Tree:
+    def place(self, tree: Tree) -> Tree:
         """Puts a whole tree of `shardings` on the devices; every process has to hold the same one."""
-        return tree if self.mesh.size == 1 else jax.tree.map(self._scatter, tree, self.shardings(tree))
+        return tree if self.mesh.size == 1 else jax.tree.map(self._scatter, tree, self.param_shardings(tree))
 
     def _scatter(self, array: Any, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:
@@ -285,30 +285,32 @@ class MeshLayout(Layout):
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    def host(self, tree: Tree) -> Tree:
+    def to_host(self, tree: Tree) -> Tree:
         """Parameters on the devices, whole and in the host's memory of every process."""
         if jax.process_count() > 1:
             tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
         return jax.device_get(tree)
 
-    def rows(self, count: int) -> Int[np.ndarray, " b"]:
-        """As of `Layout`."""
-        indices = self.batch.addressable_devices_indices_map((count,)).values()
+    def local_rows(self, count: int) -> Int[np.ndarray, " b"]:
+        """As of `Partitioner`."""
+        indices = self.batch_sharding.addressable_devices_indices_map((count,)).values()
         return np.unique(np.concatenate([np.arange(count)[index] for index in indices]))
 
-    def put(self, batch: Tree) -> Tree:
-        """As of `Layout`."""
+    def shard_batch(self, batch: Tree) -> Tree:
+        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return batch
-        share = self.parts // len(self.rows(self.parts))
+        share = self.batch_parts // len(self.local_rows(self.batch_parts))
 
         def whole(leaf: np.ndarray) -> jax.Array:
-            return jax.make_array_from_process_local_data(self.batch, leaf, (leaf.shape[0] * share, *leaf.shape[1:]))
+            return jax.make_array_from_process_local_data(
+                self.batch_sharding, leaf, (leaf.shape[0] * share, *leaf.shape[1:])
+            )
 
         return jax.tree.map(whole, batch)
 
-    def taken(self, batch: Tree) -> Tree:
-        """As of `Layout`."""
+    def to_local(self, batch: Tree) -> Tree:
+        """As of `Partitioner`."""
 
         def rows(leaf: jax.Array) -> np.ndarray:
             parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
@@ -322,13 +324,14 @@ class MeshLayout(Layout):
         Raises:
             UserError: with the numbers.
         """
-        if batch_size % (accumulate * self.parts):
+        if batch_size % (accumulate * self.batch_parts):
             raise UserError(
                 f"train.batch_size={batch_size} in train.accumulate={accumulate} parts does not divide by mesh.data * "
-                f"mesh.fsdp = {self.parts}: make it a multiple of {accumulate * self.parts}, or mesh.tensor larger"
+                f"mesh.fsdp = {self.batch_parts}: make it a multiple of {accumulate * self.batch_parts}, or mesh.tensor "
+                "larger"
             )
 
     @property
-    def batch(self) -> NamedSharding:
+    def batch_sharding(self) -> NamedSharding:
         """How every leaf of a batch is split: by its first axis."""
         return NamedSharding(self.mesh, P(ROWS))

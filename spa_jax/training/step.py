@@ -49,7 +49,7 @@ def make_train_step(
     parts of B / accumulate rows; the summed loss of all of them is divided by their summed target tokens, so the parts
     weigh by their tokens.
     """
-    layout = model.layout
+    partitioner = model.partitioner
 
     def part(params: Params, frozen: Params, rows: Any) -> tuple[Params, Sums]:
         if isinstance(plugin, PeftConfig):
@@ -59,12 +59,12 @@ def make_train_step(
         return jax.grad(beside, has_aux=True)(params, frozen, features_of(plugin, model, frozen, rows))
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Sums]:
-        parts = jax.tree.map(lambda x: layout(x.reshape(accumulate, -1, *x.shape[1:]), ".B"), batch)
-        whole = layout.whole(state.params)
+        parts = jax.tree.map(lambda x: partitioner.constrain(x.reshape(accumulate, -1, *x.shape[1:]), ".B"), batch)
+        whole = partitioner.gather(state.params)
 
         def add(total: Any, rows: Any) -> tuple[Any, None]:
             grads, sums = jax.tree.map(jnp.add, total, part(whole, frozen, rows))
-            return (layout.parameters(grads), sums), None
+            return (partitioner.constrain_params(grads), sums), None
 
         first = jax.eval_shape(part, state.params, frozen, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
@@ -72,7 +72,7 @@ def make_train_step(
         grads = jax.tree.map(lambda x: x / jnp.maximum(sums["tokens"], 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        state = layout.parameters(TrainState(state.step + 1, params, opt_state))
+        state = partitioner.constrain_params(TrainState(state.step + 1, params, opt_state))
         return state, {**sums, "gradient_norm": optax.tree.norm(grads)}
 
     return jax.jit(train_step, donate_argnums=0)
@@ -83,15 +83,17 @@ def make_eval_step(
 ) -> Callable[[Params, Params, Any], tuple[Outcomes, Float[Array, "B R"]]]:
     """A jitted `(params, frozen, batch) -> (token outcomes, weights)`; the batch is `Scored` where no plugin is
     evaluated."""
-    layout = model.layout
+    partitioner = model.partitioner
 
     @jax.jit
     def eval_step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Float[Array, "B R"]]:
         if isinstance(plugin, PeftConfig):
-            outcomes = adapted_outcomes(plugin, model, layout.whole(params), frozen, batch), batch.batch.weights
+            outcomes = adapted_outcomes(plugin, model, partitioner.gather(params), frozen, batch), batch.batch.weights
         else:
             features = features_of(plugin, model, frozen, batch)
-            outcomes = token_outcomes(plugin, model, layout.whole(params), frozen, features), features.weights
-        return jax.tree.map(lambda leaf: layout(leaf, ""), outcomes)  # whole, so that every process can read it
+            outcomes = token_outcomes(plugin, model, partitioner.gather(params), frozen, features), features.weights
+        return jax.tree.map(
+            lambda leaf: partitioner.constrain(leaf, ""), outcomes
+        )  # whole, so that every process can read it
 
     return eval_step

@@ -30,7 +30,7 @@ SHARD_EXAMPLES = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class FeatureSpec:
     """What a cached feature is.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layout:
 
     @property
     def key(self) -> str:
-        """Directory name of caches with this layout."""
+        """Directory name of caches with this spec."""
         text = json.dumps([FORMAT_VERSION, dataclasses.asdict(self)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -75,15 +75,15 @@ class Layout:
 class TapCache:
     """Features of examples by content, on disk."""
 
-    def __init__(self, root: Path, layout: Layout) -> None:
-        """Opens or creates the cache of this layout under `root`; shards that cannot be read are removed, to be
+    def __init__(self, root: Path, spec: FeatureSpec) -> None:
+        """Opens or creates the cache of these features under `root`; shards that cannot be read are removed, to be
         rebuilt.
 
         Raises:
             UserError: the directory cannot be written.
         """
-        self.layout = layout
-        self.directory = root / layout.key
+        self.spec = spec
+        self.directory = root / spec.key
         self._places: dict[str, tuple[Path, int]] = {}
         self._readers: dict[Path, ArrayRecordReader] = {}
         try:
@@ -108,7 +108,7 @@ class TapCache:
         Raises:
             UserError: with the size, and what to change.
         """
-        need = sum(self.layout.bytes(example) for example in self.missing(examples))
+        need = sum(self.spec.bytes(example) for example in self.missing(examples))
         free = shutil.disk_usage(self.directory).free
         if need > limit_gib * 2**30 or need > 0.95 * free:
             raise UserError(
@@ -149,9 +149,9 @@ class TapCache:
         except RuntimeError as error:
             raise self._damaged(shard) from error
         arrays, offset = [], 0
-        if len(record) != self.layout.bytes(example):
+        if len(record) != self.spec.bytes(example):
             raise self._damaged(shard)
-        for shape, dtype in self.layout.record(example):
+        for shape, dtype in self.spec.record(example):
             count = int(np.prod(shape))
             arrays.append(np.frombuffer(record, dtype, count, offset).reshape(shape))
             offset += count * dtype.itemsize
@@ -162,7 +162,7 @@ class TapCache:
     ) -> Features:
         """The batch of these rows, as of `pipeline.collate`; a row of -1 has no weight anywhere."""
         batch = collate(examples, rows, shape)
-        shapes = self.layout.shapes(batch.tokens.shape[1], batch.predict.shape[1])
+        shapes = self.spec.shapes(batch.tokens.shape[1], batch.predict.shape[1])
         hidden, taps, base_loss = (np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes)
         for i, row in enumerate(rows):
             if row >= 0:
@@ -170,12 +170,12 @@ class TapCache:
                 hidden[i, : arrays[0].shape[0]] = arrays[0]
                 taps[i, :, : arrays[1].shape[1]] = arrays[1]
                 base_loss[i, : arrays[2].shape[0]] = arrays[2]
-        positions, reads = where_read(batch, self.layout.everywhere)
+        positions, reads = where_read(batch, self.spec.everywhere)
         leaves: list[Any] = [hidden, taps, base_loss, batch.targets, batch.weights, positions, reads]
         return Features(*leaves)
 
     def _pack(self, features: Features, example: Example) -> bytes:
-        shapes = self.layout.record(example)
+        shapes = self.spec.record(example)
         reads = shapes[1][0][1]
         count = len(example.predict)
         arrays = (features.hidden[:count], features.taps[:, :reads], features.base_loss[:count])

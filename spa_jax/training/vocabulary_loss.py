@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from spa_jax.models.layout import Layout
 from spa_jax.models.llama import Llama, Params
+from spa_jax.models.partitioner import Partitioner
 
 CHUNK = 256
 """Most positions whose logits exist at one time, of each part of the batch."""
@@ -30,34 +30,34 @@ def best_tokens(model: Llama, params: Params, hidden: Float[Array, "*M D"]) -> I
     """The likeliest token by LM head, int32."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     head = _head(model, params)
-    best = jax.lax.map(lambda h: jnp.argmax(_logits(model, head, h), axis=-1), _chunk(model.layout, flat))
-    return _unchunk(model.layout, best, len(flat)).reshape(hidden.shape[:-1]).astype(jnp.int32)
+    best = jax.lax.map(lambda h: jnp.argmax(_logits(model, head, h), axis=-1), _chunk(model.partitioner, flat))
+    return _unchunk(model.partitioner, best, len(flat)).reshape(hidden.shape[:-1]).astype(jnp.int32)
 
 
 def _head(model: Llama, params: Params) -> Params:
     """What `logits` reads, split by V alone: fetched once, and not for every chunk."""
     name, axes = ("embed", "VD") if model.config.tie_word_embeddings else ("lm_head", "DV")
-    return {name: jax.tree.map(lambda leaf: model.layout(leaf, axes), params[name])}
+    return {name: jax.tree.map(lambda leaf: model.partitioner.constrain(leaf, axes), params[name])}
 
 
-def _chunk(layout: Layout, x: Shaped[Array, "M ..."]) -> Shaped[Array, "chunks size ..."]:
+def _chunk(partitioner: Partitioner, x: Shaped[Array, "M ..."]) -> Shaped[Array, "chunks size ..."]:
     """Equal chunks of positions, so that little is padded. Every chunk takes as many from each part of the batch, and
     so keeps all devices busy."""
-    parts = layout.parts if x.shape[0] % layout.parts == 0 else 1
+    parts = partitioner.batch_parts if x.shape[0] % partitioner.batch_parts == 0 else 1
     count = x.shape[0] // parts
     size = -(-count // -(-count // CHUNK))
     x = x.reshape(parts, count, *x.shape[1:])
     x = jnp.pad(x, ((0, 0), (0, -count % size), *[(0, 0)] * (x.ndim - 2)))
     x = jnp.moveaxis(x.reshape(parts, -1, size, *x.shape[2:]), 1, 0)
-    return layout(x.reshape(-1, parts * size, *x.shape[3:]), ".B")
+    return partitioner.constrain(x.reshape(-1, parts * size, *x.shape[3:]), ".B")
 
 
-def _unchunk(layout: Layout, x: Shaped[Array, "chunks size ..."], total: int) -> Shaped[Array, "M ..."]:
+def _unchunk(partitioner: Partitioner, x: Shaped[Array, "chunks size ..."], total: int) -> Shaped[Array, "M ..."]:
     """`_chunk` undone."""
-    parts = layout.parts if total % layout.parts == 0 else 1
+    parts = partitioner.batch_parts if total % partitioner.batch_parts == 0 else 1
     x = jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
     x = x.reshape(parts, -1, *x.shape[3:])[:, : total // parts]
-    return layout(x.reshape(total, *x.shape[2:]), "B")
+    return partitioner.constrain(x.reshape(total, *x.shape[2:]), "B")
 
 
 def _chunk_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,13 +71,13 @@ def _losses(model: Llama, params: Params, hidden: jax.Array, targets: jax.Array)
         h, t = xs
         return _chunk_loss(_logits(model, params, h), t)[0]
 
-    layout = model.layout
-    losses = jax.lax.map(chunk, (_chunk(layout, hidden), _chunk(layout, targets)))
-    return _unchunk(layout, losses, hidden.shape[0])
+    partitioner = model.partitioner
+    losses = jax.lax.map(chunk, (_chunk(partitioner, hidden), _chunk(partitioner, targets)))
+    return _unchunk(partitioner, losses, hidden.shape[0])
 
 
 def _logits(model: Llama, params: Params, hidden: jax.Array) -> jax.Array:
-    return model.layout(model.apply({"params": params}, hidden, method="logits"), "BV")
+    return model.partitioner.constrain(model.apply({"params": params}, hidden, method="logits"), "BV")
 
 
 def _forward(model: Llama, params: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -89,9 +89,9 @@ def _forward(model: Llama, params: Params, hidden: jax.Array, targets: jax.Array
         (gradient,) = pull_back(softmax - jax.nn.one_hot(t, logits.shape[-1], dtype=logits.dtype))
         return losses, gradient
 
-    layout, total = model.layout, hidden.shape[0]
-    losses, gradient = jax.lax.map(chunk, (_chunk(layout, hidden), _chunk(layout, targets)))
-    return _unchunk(layout, losses, total), _unchunk(layout, gradient, total)
+    partitioner, total = model.partitioner, hidden.shape[0]
+    losses, gradient = jax.lax.map(chunk, (_chunk(partitioner, hidden), _chunk(partitioner, targets)))
+    return _unchunk(partitioner, losses, total), _unchunk(partitioner, gradient, total)
 
 
 def _backward(model: Llama, gradient: jax.Array, cotangent: jax.Array) -> tuple[None, jax.Array, None]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from spa_jax.models.compute import AUTOMATIC, Compute
-from spa_jax.models.layout import ONE_DEVICE, Layout
 from spa_jax.models.llama import Llama, LlamaConfig, Params, Remat
+from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ class Backbone:
         tokenizer: maps text to ids and back, without torch; its `chat_template` is None for a base model.
         eos_ids: ids that end a generation, ascending; empty when the checkpoint names none.
         fingerprint: 32 hex digits that identify architecture and weights, whatever dtype they were loaded as.
-        layout: how they lie on devices.
+        partitioner: how they lie on devices.
         compute: how it computes.
     """
 
@@ -34,7 +34,7 @@ class Backbone:
     tokenizer: "PreTrainedTokenizerFast"
     eos_ids: tuple[int, ...]
     fingerprint: str
-    layout: Layout = ONE_DEVICE
+    partitioner: Partitioner = SINGLE_DEVICE
     compute: Compute = AUTOMATIC
 
     @property
@@ -49,4 +49,4 @@ class Backbone:
 
     def model(self, taps: tuple[int, ...] = (), remat: Remat = "none") -> Llama:
         """The program of these parameters, see `Llama`."""
-        return Llama(self.config, taps, self.dtype, remat, self.layout, self.compute)
+        return Llama(self.config, taps, self.dtype, remat, self.partitioner, self.compute)

@@ -75,7 +75,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """A row of `TABLE` with the numbers of one config filled in."""
 
     shape: tuple[int, ...]  # in the checkpoint
@@ -83,7 +83,7 @@ class Layout:
     order: tuple[int, ...]  # of those letters in our layout
 
     @classmethod
-    def parse(cls, layout: str, sizes: Mapping[str, int]) -> "Layout":
+    def parse(cls, layout: str, sizes: Mapping[str, int]) -> "TensorLayout":
         source, target = (side.strip().split(",") for side in layout.split("->"))
         letters = "".join(source)
         return cls(
@@ -136,7 +136,7 @@ def convert(
             parts = _Parts(whole, target, shardings(path, whole) if shardings else None)
 
             def fill(
-                index: int, name: str, parts: _Parts = parts, layout: Layout = layout, stacked: bool = stacked
+                index: int, name: str, parts: _Parts = parts, layout: TensorLayout = layout, stacked: bool = stacked
             ) -> tuple[str, str]:
                 tensor = source.read(name)
                 parts.fill(layout.apply(tensor), index if stacked else None)
@@ -197,7 +197,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _leaves(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], list[str], Layout]]:
+def _leaves(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], list[str], TensorLayout]]:
     """Per parameter of this config: its shape without the block dimension, its source tensors, and their layout."""
     c = config
     sizes = {
@@ -205,7 +205,7 @@ def _leaves(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], list[str], 
         "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim,
     }  # fmt: skip
     abstract = flax.traverse_util.flatten_dict(init_params(config, abstract=True), sep="/")
-    rows = {path: (name, Layout.parse(layout, sizes)) for name, (path, layout) in TABLE.items()}
+    rows = {path: (name, TensorLayout.parse(layout, sizes)) for name, (path, layout) in TABLE.items()}
     leaves = {}
     for path, leaf in abstract.items():
         name, layout = rows[path]

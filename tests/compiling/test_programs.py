@@ -9,7 +9,7 @@ from spa_jax.compiling.programs import Sizes, compile_programs
 from spa_jax.compiling.topology import find_target
 from spa_jax.errors import UserError
 from spa_jax.models.llama import LlamaConfig, init_params
-from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES, architecture
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,11 +33,11 @@ def described(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compiled(described, make_config):
     keys = {"backbone": described, "side.taps": "0,3,6", "side.width": WIDTH, "tap_cache.enabled": False}
-    layout = MeshLayout(make_mesh(MeshConfig(1, 1, 1, 1), 8, jax.devices()[:1]))
+    partitioner = MeshPartitioner(make_mesh(MeshConfig(1, 1, 1, 1), 8, jax.devices()[:1]))
 
     def compile_one(which, **options):
         config = make_config(keys | options)
-        return list(compile_programs(config, which, layout, Sizes(ROWS, LENGTH, LENGTH, 8), "float32"))
+        return list(compile_programs(config, which, partitioner, Sizes(ROWS, LENGTH, LENGTH, 8), "float32"))
 
     return compile_one
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import bucket, bucket_of, collate, plan
+from spa_jax.data.pipeline import collate, padded_length, padded_shape, plan_batches
 
 BATCH = 4
 
@@ -34,7 +34,7 @@ def composition(steps, start, stop):
 
 @pytest.mark.parametrize("seed", [None, 0, 7])
 def test_an_epoch_holds_every_example_once_in_batches_of_one_bucket(examples, seed):
-    steps = plan(examples, BATCH, seed)
+    steps = plan_batches(examples, BATCH, seed)
     epochs = 1 if seed is None else 4
     for epoch in range(epochs):
         batches = composition(steps, epoch * len(steps), (epoch + 1) * len(steps))
@@ -42,31 +42,31 @@ def test_an_epoch_holds_every_example_once_in_batches_of_one_bucket(examples, se
         assert sorted(rows) == list(range(len(examples)))
         for batch in batches:
             assert len(batch) == BATCH
-            assert len({bucket_of(examples[row]) for row in batch if row >= 0}) == 1
+            assert len({padded_shape(examples[row]) for row in batch if row >= 0}) == 1
             assert sorted(batch, key=lambda row: row < 0) == list(batch), "padding stands last"
 
 
 def test_only_the_last_batch_of_a_bucket_is_partial(examples):
-    steps = plan(examples, BATCH, seed=3)
-    sizes = Counter(bucket_of(example) for example in examples)
+    steps = plan_batches(examples, BATCH, seed=3)
+    sizes = Counter(padded_shape(example) for example in examples)
     assert len(steps) == sum(-(-size // BATCH) for size in sizes.values())
 
 
 def test_any_step_can_be_read_at_once_in_any_order_by_a_fresh_plan(examples):
-    length = len(plan(examples, BATCH, seed=5))
-    expected = composition(plan(examples, BATCH, seed=5), 0, 3 * length)
-    fresh = plan(examples, BATCH, seed=5)
+    length = len(plan_batches(examples, BATCH, seed=5))
+    expected = composition(plan_batches(examples, BATCH, seed=5), 0, 3 * length)
+    fresh = plan_batches(examples, BATCH, seed=5)
     for step in np.random.default_rng(1).permutation(3 * length):
         assert tuple(fresh[int(step)].tolist()) == expected[step]
 
 
 def test_epochs_and_seeds_have_their_own_order_and_their_own_batches(examples):
     def epochs_of(seed):
-        steps = plan(examples, BATCH, seed)
+        steps = plan_batches(examples, BATCH, seed)
         return [composition(steps, e * len(steps), (e + 1) * len(steps)) for e in range(2)]
 
     def buckets_of(batches):
-        return [bucket_of(examples[batch[0]]) for batch in batches]
+        return [padded_shape(examples[batch[0]]) for batch in batches]
 
     orders = [*epochs_of(5), *epochs_of(500)]
     for one, other in itertools.combinations(orders, 2):
@@ -76,22 +76,22 @@ def test_epochs_and_seeds_have_their_own_order_and_their_own_batches(examples):
 
 
 def test_without_a_seed_the_order_is_that_of_the_buckets(examples):
-    steps = plan(examples, BATCH)
-    buckets = [bucket_of(examples[batch[0]]) for batch in composition(steps, 0, len(steps))]
+    steps = plan_batches(examples, BATCH)
+    buckets = [padded_shape(examples[batch[0]]) for batch in composition(steps, 0, len(steps))]
     assert buckets == sorted(buckets)
 
 
 def test_all_lengths_up_to_512_make_few_shapes():
-    assert len({bucket(length, 32) for length in range(1, 513)}) == 9
+    assert len({padded_length(length, 32) for length in range(1, 513)}) == 9
 
 
 def test_collate_holds_its_examples_and_nothing_else(examples):
-    steps = plan(examples, BATCH, seed=2)
+    steps = plan_batches(examples, BATCH, seed=2)
     for step in range(len(steps)):
         rows = steps[step]
         batch = collate(examples, rows)
         chosen = [examples[row] for row in rows if row >= 0]
-        length, width = bucket_of(chosen[0])
+        length, width = padded_shape(chosen[0])
         assert batch.tokens.shape == (BATCH, length)
         assert batch.predict.shape == batch.targets.shape == batch.weights.shape == (BATCH, width)
         assert [array.dtype for array in batch] == [*[np.int32] * 4, np.float32]
@@ -108,11 +108,11 @@ def test_collate_holds_its_examples_and_nothing_else(examples):
 @given(length=st.integers(0, 5000), least=st.integers(1, 100).map(lambda half: 2 * half))
 def test_a_bucket_is_the_least_of_its_series_that_holds_the_length(length, least):
     series = sorted(factor * least * 2**k for factor in (1, 1.5) for k in range(14))
-    assert bucket(length, least) == next(size for size in series if size >= length)
+    assert padded_length(length, least) == next(size for size in series if size >= length)
 
 
 @given(length=st.integers(1, 5000), least=st.integers(2, 64).map(lambda half: 2 * half))
 def test_a_bucket_is_its_own_bucket_and_wastes_less_than_half(length, least):
-    size = bucket(length, least)
-    assert bucket(size, least) == size
+    size = padded_length(length, least)
+    assert padded_length(size, least) == size
     assert size == least or size < 1.5 * length

@@ -10,7 +10,7 @@ import pytest
 
 from spa_jax.decoding.beam import Beams, extend
 from spa_jax.decoding.fused import FusedModel
-from spa_jax.decoding.hypotheses import begin, generations, newest, rows_of
+from spa_jax.decoding.hypotheses import init_hypotheses, last_tokens, parent_rows, to_generations
 from spa_jax.errors import UserError
 from spa_jax.weights.registry import load_backbone
 
@@ -105,19 +105,19 @@ def test_as_wide_as_the_tree_it_finds_the_best_of_all_sequences():
         logits = jnp.asarray(transitions)[tokens]
         return extend(beams, hypotheses, logits, tokens == 1, ~hypotheses.done, (end,))
 
-    hypotheses, tokens = begin(1, 81, room, 0, search=True), jnp.zeros((1, 81), jnp.int32)
+    hypotheses, tokens = init_hypotheses(1, 81, room, 0, search=True), jnp.zeros((1, 81), jnp.int32)
     for _ in range(room):
         hypotheses, parents = step(hypotheses, tokens)
-        assert rows_of(parents).shape == (81,)
-        tokens = newest(hypotheses)
-    (found,) = generations(hypotheses, (end,))
+        assert parent_rows(parents).shape == (81,)
+        tokens = last_tokens(hypotheses)
+    (found,) = to_generations(hypotheses, (end,))
     assert tuple(found.tokens) == best
     assert found.score == pytest.approx(score(best), rel=1e-5)
     assert found.consulted == [before == 1 for before in (0, *best[:-1])]
 
 
 def test_groups_that_are_not_active_stay_as_they_are():
-    hypotheses = begin(2, 3, 5, 0, search=True)
+    hypotheses = init_hypotheses(2, 3, 5, 0, search=True)
     logits = jax.random.normal(jax.random.key(0), (2, 3, 20))
     asked = jnp.ones((2, 3), bool)
     first, _ = extend(Beams(3), hypotheses, logits, asked, jnp.array([True, True]), (19,))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spa_jax.decoding.cache import cache_bytes, count_slots, init_cache, place_newest, reorder, see_prompt
-from spa_jax.decoding.hypotheses import rows_of
+from spa_jax.decoding.hypotheses import parent_rows
 from spa_jax.models.llama import PADDING, Llama, positions_from_mask
 
 LENGTHS, WIDTH, ROOM = np.array([4, 9]), 3, 6
@@ -40,7 +40,7 @@ def test_hypotheses_that_share_a_row_see_the_prompt_and_their_own_tokens(tiny_co
             alone = run(whole, jnp.broadcast_to(jnp.arange(whole.shape[1]), whole.shape)).hidden[:, -1]
             np.testing.assert_allclose(out.hidden[group], alone, atol=1e-5)
         parents = np.where(running[:, None], rng.integers(0, WIDTH, (2, WIDTH)), np.arange(WIDTH))
-        seen = reorder(seen, rows_of(jnp.asarray(parents)))
+        seen = reorder(seen, parent_rows(jnp.asarray(parents)))
         texts = [[texts[group][parent] for parent in parents[group]] for group in range(2)]
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spa_jax.models import attention
-from spa_jax.models.layout import ONE_DEVICE
-from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.models.partitioner import SINGLE_DEVICE
+from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 
 MESHES = {
     "heads split": (4, 1, 2, 2),
@@ -34,15 +34,15 @@ def difference(kernel: str, rows: int, *mesh: int) -> float:
     arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
     real = jnp.arange(LENGTH) < jnp.asarray(rng.integers(1, LENGTH + 1, (rows, 1)))
     mask = (jnp.tri(LENGTH, dtype=bool) & real[:, None, :])[:, None]
-    layout = MeshLayout(make_mesh(MeshConfig(*mesh, 1), rows, jax.devices()))
+    partitioner = MeshPartitioner(make_mesh(MeshConfig(*mesh, 1), rows, jax.devices()))
 
     def ours(*arrays: jax.Array) -> jax.Array:
         if kernel == "splash":
-            return attention._splash(layout, *arrays, real)
-        return attention._on_each_device(layout, attention._cudnn_part, *arrays, mask)
+            return attention._splash(partitioner, *arrays, real)
+        return attention._on_each_device(partitioner, attention._cudnn_part, *arrays, mask)
 
     def plain(*arrays: jax.Array) -> jax.Array:
-        return attention.attend("xla", ONE_DEVICE, *arrays, mask, None)
+        return attention.attend("xla", SINGLE_DEVICE, *arrays, mask, None)
 
     def outcome(attend, arrays):
         def summed(*arrays):

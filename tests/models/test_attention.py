@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from spa_jax.compiling.hlo import cost
 from spa_jax.errors import UserError
 from spa_jax.models import attention
-from spa_jax.models.attention import attend, choose, splash_on_cpu
+from spa_jax.models.attention import attend, select_kernel, splash_on_cpu
 from spa_jax.models.compute import Compute
-from spa_jax.models.layout import ONE_DEVICE, Layout
+from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 
 
 def softmax_attention(q, k, v, mask):
@@ -54,7 +54,7 @@ def test_blockwise_is_a_softmax_for_any_lengths_and_mask(seed, rows, length, key
     mask = np.random.default_rng(seed).random((rows, 1, length, keys)) < 0.6
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(attention, "BLOCK_SCORES", heads[0] * keys * 3)  # three queries a block
-        found = np.asarray(attend("blockwise", ONE_DEVICE, q, k, v, jnp.asarray(mask), None))
+        found = np.asarray(attend("blockwise", SINGLE_DEVICE, q, k, v, jnp.asarray(mask), None))
     sees_any = mask.any(axis=3)[:, 0]
     np.testing.assert_allclose(found[sees_any], softmax_attention(q, k, v, mask)[sees_any], atol=1e-5)
     assert np.isfinite(found).all()
@@ -75,14 +75,14 @@ def test_blockwise_is_a_causal_softmax_that_sees_no_padding(seed, rows, length, 
     real, mask = padded(seed, rows, length)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(attention, "BLOCK_SCORES", heads[0] * length * 2)  # two queries a block, or a few more
-        found = np.asarray(attend("blockwise", ONE_DEVICE, q, k, v, jnp.asarray(mask), jnp.asarray(real)))
+        found = np.asarray(attend("blockwise", SINGLE_DEVICE, q, k, v, jnp.asarray(mask), jnp.asarray(real)))
     np.testing.assert_allclose(found[real], softmax_attention(q, k, v, mask)[real], atol=1e-5)
     assert np.isfinite(found).all()
 
 
 def summed(kernel, mask, real, q, k, v):
     """A number with a gradient in every real token."""
-    mixed = jnp.sin(attend(kernel, ONE_DEVICE, q, k, v, mask, real))
+    mixed = jnp.sin(attend(kernel, SINGLE_DEVICE, q, k, v, mask, real))
     return jnp.sum(mixed if real is None else jnp.where(real[:, :, None, None], mixed, 0))
 
 
@@ -134,7 +134,7 @@ def test_splash_is_a_causal_softmax_that_sees_no_padding(heads):
         return splash_on_cpu(q * 0.25, k, v, jnp.asarray(real, jnp.int32))
 
     def plain(q, k, v):
-        return attend("xla", ONE_DEVICE, q, k, v, jnp.asarray(mask), None)
+        return attend("xla", SINGLE_DEVICE, q, k, v, jnp.asarray(mask), None)
 
     ours, theirs = (jax.grad(functools.partial(summed, part), (0, 1, 2))(q, k, v) for part in (splash, plain))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5), ours, theirs)
@@ -151,7 +151,7 @@ def test_a_kernel_on_four_devices_is_xla_on_one():
     assert max(differences.values()) < 5e-5, differences
 
 
-class Elsewhere(Layout):
+class Elsewhere(Partitioner):
     """As many devices of another kind."""
 
     platform, devices = "", 1
@@ -163,7 +163,7 @@ class Elsewhere(Layout):
 
 def test_each_platform_has_its_kernel():
     def auto(platform, dtype=jnp.float32, devices=1, width=64, scores=10**6, causal=True):
-        return choose("auto", Elsewhere(platform, devices), jnp.dtype(dtype), width, scores, causal)
+        return select_kernel("auto", Elsewhere(platform, devices), jnp.dtype(dtype), width, scores, causal)
 
     assert (auto("cpu"), auto("tpu"), auto("gpu"), auto("gpu", jnp.bfloat16)) == ("blockwise", "splash", "xla", "cudnn")
     assert auto("cpu", devices=8) == auto("cpu", scores=1000) == "xla"
@@ -176,9 +176,9 @@ def test_each_platform_has_its_kernel():
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_kernel_of_another_platform_is_refused(kernel):
     with pytest.raises(UserError, match=f"compute.attention={kernel} needs a .PU.*this is a cpu"):
-        choose(kernel, Elsewhere("cpu"), jnp.dtype(jnp.bfloat16), 64, 10**6, True)
+        select_kernel(kernel, Elsewhere("cpu"), jnp.dtype(jnp.bfloat16), 64, 10**6, True)
     with pytest.raises(UserError, match="dtype=bfloat16"):
-        choose("cudnn", Elsewhere("gpu"), jnp.dtype(jnp.float32), 64, 10**6, True)
+        select_kernel("cudnn", Elsewhere("gpu"), jnp.dtype(jnp.float32), 64, 10**6, True)
 
 
 def test_no_blocks_in_a_turn_is_refused():

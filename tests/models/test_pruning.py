@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import Block, LlamaConfig, by_position, init_params, rope_frequencies
+from spa_jax.models.llama import Block, LlamaConfig, init_params, place_by_position, rope_frequencies
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
@@ -39,7 +39,9 @@ def run_block(config, params, layer, x):
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
     one = jax.tree.map(lambda leaf: leaf[layer], params)
     carry = (x, jnp.zeros((0, *x.shape)), None)
-    (h, _, _), _ = Block(config, jnp.float32).apply({"params": one}, carry, 0, 0, angles, by_position(positions, None))
+    (h, _, _), _ = Block(config, jnp.float32).apply(
+        {"params": one}, carry, 0, 0, angles, place_by_position(positions, None)
+    )
     return h
 
 

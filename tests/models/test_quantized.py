@@ -11,7 +11,7 @@ import qwix
 from spa_jax.errors import UserError
 from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Llama, init_params
-from spa_jax.models.quantized import CHANNELS, dequantize, need_floats, quantize, rows_of
+from spa_jax.models.quantized import CHANNELS, dequantize, need_floats, quantize, take_embeddings
 
 TAPS, INT8 = (0, 2, 4), Compute(weights="int8")
 SUMMED = dict.fromkeys(("embed", "q", "k", "v", "gate", "up", "down"), (1,)) | {"o": (1, 2), "lm_head": (0,)}
@@ -74,8 +74,8 @@ def test_the_model_is_the_float_one_with_rounded_weights(both):
 def test_rows_are_looked_up_before_they_are_floats():
     table = quantize("embed/embedding", jnp.asarray(np.random.default_rng(1).standard_normal((50, 8)), jnp.float32))
     tokens = np.array([[3, 3], [49, 0]])
-    np.testing.assert_array_equal(rows_of(table, tokens), dequantize(table)[tokens])
-    lowered = jax.jit(rows_of).lower(table, tokens).as_text()
+    np.testing.assert_array_equal(take_embeddings(table, tokens), dequantize(table)[tokens])
+    lowered = jax.jit(take_embeddings).lower(table, tokens).as_text()
     assert "50x8xf32" not in lowered
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.llama import MLP, Attention, by_position, rms_norm, rope_frequencies
+from spa_jax.models.llama import MLP, Attention, place_by_position, rms_norm, rope_frequencies
 from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.split.channel import InProcess
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
@@ -72,7 +72,7 @@ def test_adapters_follow_both_halves_of_every_block(backbone):
         """Of the last position, nothing cached."""
         positions = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        places = by_position(positions, None)
+        places = place_by_position(positions, None)
         h = backbone.params["embed"]["embedding"][text]
         for layer in range(c.num_layers):
             p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks)

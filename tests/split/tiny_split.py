@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spa_jax.decoding import beam
-from spa_jax.decoding.hypotheses import IMPOSSIBLE, Generation, begin, generations
-from spa_jax.models.combine import ROUTED, always, skipped
+from spa_jax.decoding.hypotheses import IMPOSSIBLE, Generation, init_hypotheses, to_generations
+from spa_jax.models.combine import ROUTED, with_correction, without_correction
 from spa_jax.models.llama import PADDING, Llama, normalize_taps
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin, offset_of, router_logits
 from spa_jax.models.router import consult_probability
@@ -135,8 +135,8 @@ def _rerun(model, config, setting, frozen, params, tokens, lengths, threshold, a
     else:
         sigma, distance = jnp.full(len(f), setting != "base"), jnp.ones(len(f))
     sigma &= answered
-    alone = skipped(f, offset_of(params)) if setting in ROUTED else f
-    state = jnp.where(sigma[:, None], always(setting, f, g), alone)
+    alone = without_correction(f, offset_of(params)) if setting in ROUTED else f
+    state = jnp.where(sigma[:, None], with_correction(setting, f, g), alone)
     return model.apply({"params": frozen}, state, method="logits"), sigma, distance, g
 
 
@@ -146,7 +146,7 @@ _extend = jax.jit(beam.extend, static_argnums=(0, 5))
 def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=()):
     """A `Verdict` on one prompt; the device does not answer for tokens, by their index, that are in `lost`."""
     width = beams.width if beams else 1
-    hypotheses = begin(1, width, NEW, 0, search=beams is not None)
+    hypotheses = init_hypotheses(1, width, NEW, 0, search=beams is not None)
     texts, tokens, asked, gaps, corrections = [list(prompt)] * width, [], [], [], []
     for made in range(NEW):
         padded = np.zeros((width, 48), np.int32)
@@ -175,7 +175,7 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
         if hypotheses.done[0]:
             best = hypotheses.finished.scores[0]
             gaps.append(float(best[0] - best[1]))
-            return Verdict(generations(hypotheses, EOS)[0], gaps, corrections)
+            return Verdict(to_generations(hypotheses, EOS)[0], gaps, corrections)
         texts = [[*prompt, *new] for new in np.asarray(hypotheses.tokens[0, :, : made + 1]).tolist()]
     return Verdict(Generation(tokens, asked), gaps, corrections)
 

