@@ -327,8 +327,8 @@ class MeshPartitioner(Partitioner):
         if batch_size % (accumulate * self.batch_parts):
             raise UserError(
                 f"train.batch_size={batch_size} in train.accumulate={accumulate} parts does not divide by mesh.data * "
-                f"mesh.fsdp = {self.batch_parts}: make it a multiple of {accumulate * self.batch_parts}, or mesh.tensor "
-                "larger"
+                f"mesh.fsdp = {self.batch_parts}: make it a multiple of {accumulate * self.batch_parts}, or "
+                "mesh.tensor larger"
             )
 
     @property
