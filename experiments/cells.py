@@ -18,7 +18,7 @@ from spa_jax.decoding.prompts import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.combine import Setting
-from spa_jax.models.peft import METHODS, rank_for
+from spa_jax.models.peft import PEFT_SETTINGS, rank_for
 from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, summarize
 from spa_jax.scoring.predictions import Prediction, read_predictions
 from spa_jax.training.config import RunConfig, parse
@@ -167,7 +167,7 @@ class Bench:
             optimizer={"learning_rate": rate},
         )
         plain = size_of(parse({**config.to_dict(), "setting": "spa"}), self.backbone)
-        if training.setting in METHODS:
+        if training.setting in PEFT_SETTINGS:
             peft = rank_for(peft_config(parse(config.to_dict())), self.backbone.config, plain)
             config.peft.update(rank=peft.rank, alpha=peft.alpha, width=peft.rank)
             config.update(scale.through_config)
@@ -204,7 +204,7 @@ class Bench:
     def _rate(self, training: Training) -> float:
         """The learning rate whose run on the medium size has the least held-out loss."""
         on = dataclasses.replace(training, size="medium", offset=False, epochs=EPOCHS)
-        if training.setting in METHODS or training.short:
+        if training.setting in PEFT_SETTINGS or training.short:
             chosen = self.scale.through_rates
             task, size, epochs = chosen or (training.task, "medium", training.epochs)
             on = dataclasses.replace(training, task=task, size=size, epochs=epochs)
@@ -233,7 +233,7 @@ class Bench:
         return run
 
     def _max_length(self, training: Training | None) -> int:
-        through = training is not None and (training.setting in METHODS or training.short)
+        through = training is not None and (training.setting in PEFT_SETTINGS or training.short)
         return self.scale.through_length if through else 0
 
     def directory(self, task: str) -> str:

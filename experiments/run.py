@@ -34,7 +34,7 @@ from experiments.scales import LEARNING_RATES, TITLES
 from spa_jax import command
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.models.peft import METHODS
+from spa_jax.models.peft import PEFT_SETTINGS
 
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
 ONLY = flags.DEFINE_string("only", "", "Run only cells in whose name this regular expression is found.")
@@ -110,7 +110,7 @@ def backbone_passes(bench: Bench) -> dict[str, Any]:
         rate = summary["learning_rate"]  # the best of those tried has two files
         summaries[path.stem.removesuffix(f"-{rate:g}"), rate] = summary
     for (name, _), summary in summaries.items():
-        if not any(f"-{method}" in name for method in METHODS):
+        if not any(f"-{method}" in name for method in PEFT_SETTINGS):
             epochs = summary["epochs"]
             needed += epochs * summary["data/train_examples"] + (epochs + 2) * summary["data/held_out_examples"]
             run += summary["data/backbone_passes"]

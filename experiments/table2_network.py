@@ -18,7 +18,7 @@ from spa_jax import command
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import LlamaConfig, init_params
-from spa_jax.models.peft import Method, Peft, PeftConfig, init_peft
+from spa_jax.models.peft import Peft, PeftConfig, PeftSetting, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split.channel import Answer, Traffic
@@ -90,7 +90,7 @@ def count_spa(backbone: Backbone, setting: Setting, taps: tuple[int, ...], codec
     raise RuntimeError("no threshold asks for 31 of the 50 tokens")
 
 
-def count_layers(backbone: Backbone, method: Method) -> Traffic:
+def count_layers(backbone: Backbone, method: PeftSetting) -> Traffic:
     """Traffic of 50 tokens after the first, which comes with the prompt."""
     config = PeftConfig(method, 2)
     device = LayerwiseDevice(Peft(config, init_peft(config, backbone.config)), backbone.config, "bfloat16")

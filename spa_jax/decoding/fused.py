@@ -40,7 +40,7 @@ from spa_jax.models.llama import (
     place_by_position,
     positions_from_mask,
 )
-from spa_jax.models.peft import Method, Peft
+from spa_jax.models.peft import Peft, PeftSetting
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult
 from spa_jax.weights.backbone import Backbone
@@ -421,7 +421,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], room: int, limit: int) -> In
 
 def check_setting(
     backbone: Backbone, plugin: Plugin | PeftPlugin | None, setting: Setting | None, threshold: float | None
-) -> tuple[Setting | Method, float]:
+) -> tuple[Setting | PeftSetting, float]:
     """The setting and threshold to run with; by default the plugin's own.
 
     Raises:

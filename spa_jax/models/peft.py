@@ -1,4 +1,4 @@
-"""LoRA and Adapter, the baselines that train through the frozen backbone: what they add within every block.
+"""LoRA and Adapter, the baselines that train through the frozen backbone, and add to outputs within every block.
 
 LoRA (Hu et al. 2022) adds (alpha / r) x A B to a linear map's output, x being its input. Adapter (Houlsby et al. 2019)
 adds relu(y A + a) B + b to the output y of attention and of the feed-forward layer, before the residual addition. In
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from spa_jax.models.llama import LlamaConfig, Params
+from spa_jax.models.method import Method
 from spa_jax.models.plugin import count_params
 
-Method = Literal["lora", "adapter"]
-METHODS: tuple[Method, ...] = get_args(Method)
+PeftSetting = Literal["lora", "adapter"]
+PEFT_SETTINGS: tuple[PeftSetting, ...] = get_args(PeftSetting)
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Linear maps of a block that LoRA may add to."""
 SUBLAYERS = ("attention", "mlp")
@@ -27,50 +28,56 @@ SUBLAYERS = ("attention", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
-class PeftConfig:
-    """What a LoRA or Adapter is, beside its numbers.
+class PeftConfig(Method):
+    """The shape of a LoRA or Adapter: everything but its parameters.
 
     Attributes:
         setting: which of the two.
         rank: E. On LLaMA-7B, LoRA of rank 24 on queries and values has 0.19 % of the backbone's parameters and Adapter
             of width 48 has 0.38 %, the paper's numbers.
-        alpha: of LoRA, whose sum is scaled by alpha / rank.
-        targets: of LoRA, some of `TARGETS`.
+        alpha: scale of a LoRA, whose sum is multiplied by alpha / rank.
+        targets: linear maps that a LoRA adds to, some of `TARGETS`.
     """
 
-    setting: Method
+    setting: PeftSetting
     rank: int
     alpha: float = 1.0
     targets: tuple[str, ...] = ("q", "v")
 
-    @property
-    def threshold(self) -> float:
-        """For those who ask a plugin: every token has to do with what was trained."""
-        return 0.0
+    threshold, side, taps, routed = 0.0, None, (), False  # there is no side network and no router
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Places in a block that get something added."""
+    def places(self) -> tuple[str, ...]:
+        """Names of the places in a block that get something added."""
         return self.targets if self.setting == "lora" else SUBLAYERS
+
+    def init_params(self, backbone: LlamaConfig, seed: int = 0) -> Params:
+        return init_peft(self, backbone, seed)
+
+    def runs_as(self, setting: str) -> bool:
+        return setting in (self.setting, "base")
+
+    def block_adapter(self, params: Params) -> "Peft":
+        return Peft(self, params)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class Peft:
-    """A LoRA or Adapter as `Llama` takes it: a pytree, whose leaves have the L blocks first."""
+    """A LoRA or Adapter with its parameters, a pytree that `Llama` scans: leaves have the L blocks first."""
 
     config: PeftConfig
     params: Params
 
     def __call__(self, name: str, x: Float[Array, "B T ..."], y: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-        """y, the output of that place in a block for the input x, with what belongs there added."""
+        """Adds to y, the output of a named place in a block for the input x, what belongs there."""
         if name not in self.params:
             return y
         return y + added(self.config, self.params[name], x.reshape(*x.shape[:2], -1)).reshape(y.shape)
 
 
 def added(config: PeftConfig, factors: Params, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-    """What one LoRA or Adapter adds, in the dtype of x; I and O are the widths of its place."""
+    """Computes what one LoRA or Adapter adds, in the dtype of x; I and O are the widths of its place."""
     inner = x @ factors["a"].astype(x.dtype)
     if config.setting == "lora":
         return config.alpha / config.rank * (inner @ factors["b"].astype(x.dtype))
@@ -80,7 +87,7 @@ def added(config: PeftConfig, factors: Params, x: Float[Array, "... I"]) -> Floa
 
 
 def widths(name: str, backbone: LlamaConfig) -> tuple[int, int]:
-    """Numbers that go into a place of a block, and that come out."""
+    """Returns the input and output width of a place in a block."""
     c = backbone
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     into = {"o": queries, "down": c.intermediate_size}
@@ -96,8 +103,8 @@ def init_peft(config: PeftConfig, backbone: LlamaConfig, seed: int = 0, abstract
     """
 
     def init() -> Params:
-        params, keys = {}, jax.random.split(jax.random.key(seed), len(config.names))
-        for key, name in zip(keys, config.names):
+        params, keys = {}, jax.random.split(jax.random.key(seed), len(config.places))
+        for key, name in zip(keys, config.places):
             layers, (into, out) = backbone.num_layers, widths(name, backbone)
             bound = into**-0.5
             params[name] = {

@@ -9,13 +9,14 @@ from jaxtyping import Array, Float, Int
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ADDED, ROUTED, Setting
 from spa_jax.models.llama import Cache, CachePlacement, LlamaConfig, Params
+from spa_jax.models.method import Method
 from spa_jax.models.router import Router
 from spa_jax.models.side import SideConfig, TokenwiseSide, TransformerSide
 
 
 @dataclasses.dataclass(frozen=True)
-class PluginConfig:
-    """What a plugin is, beside its numbers.
+class PluginConfig(Method):
+    """The shape of a side plugin: everything but its parameters `{"side": ..., "router": ...}`.
 
     Attributes:
         setting: `spa`, `s1`, `s2` or `s3`.
@@ -33,9 +34,20 @@ class PluginConfig:
     offset: bool = False
 
     @property
-    def routed(self) -> bool:
-        """Whether the setting has a router."""
+    def taps(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.side.taps
+
+    @property
+    def routed(self) -> bool:  # type: ignore[override]
         return self.setting in ROUTED
+
+    def init_params(self, backbone: LlamaConfig, seed: int = 0) -> Params:
+        return init_plugin(self, seed)
+
+    def runs_as(self, setting: str) -> bool:
+        """Tells whether g was trained for it, added to f or in its place, and there is a router where it needs one."""
+        same_correction = (setting in ADDED) == (self.setting in ADDED)
+        return setting == "base" or (same_correction and (self.routed or setting not in ROUTED))
 
 
 def side_network(config: PluginConfig, dtype: jnp.dtype = jnp.float32) -> TokenwiseSide | TransformerSide:

@@ -11,7 +11,7 @@ from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED
 from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Remat
-from spa_jax.models.peft import METHODS, TARGETS, Method
+from spa_jax.models.peft import PEFT_SETTINGS, TARGETS, PeftSetting
 from spa_jax.models.side import SideKind
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.optimizer import OptimizerConfig
@@ -124,7 +124,7 @@ class RunConfig:
 
     backbone: str
     dtype: Literal["float32", "bfloat16"]
-    setting: Literal["spa", "s1", "s2", "s3"] | Method
+    setting: Literal["spa", "s1", "s2", "s3"] | PeftSetting
     seed: int
     side: SideOptions
     router: RouterOptions
@@ -190,7 +190,7 @@ class RunConfig:
         targets = self.peft.targets.split(",")
         if not set(targets) <= set(TARGETS) or len(set(targets)) < len(targets):
             raise UserError(f"peft.targets is '{self.peft.targets}': write some of {','.join(TARGETS)}, each once")
-        if self.setting in METHODS and (self.side.kind != "tokenwise" or self.side.init != "random"):
+        if self.setting in PEFT_SETTINGS and (self.side.kind != "tokenwise" or self.side.init != "random"):
             raise UserError(
                 f"setting '{self.setting}' has no side network: leave side.kind and side.init at their defaults"
             )

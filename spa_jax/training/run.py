@@ -22,7 +22,7 @@ from spa_jax.errors import UserError
 from spa_jax.files import is_remote, write_json
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Llama, Params
-from spa_jax.models.peft import METHODS, PeftConfig, init_peft
+from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin, select_taps
 from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
@@ -67,7 +67,7 @@ def peft_config(config: RunConfig) -> PeftConfig:
 
 def trained_config(config: RunConfig, backbone: Backbone) -> PluginConfig | PeftConfig:
     """What a run of any setting trains."""
-    return peft_config(config) if config.setting in METHODS else plugin_config(config, backbone)
+    return peft_config(config) if config.setting in PEFT_SETTINGS else plugin_config(config, backbone)
 
 
 def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: Sequence[list[Example]]) -> None:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from spa_jax.errors import UserError
 from spa_jax.files import replaced_directory, write_json
 from spa_jax.models.llama import Params
-from spa_jax.models.peft import METHODS, PeftConfig
+from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
@@ -136,7 +136,7 @@ def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"'{path}' has plugin format {version}, this spa_jax reads format {FORMAT_VERSION}")
     setting = description["config"].get("setting") if isinstance(description.get("config"), dict) else None
-    if setting in METHODS and pattern is DESCRIPTION:
+    if setting in PEFT_SETTINGS and pattern is DESCRIPTION:
         raise UserError(
             f"'{path.parent}' holds a '{setting}', which works within the backbone and has no side network: it runs "
             "by spa_jax.generate with --channel=none"

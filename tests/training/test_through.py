@@ -10,7 +10,7 @@ from test_step import ROUTER, SGD
 
 from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.fused import FusedModel
-from spa_jax.models.peft import METHODS, PeftConfig, init_peft
+from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig, init_peft
 from spa_jax.training import run
 from spa_jax.training.step import make_eval_step, make_train_step
 from spa_jax.training.through import Scored
@@ -32,7 +32,7 @@ def unused_taps(tmp_path_factory):
 def runs(make_config, unused_taps, tmp_path_factory):
     """setting -> (config, workdir, summary, whether the backbone kept its bytes) of a run of 48 steps."""
     done, load = {}, run.load_backbone
-    for setting in METHODS:
+    for setting in PEFT_SETTINGS:
         workdir, seen = tmp_path_factory.mktemp(setting), []
 
         def loaded(*arguments, seen=seen):
@@ -50,7 +50,7 @@ def runs(make_config, unused_taps, tmp_path_factory):
     return done
 
 
-@pytest.mark.parametrize("setting", METHODS)
+@pytest.mark.parametrize("setting", PEFT_SETTINGS)
 def test_twenty_answers_can_be_learnt(setting, runs, unused_taps):
     _, workdir, summary, kept = runs[setting]
     assert kept
@@ -70,7 +70,7 @@ def test_the_base_loss_is_the_one_a_plugins_run_reports(runs, make_config, tmp_p
     assert runs["lora"][2]["loss/base"] == pytest.approx(summary["loss/base"], rel=1e-5)
 
 
-@pytest.mark.parametrize("setting", METHODS)
+@pytest.mark.parametrize("setting", PEFT_SETTINGS)
 def test_a_checkpoint_holds_the_trained_matrices_their_moments_and_counters_alone(setting, runs, tiny_config):
     _, workdir, summary, _ = runs[setting]
     manager = ocp.CheckpointManager(workdir / "checkpoints")
@@ -96,7 +96,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(runs, monkeypatch, tm
     assert read_metrics(tmp_path) == read_metrics(workdir)
 
 
-@pytest.mark.parametrize("setting", METHODS)
+@pytest.mark.parametrize("setting", PEFT_SETTINGS)
 def test_what_was_trained_gives_the_answers_it_was_taught(setting, runs, tiny_backbone_directory):
     backbone = load_directory(tiny_backbone_directory)
     plugin = load_trained(runs[setting][1] / "plugin")
