@@ -23,11 +23,11 @@ from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
 from spa_jax.split.device import Seen, correct
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.training.config import RunConfig
-from spa_jax.training.features import extract, where_read
-from spa_jax.training.optimizer import optimizer
-from spa_jax.training.run import backbone_model, plugin_config, trainable_params, trained_config
+from spa_jax.training.features import extract, tap_positions
+from spa_jax.training.methods import plugin_config, recipe_from_config
+from spa_jax.training.optimizer import make_optimizer
 from spa_jax.training.sharding import MeshPartitioner
-from spa_jax.training.step import TrainState, init_state, make_train_step
+from spa_jax.training.step import TrainState, init_state, train_step
 from spa_jax.weights.architectures import architecture
 from spa_jax.weights.backbone import Backbone
 
@@ -96,7 +96,7 @@ def compile_programs(
     if which == "finetune":
         yield _finetune(config, backbone, partitioner, sizes)
         return
-    plugin = plugin_config(config, backbone)
+    plugin = plugin_config(config, shape)
     model = backbone.model(plugin.side.taps)
     if which == "cloud":
         yield from _cloud(plugin, model, frozen, sizes, codec)
@@ -105,26 +105,24 @@ def compile_programs(
 
 
 def _train(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, sizes: Sizes) -> Iterator[Compiled]:
-    plugin = trained_config(config, backbone)
-    model = backbone_model(config, plugin, backbone)
+    recipe = recipe_from_config(config, backbone.config)
+    model = recipe.model(backbone)
     partitioner.check_batch(sizes.rows, config.train.accumulate)
     batch: Any = _batch(partitioner, sizes)
-    tx = optimizer(config.optimizer, 100)
+    optimizer = make_optimizer(config.optimizer, 100)
 
     def fresh(params: Params) -> Any:
-        return init_state(trainable_params(config, plugin, dataclasses.replace(backbone, params=params)), tx)
+        return init_state(recipe.init_params(dataclasses.replace(backbone, params=params)), optimizer)
 
     state = _placed(partitioner, jax.eval_shape(fresh, backbone.params))
-    if config.tap_cache.enabled and isinstance(plugin, PluginConfig):
+    if config.tap_cache.enabled and recipe.method.side is not None:
         backbone_pass = jax.jit(extract, static_argnums=(0, 3))
-        arguments = (model, backbone.params, batch, plugin.side.attends)
+        arguments = (model, backbone.params, batch, recipe.method.side.attends)
         yield _compile("backbone pass", backbone_pass, *arguments)[0]
-        features = jax.eval_shape(
-            lambda params, batch: extract(model, params, batch, plugin.side.attends), *arguments[1:3]
-        )
+        features = jax.eval_shape(lambda params, batch: extract(model, params, batch, arguments[3]), *arguments[1:3])
         batch = jax.tree.map(lambda leaf: _array(partitioner, leaf.shape, leaf.dtype), features)
-    step = make_train_step(plugin, config.router, model, tx, config.train.accumulate)
-    yield _compile("train step", step, state, backbone.params, batch)[0]
+    accumulate = config.train.accumulate
+    yield _compile("train step", train_step, recipe, model, optimizer, accumulate, state, backbone.params, batch)[0]
 
 
 def _quantized(path: tuple[Any, ...], leaf: jax.Array) -> Matrix:
@@ -142,13 +140,11 @@ def _batch(partitioner: MeshPartitioner, sizes: Sizes) -> Batch:
 def _finetune(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, sizes: Sizes) -> Compiled:
     """One step that trains every parameter of the backbone, kept in float32, with blocks rematerialised."""
     partitioner.check_batch(sizes.rows)
-    model, tx = (
-        Llama(backbone.config, (), jnp.dtype(config.dtype), "full", partitioner),
-        optimizer(config.optimizer, 100),
-    )
+    model = Llama(backbone.config, (), jnp.dtype(config.dtype), "full", partitioner)
+    optimizer = make_optimizer(config.optimizer, 100)
 
     def summed(params: Params, batch: Batch) -> jax.Array:
-        positions, _ = where_read(batch, everywhere=True)
+        positions, _ = tap_positions(batch, everywhere=True)
         out = model.apply({"params": params}, batch.tokens, positions)
         hidden = jnp.take_along_axis(out.hidden, jnp.asarray(batch.predict)[:, :, None], axis=1)
         logits = partitioner.constrain(model.apply({"params": params}, hidden, method="logits"), "B.V")
@@ -156,12 +152,12 @@ def _finetune(config: RunConfig, backbone: Backbone, partitioner: MeshPartitione
 
     def step(state: TrainState, batch: Batch) -> TrainState:
         grads = partitioner.constrain_params(jax.grad(summed)(state.params, batch))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return partitioner.constrain_params(
             TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         )
 
-    state = jax.eval_shape(lambda: init_state(init_params(backbone.config), tx))
+    state = jax.eval_shape(lambda: init_state(init_params(backbone.config), optimizer))
     return _compile("step", jax.jit(step, donate_argnums=0), _placed(partitioner, state), _batch(partitioner, sizes))[0]
 
 

@@ -24,7 +24,7 @@ PEFT_SETTINGS: tuple[PeftSetting, ...] = get_args(PeftSetting)
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """Linear maps of a block that LoRA may add to."""
 SUBLAYERS = ("attention", "mlp")
-"""What Adapter adds to."""
+"""Sublayers of a block whose outputs an Adapter adds to."""
 
 
 @dataclasses.dataclass(frozen=True)

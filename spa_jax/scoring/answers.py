@@ -10,18 +10,18 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def words(text: str) -> list[str]:
-    """The words that count: lower case, without punctuation and without the articles a, an, the."""
+    """Returns the words that count: lower case, without punctuation and without the articles a, an, the."""
     return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where the words are the same, else 0."""
+    """Returns 1 where the words are the same, else 0."""
     return float(words(prediction) == words(reference))
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the words, with their multiplicity; where either side has none, whether
-    both have none."""
+    """Computes the harmonic mean of precision and recall of the words, with their multiplicity; where either side has
+    no words, it is 1 if both have none, else 0."""
     said, wanted = words(prediction), words(reference)
     if not said or not wanted:
         return float(said == wanted)
@@ -30,8 +30,8 @@ def f1(prediction: str, reference: str) -> float:
 
 
 def against_humans(score: Callable[[str, str], float], prediction: str, references: Sequence[str]) -> float:
-    """The best score over the references; of several, the mean over leaving each of them out, so that a person's
-    answer, which can only be held against the others', is scored alike.
+    """Returns the best score over the references; of several, the mean of the best scores with each of them left out,
+    so that a model is scored as a person is, whose answer can only be compared with the others'.
 
     Raises:
         ValueError: there is no reference.

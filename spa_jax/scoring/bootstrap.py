@@ -1,4 +1,4 @@
-"""How sure a mean is: percentile bootstrap (Efron 1979) over groups of rows, such as the questions of one story."""
+"""Confidence intervals of means: percentile bootstrap (Efron 1979) over groups of rows, such as one story's."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 
 class Estimate(NamedTuple):
-    """A mean, and the interval that holds it with the confidence that was asked for."""
+    """A mean with its confidence interval."""
 
     mean: float
     low: float
@@ -23,14 +23,14 @@ def estimate(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of the values. For a paired comparison, pass the differences row by row.
+    """Estimates the mean of the values. For a paired comparison, pass the differences row by row.
 
     Args:
-        values: one a row.
-        groups: of each row; groups are drawn as wholes, since rows of one are alike. None: every row by itself.
-        confidence: of the interval.
-        resamples: how often to draw.
-        seed: of the draws.
+        values: one value for each row.
+        groups: group of each row; groups are drawn as wholes, since their rows are alike. None: each row by itself.
+        confidence: probability that the interval holds the mean.
+        resamples: number of draws.
+        seed: seed of the draws.
 
     Raises:
         ValueError: no values, or not as many groups as values.

@@ -1,8 +1,8 @@
-"""What a plugin, or a backbone alone, is worth on a task: losses over its whole split, and what it generates.
+"""Evaluation of a plugin, or of a backbone alone, on a task: losses over its whole split, and scores of generations.
 
-Sigma means two things here. `router/usage` is the *teacher-forced* share of target tokens the device is asked for, and
-`consulted_share` the share of *generated* tokens, EOS included: the paper's usage, and with one exchange a question its
-ratio M of exchanges to tokens.
+Two shares are told apart. `router/usage` is the *teacher-forced* share of target tokens for which the device is asked;
+`consulted_share` is the share of *generated* tokens, EOS included. The latter is the paper's usage and, as each of
+these tokens takes one exchange, its ratio M of exchanges to tokens.
 """
 
 import dataclasses
@@ -30,38 +30,34 @@ from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
 from spa_jax.scoring.scores import repetition, score
-from spa_jax.training import loop
-from spa_jax.training.config import TapCacheConfig
-from spa_jax.training.evaluation import Evaluator, threshold_for
+from spa_jax.training.methods import recipe_for
+from spa_jax.training.outcomes import threshold_for
+from spa_jax.training.progress import progress_bar
 from spa_jax.training.rows import task_encoder
-from spa_jax.training.run import open_tap_cache
-from spa_jax.training.step import make_eval_step
-from spa_jax.training.through import scoring
+from spa_jax.training.scorer import Scorer
+from spa_jax.training.sources import run_backbone
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.peft import PeftPlugin
-from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.plugin import Trained
 
 PREDICTIONS, SUMMARY = "predictions.jsonl", "evaluation.json"
-TAP_CACHE = TapCacheConfig(enabled=True, directory="", limit_gib=20.0)
-AnyPlugin = Plugin | PeftPlugin
 EFFECT_QUESTIONS = 128
-"""Of the first so many, what the side network changes."""
+"""Number of questions, from the first on, for which the effect of the side network is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is asked, and how.
+    """A task, and how a model is evaluated on it.
 
     Attributes:
-        task: by name.
-        directory: of the task's splits as JSON lines; empty for the hub.
-        split: which.
-        limit: generate for the first so many questions, in whole rows; 0 for all. Losses are of the whole split.
-        setting: what enters the LM head; None for the plugin's own.
-        threshold: the device is asked where p(consult) is above it; None for the plugin's own.
+        task: name of the task.
+        directory: directory with the task's splits as JSON lines; empty for the hub.
+        split: split of the task.
+        limit: most questions to generate for, in whole rows; 0 for all. Losses are of the whole split.
+        setting: what enters the LM head; None for the plugin's own setting.
+        threshold: the device is asked where p(consult) is above it; None for the plugin's own threshold.
         budget: instead, the largest share of the validation split's target tokens to ask for; 0 for none.
         beams: width of the beam search; 1 is greedy.
-        length_penalty: of the search.
+        length_penalty: length penalty of the beam search.
         shots: training rows to show before each question, 0 or 1.
         max_length: most tokens of a row, 0 for the task's.
         batch_size: prompts that are worked on at once.
@@ -93,7 +89,7 @@ class EvaluationConfig:
 
 
 class Question(NamedTuple):
-    """One thing to generate."""
+    """A prompt to answer, as token ids, and the answers that it is scored against."""
 
     id: str
     prompt: list[int]
@@ -103,16 +99,16 @@ class Question(NamedTuple):
 def evaluate(
     config: EvaluationConfig,
     backbone: Backbone,
-    plugin: AnyPlugin | None,
+    plugin: Trained | None,
     output: Path,
     prompts: PromptStore | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes an evaluation, and returns what `evaluation.json` says.
 
     Args:
-        config: what is asked, and how.
+        config: the task, and how to evaluate on it.
         backbone: the frozen model.
-        plugin: None for the backbone alone.
+        plugin: what was trained on it; None for the backbone alone.
         output: directory of predictions and summary.
         prompts: keeps prompts that have run, for other evaluations of the same questions.
 
@@ -150,8 +146,8 @@ def evaluate(
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Mean scores and repetition with 95 % bootstrap intervals over rows, `[mean, low, high]`, and the share of
-    generated tokens for which the device was asked."""
+    """Averages scores and repetition, as `[mean, low, high]` with a 95 % bootstrap interval over rows, and counts the
+    share of generated tokens for which the device was asked."""
     groups = [row.group for row in predictions]
     scores = {
         f"score/{name}": list(estimate([row.scores[name] for row in predictions], groups))
@@ -165,15 +161,15 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def generate_all(
     model: FusedModel, questions: Sequence[Question], new_tokens: int, beams: Beams | None, batch_size: int
 ) -> Iterator[list[tuple[Question, Generation]]]:
-    """Generations of a batch at a time, prompts of about one length together and each conversation's by themselves."""
+    """Yields generations, a batch at a time: prompts of about one length together, each conversation by itself."""
     rows: dict[str, list[Question]] = {}
     for question in questions:
         rows.setdefault(question.id.partition(".")[0], []).append(question)
     ordered = sorted(rows.values(), key=lambda row: len(row[-1].prompt))
-    talks = [row for row in ordered if len(row) > 1]
-    alone = [question for row in ordered if len(row) == 1 for question in row]
-    batches = [part[i : i + batch_size] for part in (alone, *talks) for i in range(0, len(part), batch_size)]
-    with loop.progress_bar() as bar:
+    conversations = [row for row in ordered if len(row) > 1]
+    single = [question for row in ordered if len(row) == 1 for question in row]
+    batches = [part[i : i + batch_size] for part in (single, *conversations) for i in range(0, len(part), batch_size)]
+    with progress_bar() as bar:
         for batch in bar.track(batches, description="generating"):
             prompts = [question.prompt for question in batch]
             yield list(zip(batch, model.generate(prompts, new_tokens, beams=beams, batch_size=batch_size)))
@@ -199,7 +195,7 @@ def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: Evalu
 
 
 def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
-    """The first row of the training data's shuffle that is not cut.
+    """Returns the first row of the training data's shuffle that is not cut.
 
     Raises:
         UserError: all of them are.
@@ -214,46 +210,31 @@ def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
 
 
 def _losses(
-    backbone: Backbone, plugin: AnyPlugin | None, model: FusedModel, examples: Sequence[Example], batch_size: int
+    backbone: Backbone, plugin: Trained | None, model: FusedModel, examples: Sequence[Example], batch_size: int
 ) -> dict[str, float]:
-    """`loss/...` in nats and `router/usage`, per target token."""
+    """Measures `loss/...` in nats and `router/usage`, per target token."""
     if plugin is None:
-        features = [one for _, one in loop.run_backbone(backbone.model(), backbone.params, batch_size, examples)]
+        features = [one for _, one in run_backbone(backbone.model(), backbone.params, batch_size, examples)]
         total = sum(float(np.sum(one.base_loss * one.weights)) for one in features)
         return {"loss/base": total / sum(float(np.sum(one.weights)) for one in features)}
-    name = plugin.config.setting if model.setting == "base" else model.setting
-    return _evaluator(backbone, plugin, examples, batch_size, name, model.threshold)(plugin.params)
+    scorer = Scorer(backbone, recipe_for(plugin.config), examples, batch_size)
+    setting = plugin.config.setting if model.setting == "base" else model.setting
+    return scorer.metrics(scorer.outcomes(plugin.params), model.threshold, setting)
 
 
 def _threshold(
-    backbone: Backbone, plugin: AnyPlugin | None, held_out: Sequence[Example], config: EvaluationConfig
+    backbone: Backbone, plugin: Trained | None, held_out: Sequence[Example], config: EvaluationConfig
 ) -> float:
-    if not isinstance(plugin, Plugin) or not plugin.config.routed:
+    if plugin is None or not plugin.config.routed:
         raise UserError("a budget sets a router's threshold, and there is no router: leave it out")
-    evaluator = _evaluator(backbone, plugin, held_out, config.batch_size, plugin.config.setting, 0.5)
-    return threshold_for(np.asarray(evaluator.outcomes(plugin.params).probability), config.budget)
-
-
-def _evaluator(
-    backbone: Backbone, plugin: AnyPlugin, examples: Sequence[Example], batch_size: int, name: str, threshold: float
-) -> Evaluator:
-    """Of these examples, whose features are in the tap cache when this returns; a LoRA or Adapter can have none."""
-    if isinstance(plugin, PeftPlugin):
-        llama = backbone.model()
-        collate = scoring(loop.run_backbone(llama, backbone.params, batch_size, examples))
-        step = make_eval_step(plugin.config, llama)
-        return Evaluator(step, backbone.params, examples, collate, batch_size, name, threshold)
-    llama = backbone.model(plugin.config.side.taps)
-    cache = open_tap_cache(TAP_CACHE, plugin.config, backbone, examples)
-    loop.fill_cache(cache, llama, backbone.params, batch_size, examples)
-    step = make_eval_step(plugin.config, llama)
-    return Evaluator(step, backbone.params, examples, cache.collate, batch_size, name, threshold)
+    scorer = Scorer(backbone, recipe_for(plugin.config), held_out, config.batch_size)
+    return threshold_for(scorer.outcomes(plugin.params).probability, config.budget)
 
 
 def _identity(
-    config: EvaluationConfig, model: FusedModel, plugin: AnyPlugin | None, questions: Sequence[Question]
+    config: EvaluationConfig, model: FusedModel, plugin: Trained | None, questions: Sequence[Question]
 ) -> dict[str, Any]:
-    """What the predictions depend on, with no place of this machine in it."""
+    """Describes all that the predictions depend on, and no place of this machine."""
     asked = [hash_of(question.prompt, question.references) for question in questions]
     kept = ("task", "split", "beams", "length_penalty", "shots")
     return {
@@ -267,7 +248,7 @@ def _identity(
 
 
 def digest_of(params: Params) -> str:
-    """16 hex digits that identify trained parameters."""
+    """Returns 16 hex digits that identify trained parameters."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     parts = [jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes() for path, leaf in leaves]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

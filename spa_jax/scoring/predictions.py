@@ -1,7 +1,7 @@
-"""What a model said to the rows of a task, with its scores, as JSON lines that a killed run goes on with.
+"""Predictions of a model with their scores, as JSON lines to which a resumed evaluation adds what is missing.
 
-The first line says of what evaluation they are. A row is known by its id and by a hash of its source and references;
-neither of the data set's own texts is kept.
+The first line describes the evaluation. A row is known by its id and by a hash of its source and references; none of
+the data set's own texts is kept.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class Prediction:
 
     Attributes:
         id: number of the row in its split, from 1, and of the turn where a row has several: `12` or `12.3`.
-        hash: of source and references, 16 hex digits.
-        text: what was generated.
-        sources: a letter a token, EOS included: `d` where the device was asked, `c` where the cloud was alone.
-        scores: by name, see `spa_jax.scoring.scores`.
+        hash: 16 hex digits that identify source and references.
+        text: the generated text.
+        sources: a letter for each token, EOS included: `d` where the device was asked, `c` where the cloud was alone.
+        scores: score by name, see `spa_jax.scoring.scores`.
     """
 
     id: str
@@ -35,12 +35,12 @@ class Prediction:
 
     @property
     def group(self) -> str:
-        """The row, of which one conversation's turns are parts."""
+        """Number of the row, which the turns of one conversation share."""
         return self.id.partition(".")[0]
 
 
 def hash_of(prompt: Sequence[int], references: Sequence[str]) -> str:
-    """16 hex digits that identify a row as it was asked."""
+    """Returns 16 hex digits that identify a row's prompt and references."""
     return hashlib.sha256(json.dumps([list(prompt), list(references)]).encode()).hexdigest()[:16]
 
 
@@ -51,8 +51,8 @@ class Predictions:
         """Opens or creates the file; a last line that was not written whole is dropped.
 
         Args:
-            path: of the file.
-            identity: of the evaluation, JSON types.
+            path: the file.
+            identity: describes the evaluation, in JSON types.
 
         Raises:
             UserError: it cannot be written, or holds the predictions of another evaluation.
@@ -79,8 +79,8 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
-    """The identity of the evaluation and its rows in the order of their ids, each once, though two processes may have
-    written it.
+    """Reads the identity of the evaluation and its rows in the order of their ids, each once, though two processes may
+    have written the file.
 
     Raises:
         UserError: the file cannot be read, or is none.

@@ -13,9 +13,11 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
 def sentences(text: str) -> str:
-    """The text with a line for each sentence, which rougeLsum asks for: a sentence ends at a line break, and after a
-    full stop, exclamation or question mark (with the quotes and brackets it closes) that a space follows. Abbreviations
-    are not known, and end sentences too."""
+    """Writes each sentence of a text on a line of its own, as rougeLsum needs it.
+
+    A sentence ends at a line break, and after a full stop, exclamation or question mark (with the quotes and brackets
+    it closes) that a space follows. Abbreviations are not known, and end sentences too.
+    """
     lines = (line for part in text.splitlines() for line in _split(part))
     return "\n".join(line.strip() for line in lines if line.strip())
 
@@ -31,7 +33,7 @@ def _scorer() -> RougeScorer:
 
 
 def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """F1 of each of `KINDS` from 0 to 100, with Porter stemming; of several references the best for each.
+    """Computes the F1 of each of `KINDS` from 0 to 100, with Porter stemming; of several references the best for each.
 
     Raises:
         ValueError: there is no reference.

@@ -10,12 +10,12 @@ Kind = Literal["rouge", "answers"]
 
 
 def score(kind: Kind, text: str, references: Sequence[str]) -> dict[str, float]:
-    """From 0 to 100: `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, and of answers `exact_match` and `f1`.
+    """Computes scores from 0 to 100: `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, and for answers `exact_match` and `f1`.
 
     Args:
-        kind: of the task.
-        text: what was generated.
-        references: what people said, at least one.
+        kind: the task's kind of scores.
+        text: the generated text.
+        references: people's answers, at least one.
     """
     scores = rouge(text, references)
     if kind == "answers":
@@ -25,8 +25,8 @@ def score(kind: Kind, text: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def repetition(text: str) -> float:
-    """In per cent, how many of the text's runs of four words it has had before: seq-rep-4 of Welleck et al. (2020),
-    over words between white space; 0 where there is no run."""
+    """Computes the share, in per cent, of a text's runs of four words that occurred earlier in it: seq-rep-4 of Welleck
+    et al. (2020), over words between white space; 0 where there is no run."""
     words = text.split()
     runs = list(zip(words, words[1:], words[2:], words[3:]))
     return 100 * (1 - len(set(runs)) / len(runs)) if runs else 0.0

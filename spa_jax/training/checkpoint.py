@@ -71,7 +71,7 @@ class Checkpoints:
 
     @_uninterrupted()
     def restore(self, like: TrainState, *, best: bool = False) -> TrainState | None:
-        """The last (or best) state saved whole, in the shapes and dtypes of `like`; None where there is none.
+        """Restores the last (or best) state saved whole, in the shapes and dtypes of `like`; None where there is none.
 
         Raises:
             UserError: the checkpoint is damaged or of another plugin shape.

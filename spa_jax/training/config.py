@@ -21,8 +21,8 @@ from spa_jax.training.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:
-    """`side.*`: kind, width E, the tap list in the words of `spa_jax.models.plugin.select_taps`, and of the transformer
-    kind the attention heads and what its blocks start as, random or pruned from the backbone's."""
+    """`side.*`: kind, width E and the taps (see `spa_jax.models.plugin.select_taps`); for the transformer kind also its
+    attention heads, and whether its blocks start at random or as pruned blocks of the backbone."""
 
     kind: SideKind
     width: int
@@ -37,8 +37,8 @@ class DataConfig:
 
     Attributes:
         task: one of `spa_jax.data.tasks`, which takes the place of `train` and `eval`; empty for those.
-        directory: of the task's splits as JSON lines; empty for the hub.
-        size: of the task's training rows, in the words of `spa_jax.data.tasks.nested`.
+        directory: directory with the task's splits as JSON lines; empty for the hub.
+        size: number of the task's training rows, see `spa_jax.data.tasks.nested`.
         eval_size: most questions of the task's validation split to evaluate on; 0 for all.
         train: a JSON-lines file of `{"source", "target"}`; empty for the embedded persona.
         eval: the same for evaluation; empty to hold out `eval_fraction` of the training rows.
@@ -100,13 +100,14 @@ class RouterOptions(RouterConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PeftOptions:
-    """`peft.*`, of the settings `lora` and `adapter`.
+    """`peft.*`, for the settings `lora` and `adapter`.
 
     Attributes:
-        rank: of LoRA.
-        alpha: of LoRA; what it adds is scaled by alpha / rank.
-        targets: of LoRA, linear maps of a block by comma, such as `q,v`; there are q, k, v, o, gate, up and down.
-        width: of Adapter's bottlenecks.
+        rank: rank of a LoRA.
+        alpha: scale of a LoRA; what it adds is multiplied by alpha / rank.
+        targets: linear maps that a LoRA adds to, separated by commas, such as `q,v`; there are q, k, v, o, gate, up and
+            down.
+        width: width of an Adapter's bottlenecks.
         remat: what a block keeps of its forward pass for the backward one: `full` recomputes all of it, `dots` keeps
             products with weights, `none` keeps everything.
     """
@@ -120,7 +121,7 @@ class PeftOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A training run. `dtype` is that of backbone and activations; trainable parameters are float32."""
+    """A training run; `dtype` is that of backbone and activations, and trainable parameters are float32."""
 
     backbone: str
     dtype: Literal["float32", "bfloat16"]
@@ -206,11 +207,11 @@ class RunConfig:
 
 
 def parse(config: Mapping[str, Any]) -> RunConfig:
-    """The typed config of a config file's ConfigDict.
+    """Reads the typed config from a config file's ConfigDict.
 
     Raises:
         UserError: an unknown or missing key, a value of the wrong type, an unknown choice or a value out of range, by
-        name.
+            name.
     """
     return _parse(RunConfig, config, "")
 

@@ -1,4 +1,4 @@
-"""One backbone pass over a batch: what the trainable half needs to know of it.
+"""Features: everything of one frozen backbone pass that the training of a plugin reads.
 
 Sigma, the consulted share and the loss live on the positions that predict target tokens, and so does everything here.
 Shape letters: B rows, R target tokens of a row, P taps, D width.
@@ -18,27 +18,26 @@ from spa_jax.training.vocabulary_loss import token_losses
 
 
 class Features(NamedTuple):
-    """The frozen backbone's outputs where targets are predicted; NumPy arrays when they come from the tap cache."""
+    """The frozen backbone's outputs at the positions that predict targets; NumPy arrays from the tap cache."""
 
     hidden: Float[Array, "B R D"]
     """f, in front of the LM head; in the compute dtype."""
     taps: Float[Array, "B P S D"]
-    """Normalised taps where the side network reads them, in the compute dtype; the batch first, so that every leaf
-    splits by its first axis. A token-wise side network reads the R predicting positions, one that attends all T of
-    them."""
+    """Normalised taps at the S positions that the side network reads, in the compute dtype: the R predicting ones for
+    a token-wise side network, all T for one that attends. The batch is first, so that every leaf splits by it."""
     base_loss: Float[Array, "B R"]
     """Cross-entropy of f alone in nats, float32."""
     targets: Int[Array, "B R"]
     weights: Float[Array, "B R"]
     """1 for a target token, 0 for padding; float32."""
     positions: Int[Array, "B S"]
-    """Of the taps in their sequence, `PADDING` for padding."""
+    """Positions of the taps, `PADDING` for padding."""
     reads: Int[Array, "B R"]
-    """Which of the S taps predicts each target."""
+    """Index, among the S taps of a row, of the one that predicts each target."""
 
 
 class Prefix(NamedTuple):
-    """What the backbone makes of C tokens that every row of some data begins with, such as a chat's system prompt."""
+    """The backbone's state after C tokens that all rows of some data begin with, such as a chat's system prompt."""
 
     cache: Cache
     """`[1,L,K,H,C]`."""
@@ -46,7 +45,7 @@ class Prefix(NamedTuple):
 
 
 def run_prefix(model: Llama, params: Params, tokens: Int[Array, "1 C"]) -> Prefix:
-    """Runs the common tokens once."""
+    """Runs the backbone over the common tokens once."""
     length = tokens.shape[1]
     cache = init_cache(model.config, 1, length, model.dtype)
     out = model.apply({"params": params}, tokens, jnp.arange(length, dtype=jnp.int32)[None, :], cache)
@@ -54,11 +53,16 @@ def run_prefix(model: Llama, params: Params, tokens: Int[Array, "1 C"]) -> Prefi
 
 
 def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix: Prefix | None = None) -> Features:
-    """Runs the backbone over the batch's tokens; keeps taps everywhere, or only where targets are predicted.
+    """Runs the backbone over a batch of tokens.
 
-    With a prefix, only the tokens after it are run; no target may be predicted within it.
+    Args:
+        model: the backbone's program.
+        params: its parameters.
+        batch: tokens and targets.
+        everywhere: whether to keep taps at all tokens, or only where targets are predicted.
+        prefix: where given, only the tokens after it are run; no target may be predicted within it.
     """
-    all_positions, _ = where_read(batch, everywhere=True)
+    all_positions, _ = tap_positions(batch, everywhere=True)
     tokens, positions, predict = map(jnp.asarray, (batch.tokens, all_positions, batch.predict))
     rows, length = tokens.shape
     cache, start = None, 0
@@ -78,13 +82,13 @@ def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix
     taps = jnp.moveaxis(normalize_taps(params, model.config, model.taps, taps), 0, 1)
     targets = jnp.asarray(batch.targets)
     base_loss = token_losses(model, params, hidden, targets)
-    read_at, reads = map(jnp.asarray, where_read(batch, everywhere))
+    read_at, reads = map(jnp.asarray, tap_positions(batch, everywhere))
     features = Features(hidden, taps, base_loss, targets, jnp.asarray(batch.weights), read_at, reads)
     return jax.lax.stop_gradient(jax.tree.map(lambda leaf: model.partitioner.constrain(leaf, "B"), features))
 
 
-def where_read(batch: Batch, everywhere: bool) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, "B R"]]:
-    """`Features.positions` and `Features.reads` of a batch of NumPy arrays or traced ones."""
+def tap_positions(batch: Batch, everywhere: bool) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, "B R"]]:
+    """Returns `Features.positions` and `Features.reads` for a batch of NumPy or traced arrays."""
     xp = np if isinstance(batch.predict, np.ndarray) else jnp
     if not everywhere:
         return batch.predict, xp.broadcast_to(xp.arange(batch.predict.shape[1], dtype=xp.int32), batch.predict.shape)

@@ -21,7 +21,8 @@ class DistributedConfig:
     """`distributed.*`: whether this process is one of several, and how they find each other.
 
     Attributes:
-        enabled: whether it is. On Cloud TPU, under SLURM, Open MPI and on Kubernetes, JAX finds the others by itself.
+        enabled: whether this process is one of several. On Cloud TPU, under SLURM, Open MPI and on Kubernetes, JAX
+            finds the others by itself.
         coordinator: elsewhere, `host:port` of the first process, which has to be reached by all.
         processes: with a coordinator, how many there are.
         process: with a coordinator, which this is, from 0.
@@ -39,11 +40,11 @@ class Preempted(UserError):
     """The machine is about to be taken away, and the run is saved."""
 
     status = 75
-    """Of the process: EX_TEMPFAIL, so that whoever started it knows to start it again."""
+    """Exit status EX_TEMPFAIL, so that whoever started the process knows to start it again."""
 
 
 def init_distributed(config: DistributedConfig) -> None:
-    """Meets the other processes; JAX must not have been used before.
+    """Connects to the other processes; JAX must not have been used before.
 
     Raises:
         UserError: they cannot be found or reached.
@@ -66,19 +67,19 @@ def init_distributed(config: DistributedConfig) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what all of them know."""
+    """Tells whether this process is the one that writes what all of them know."""
     return jax.process_index() == 0
 
 
 def barrier(where: str) -> None:
-    """Goes on when all processes are there; what was written before can then be read."""
+    """Waits until all processes have reached this barrier; what any of them wrote before can then be read."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 @contextlib.contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """While this lasts, the end of another process is an error that says so.
+    """Turns JAX's error about a lost process into one that a user understands, within a `with` block.
 
     Raises:
         UserError: another process is gone.
@@ -95,31 +96,32 @@ def explain_lost_process() -> Iterator[None]:
 
 
 class PreemptionNotice:
-    """Of preemption: asked once a step, whether all processes shall save and end after it.
+    """Notice that the machine is about to be taken away: called once a step, it tells whether all processes are to save
+    and end after that step.
 
-    Alone a process learns of it by SIGTERM. Several ask JAX, which lets all of them end after the same step whichever
-    gets the signal. While this is in use SIGTERM does not end the process.
+    A single process learns of it by SIGTERM, which does not end the process while it is `listening`. Several processes
+    ask JAX, which lets all of them end after the same step, whichever gets the signal.
     """
 
     def __init__(self) -> None:
-        self._given = False
+        self._received = False
 
     def __call__(self, step: int) -> bool:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._given
+        return self._received
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens while this lasts."""
+        """Catches SIGTERM within a `with` block."""
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._give)
+        before = signal.signal(signal.SIGTERM, self._receive)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    def _give(self, *_: Any) -> None:
-        self._given = True
+    def _receive(self, *_: Any) -> None:
+        self._received = True

@@ -1,4 +1,4 @@
-"""The rows of a run and how they are written as tokens, by its config."""
+"""Rows of a run and their encoder, as its config asks for them."""
 
 import random
 
@@ -10,11 +10,11 @@ from spa_jax.training.config import DataConfig
 from spa_jax.weights.backbone import Backbone
 
 DEFAULT_LENGTH = 1024
-"""Most tokens of a row that belongs to no task."""
+"""Largest number of tokens of a row that belongs to no task."""
 
 
 def load_pairs(config: DataConfig, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and evaluation rows.
+    """Reads the training and the evaluation rows.
 
     Raises:
         UserError: an unreadable file or task, too few rows to hold any out, or keys that exclude each other.
@@ -52,18 +52,18 @@ def _load_task(config: DataConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
-    """The encoder of the run's rows."""
+    """Makes the encoder of a run's rows."""
     return task_encoder(backbone, config.template, config.task, config.max_length)
 
 
 def task_encoder(backbone: Backbone, template: str, task: str, max_length: int = 0) -> Encoder:
-    """The encoder of a task's rows, or with an empty name of a file's.
+    """Makes the encoder of a task's rows, or of a file's where the name is empty.
 
     Args:
-        backbone: has the tokenizer, and bounds the length.
-        template: of prompts; `auto` is `chat` where the tokenizer has a template.
-        task: by name.
-        max_length: of a row; 0 is the task's, or 1024.
+        backbone: gives the tokenizer, and bounds the length.
+        template: format of prompts; `auto` is `chat` where the tokenizer has a template.
+        task: name of the task.
+        max_length: most tokens of a row; 0 is the task's, or 1024.
     """
     if template == "auto":
         template = "chat" if backbone.tokenizer.chat_template else "plain"
@@ -72,5 +72,5 @@ def task_encoder(backbone: Backbone, template: str, task: str, max_length: int =
 
 
 def row_length(task: str, max_length: int) -> int:
-    """Most tokens of a row: as given, or where that is 0 the task's."""
+    """Returns the most tokens of a row: as given, or where that is 0 the task's."""
     return max_length or (find_task(task).max_length if task else DEFAULT_LENGTH)

@@ -23,7 +23,7 @@ from jaxtyping import Int
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate
 from spa_jax.errors import UserError
-from spa_jax.training.features import Features, where_read
+from spa_jax.training.features import Features, tap_positions
 
 FORMAT_VERSION = 1
 SHARD_EXAMPLES = 256
@@ -31,13 +31,13 @@ SHARD_EXAMPLES = 256
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """What a cached feature is.
+    """The kind of features in a cache.
 
     Attributes:
-        fingerprint: of the backbone.
-        taps: which.
+        fingerprint: identity of the backbone.
+        taps: which hidden states are tapped.
         hidden_size: D.
-        dtype: of hidden states and taps, numpy's name.
+        dtype: NumPy name of the dtype of hidden states and taps.
         everywhere: whether taps are kept at all T positions, for a side network that attends, or where targets are
             predicted.
     """
@@ -50,12 +50,12 @@ class FeatureSpec:
 
     @property
     def key(self) -> str:
-        """Directory name of caches with this spec."""
+        """Name of the directory that holds these features."""
         text = json.dumps([FORMAT_VERSION, dataclasses.asdict(self)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def shapes(self, tokens: int, targets: int) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of hidden, taps and base loss of T tokens and R targets, in the order of a record."""
+        """Returns shape and dtype of hidden, taps and base loss of T tokens and R targets, in the order of a record."""
         dtype = np.dtype(self.dtype)
         return [
             ((targets, self.hidden_size), dtype),
@@ -64,16 +64,16 @@ class FeatureSpec:
         ]
 
     def record(self, example: Example) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """`shapes` of an example."""
+        """Returns the `shapes` of an example."""
         return self.shapes(len(example.tokens), len(example.predict))
 
     def bytes(self, example: Example) -> int:
-        """Size of the record of an example."""
+        """Returns the size of an example's record in bytes."""
         return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.record(example))
 
 
 class TapCache:
-    """Features of examples by content, on disk."""
+    """Features of examples on disk, found by the examples' content."""
 
     def __init__(self, root: Path, spec: FeatureSpec) -> None:
         """Opens or creates the cache of these features under `root`; shards that cannot be read are removed, to be
@@ -93,13 +93,13 @@ class TapCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes in what other writers have added."""
+        """Opens the shards that other writers have added."""
         for shard in sorted(self.directory.glob("*.arrayrecord")):
             if shard not in self._readers:
                 self._open(shard)
 
     def missing(self, examples: Sequence[Example]) -> list[Example]:
-        """Examples whose features are not cached yet, each once, in the order given."""
+        """Returns the examples whose features are not cached yet, each once, in the order given."""
         return list({e.digest: e for e in examples if e.digest not in self._places}.values())
 
     def check_room(self, examples: Sequence[Example], limit_gib: float) -> None:
@@ -138,7 +138,7 @@ class TapCache:
             self._write(pending)
 
     def read(self, example: Example) -> list[np.ndarray]:
-        """Hidden `[R,D]`, taps `[P,R,D]` and base loss `[R]` of one example.
+        """Reads hidden `[R,D]`, taps `[P,R,D]` and base loss `[R]` of one example.
 
         Raises:
             UserError: the shard is damaged.
@@ -160,7 +160,7 @@ class TapCache:
     def collate(
         self, examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None
     ) -> Features:
-        """The batch of these rows, as of `pipeline.collate`; a row of -1 has no weight anywhere."""
+        """Reads the batch of these rows, padded as by `pipeline.collate`; a row of -1 has no weight anywhere."""
         batch = collate(examples, rows, shape)
         shapes = self.spec.shapes(batch.tokens.shape[1], batch.predict.shape[1])
         hidden, taps, base_loss = (np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes)
@@ -170,7 +170,7 @@ class TapCache:
                 hidden[i, : arrays[0].shape[0]] = arrays[0]
                 taps[i, :, : arrays[1].shape[1]] = arrays[1]
                 base_loss[i, : arrays[2].shape[0]] = arrays[2]
-        positions, reads = where_read(batch, self.spec.everywhere)
+        positions, reads = tap_positions(batch, self.spec.everywhere)
         leaves: list[Any] = [hidden, taps, base_loss, batch.targets, batch.weights, positions, reads]
         return Features(*leaves)
 

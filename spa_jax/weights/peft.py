@@ -1,4 +1,4 @@
-"""A LoRA or Adapter on disk, beside a `plugin_config.json` that says what was trained on what.
+"""A LoRA or Adapter on disk, beside a `plugin_config.json` that names its setting and the backbone it was trained on.
 
 A LoRA is in the format of PEFT: `adapter_model.safetensors` and `adapter_config.json`, and one that PEFT trained on the
 same backbone can be read without our `plugin_config.json`. An Adapter, which PEFT does not have, is in
@@ -38,7 +38,7 @@ DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "lora": {**ORIGIN, "config": {"setting": ("lora",)}},
     "adapter": {**ORIGIN, "config": {"setting": ("adapter",), "rank": int}},
 }
-"""What plugin_config.json holds; the rest of a LoRA's config is in adapter_config.json."""
+"""The keys of plugin_config.json; the rest of a LoRA's config is in adapter_config.json."""
 
 MODULES = {
     path.split("/")[-2]: "base_model.model." + name.removesuffix(".weight")
@@ -78,9 +78,33 @@ class PeftPlugin(Trained[PeftConfig]):
                 f"misshapen {wrong}"
             )
 
+    def save(self, directory: Path) -> None:
+        config = self.config
+        origin = {"backbone": self.backbone, "fingerprint": self.fingerprint, "template": self.template}
+        kept = {"setting": "lora"} if config.setting == "lora" else {"setting": "adapter", "rank": config.rank}
+        with replaced_directory(directory) as new:
+            if config.setting == "lora":
+                safetensors.numpy.save_file(_to_peft(self.params), new / PEFT_WEIGHTS, {"format": "pt"})
+                described = {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "base_model_name_or_path": self.backbone,
+                    "inference_mode": True,
+                    "r": config.rank,
+                    "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
+                    "lora_dropout": 0.0,
+                    "target_modules": [MODULES[name].rsplit(".", 1)[1] for name in config.targets],
+                    "bias": "none",
+                }
+                write_json(new / PEFT_CONFIG, described)
+            else:
+                arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(self.params, sep=".").items()}
+                safetensors.numpy.save_file(arrays, new / WEIGHTS)
+            write_json(new / CONFIG, {"format_version": FORMAT_VERSION, "config": kept, **origin})
+
 
 def load_trained(directory: Path) -> Plugin | PeftPlugin:
-    """Reads what a training run left, whatever its setting, or a LoRA of PEFT's.
+    """Reads the directory that a training run left, whatever its setting, or a LoRA that PEFT trained.
 
     Raises:
         UserError: nothing of that kind there, another format version, or a damaged file.
@@ -92,36 +116,6 @@ def load_trained(directory: Path) -> Plugin | PeftPlugin:
     if setting == "lora" or (directory / PEFT_CONFIG).is_file():
         return load_lora(directory)
     return load_adapter(directory) if setting == "adapter" else load_plugin(directory)
-
-
-def save_peft(directory: Path, plugin: PeftPlugin) -> None:
-    """Writes a LoRA or Adapter, replacing what was there in one move.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
-    config = plugin.config
-    origin = {"backbone": plugin.backbone, "fingerprint": plugin.fingerprint, "template": plugin.template}
-    kept = {"setting": "lora"} if config.setting == "lora" else {"setting": "adapter", "rank": config.rank}
-    with replaced_directory(directory) as new:
-        if config.setting == "lora":
-            safetensors.numpy.save_file(_to_peft(plugin.params), new / PEFT_WEIGHTS, {"format": "pt"})
-            described = {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": plugin.backbone,
-                "inference_mode": True,
-                "r": config.rank,
-                "lora_alpha": int(config.alpha) if config.alpha.is_integer() else config.alpha,
-                "lora_dropout": 0.0,
-                "target_modules": [MODULES[name].rsplit(".", 1)[1] for name in config.targets],
-                "bias": "none",
-            }
-            write_json(new / PEFT_CONFIG, described)
-        else:
-            arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(plugin.params, sep=".").items()}
-            safetensors.numpy.save_file(arrays, new / WEIGHTS)
-        write_json(new / CONFIG, {"format_version": FORMAT_VERSION, "config": kept, **origin})
 
 
 def _to_peft(params: Params) -> dict[str, np.ndarray]:
@@ -182,7 +176,7 @@ def load_lora(directory: Path) -> PeftPlugin:
 
 
 def _from_peft(path: Path) -> Params:
-    """The factors by target and layer, stacked; every tensor has its place, or loading stops."""
+    """Reads the factors by target, stacked over layers; a tensor without a place stops the loading."""
     patterns = {
         name: re.compile(re.escape(module).replace(r"\{\}", r"(\d+)") + r"\.lora_(A|B)\.weight")
         for name, module in MODULES.items()

@@ -1,5 +1,6 @@
-"""A plugin on disk: `plugin.safetensors` (side network and router) and `plugin_config.json` (what they are)."""
+"""A plugin on disk: `plugin.safetensors` (side network and router) and `plugin_config.json` (its config)."""
 
+import abc
 import dataclasses
 import json
 from pathlib import Path
@@ -34,22 +35,22 @@ DESCRIPTION = {
     "fingerprint": str,
     "template": ("chat", "plain"),
 }
-"""What plugin_config.json holds: types, and choices in parentheses."""
+"""The keys of plugin_config.json, with their types, or their choices in parentheses."""
 
 
 Config = TypeVar("Config", PluginConfig, PeftConfig)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained(Generic[Config]):
-    """What was trained on a backbone.
+class Trained(abc.ABC, Generic[Config]):
+    """Trained parameters with what is needed to run them.
 
     Attributes:
-        config: what it is.
+        config: the method's shape, see `spa_jax.models.method`.
         params: its float32 parameters.
         backbone: name of the backbone it was trained on.
-        fingerprint: of that backbone; another one's hidden states mean nothing to it.
-        template: how it saw its prompts, `chat` or `plain`.
+        fingerprint: of that backbone; the hidden states of another one mean nothing to it.
+        template: the format of its prompts, `chat` or `plain`.
     """
 
     config: Config
@@ -70,23 +71,25 @@ class Trained(Generic[Config]):
                 f"'{backbone.name}' (fingerprint {backbone.fingerprint}): use that one, or train a plugin for this one"
             )
 
+    @abc.abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes the directory that `load_trained` reads, replacing what was there in one move.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+
 
 class Plugin(Trained[PluginConfig]):
     """A trained side network and router: its parameters are `{"side": ..., "router": ...}`."""
 
-
-def save_plugin(directory: Path, plugin: Plugin) -> None:
-    """Writes the plugin, replacing what was there in one move.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
-    description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(plugin)}
-    del description["params"]
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(plugin.params, sep=".").items()}
-    with replaced_directory(directory) as new:
-        safetensors.numpy.save_file(arrays, new / WEIGHTS)
-        write_json(new / CONFIG, description)
+    def save(self, directory: Path) -> None:
+        description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        del description["params"]
+        arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(self.params, sep=".").items()}
+        with replaced_directory(directory) as new:
+            safetensors.numpy.save_file(arrays, new / WEIGHTS)
+            write_json(new / CONFIG, description)
 
 
 def load_plugin(directory: Path) -> Plugin:
@@ -109,7 +112,7 @@ def load_plugin(directory: Path) -> Plugin:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file.
+    """Reads the tensors of a safetensors file.
 
     Raises:
         UserError: it is missing or damaged.
@@ -121,7 +124,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
-    """A plugin_config.json.
+    """Reads a plugin_config.json.
 
     Raises:
         UserError: it is missing or damaged, of another format version, or not of this pattern.
@@ -147,7 +150,7 @@ def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matches(value: Any, pattern: Any) -> bool:
-    """Whether a JSON value has exactly the keys of the pattern, and everywhere its type or one of its choices."""
+    """Tells whether a JSON value has exactly the keys of the pattern, and everywhere its type or one of its choices."""
     if isinstance(pattern, dict):
         return (
             isinstance(value, dict)

@@ -15,7 +15,7 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.models.peft import PeftConfig, init_peft
 from spa_jax.weights.huggingface import load_directory, load_tokenizer
-from spa_jax.weights.peft import PeftPlugin, save_peft
+from spa_jax.weights.peft import PeftPlugin
 from spa_jax.weights.plugin import load_plugin
 
 GENERATE = "spa_jax.generate"
@@ -205,7 +205,7 @@ def test_a_lora_and_an_adapter_answer_within_one_program_alone(config, command, 
     shapes = init_peft(config, backbone.config, abstract=True)
     params = jax.tree.map(lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     trained = PeftPlugin(config, params, str(tiny_backbone_directory), backbone.fingerprint, "chat")
-    save_peft(plugin, trained)
+    trained.save(plugin)
     few, output = "--max_new_tokens=6", tmp_path / "answer.json"
     result = command(GENERATE, f"--plugin={plugin}", PROMPT, few, "--beams=3", f"--output={output}")
     assert result.status == 0, result.err

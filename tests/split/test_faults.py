@@ -8,7 +8,6 @@ from tiny_split import random_plugin
 pytest.importorskip("trustme")
 
 from experiments.fault_bench import FAULTS, NEW, Bench, observe
-from spa_jax.weights.plugin import save_plugin
 from spa_jax.weights.registry import load_backbone
 
 SEED = 5
@@ -21,7 +20,7 @@ def bench(tiny_backbone_directory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     backbone = load_backbone(str(tiny_backbone_directory))
     plugin = random_plugin(backbone, "s1", SEED)
-    save_plugin(folder / "plugin", plugin)
+    plugin.save(folder / "plugin")
     bench = Bench(backbone, plugin, folder / "plugin", folder)
     assert bench.steps == NEW
     said = [bench.expected(frozenset(lost)) for lost in ([], [2], range(1, 99), range(3, 99))]

@@ -6,7 +6,6 @@ from tiny_split import random_plugin
 from experiments.hosts import Link
 from experiments.over_link import over_link
 from spa_jax.errors import UserError
-from spa_jax.weights.plugin import save_plugin
 from spa_jax.weights.registry import load_backbone
 
 pytestmark = pytest.mark.slow
@@ -16,7 +15,7 @@ NEW = 8
 @pytest.fixture
 def over(tiny_backbone_directory, tmp_path):
     backbone = load_backbone(str(tiny_backbone_directory))
-    save_plugin(tmp_path / "plugin", random_plugin(backbone, "s1"))
+    random_plugin(backbone, "s1").save(tmp_path / "plugin")
 
     def run(link):
         try:

@@ -16,7 +16,7 @@ from spa_jax.split.head import head_of
 from spa_jax.split.session import Cloud
 from spa_jax.training.config import parse
 from spa_jax.training.run import train
-from spa_jax.weights.plugin import load_plugin, save_plugin
+from spa_jax.weights.plugin import load_plugin
 
 NEW = 24
 
@@ -55,7 +55,7 @@ def test_two_programs_say_what_one_says(beams, plugin, smollm2):
 @pytest.mark.slow
 def test_two_processes_over_tls_say_what_one_says(plugin, smollm2, tmp_path):
     faults = pytest.importorskip("experiments.fault_bench")
-    save_plugin(tmp_path / "plugin", plugin)
+    plugin.save(tmp_path / "plugin")
     with faults.Bench(smollm2, plugin, tmp_path / "plugin", tmp_path).cloud() as site:
         for how in ({}, {"beams": Beams(3)}, {"reply": "token"}):
             request = open_message(plugin, _prompts(plugin, smollm2), NEW, **how)

@@ -24,8 +24,10 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import quantize
 from spa_jax.models.side import SideConfig
 from spa_jax.training.objective import RouterConfig
+from spa_jax.training.peft_recipe import PeftRecipe
+from spa_jax.training.plugin_recipe import PluginRecipe
 from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
-from spa_jax.training.step import init_state, make_eval_step, make_train_step
+from spa_jax.training.step import eval_step, init_state, train_step
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
 
@@ -75,29 +77,28 @@ def run(partitioner):
     """All that a mesh computes, as arrays on the host, and the arrays where they lie."""
     frozen = partitioner.place(init_params(CONFIG, seed=1))
     batch = partitioner.shard_batch(make_batch())
-    model = Llama(
-        CONFIG, TAPS, partitioner=partitioner, compute=Compute("xla")
-    )  # one device alone would take another kernel
+    xla = Compute("xla")  # one device alone would take another kernel
+    model = Llama(CONFIG, TAPS, partitioner=partitioner, compute=xla)
     params = random(init_plugin(TOKENWISE, abstract=True), 5)
     folds = [random(init_plugin(TOKENWISE, abstract=True)["side"], seed) for seed in (6, 7)]
     params["folds"] = jax.tree.map(lambda *leaves: np.stack(leaves), *folds)
     state = partitioner.place(init_state(params, TX))
-    step = make_train_step(TOKENWISE, ROUTER, model, TX, ACCUMULATE)
-    compiled = step.lower(state, frozen, batch).compile()
+    recipe = PluginRecipe(TOKENWISE, cached=False, router=ROUTER)
+    compiled = train_step.lower(recipe, model, TX, ACCUMULATE, state, frozen, batch).compile()
     for _ in range(2):
         state, sums = compiled(state, frozen, batch)
     other = partitioner.place(random(init_plugin(TRANSFORMER, abstract=True), 8))
-    outcomes = make_eval_step(TRANSFORMER, model)(other, frozen, batch)
+    attends = PluginRecipe(TRANSFORMER, cached=False)
+    outcomes = eval_step(attends, model, other, frozen, batch)
     in_8_bits = partitioner.place(in_bits(init_params(CONFIG, seed=1)))
     quantized = Llama(CONFIG, TAPS, partitioner=partitioner, compute=Compute("xla", weights="int8"))
-    outcomes_8 = make_eval_step(TRANSFORMER, quantized)(other, in_8_bits, batch)
+    outcomes_8 = eval_step(attends, quantized, other, in_8_bits, batch)
     remat = dataclasses.replace(model, taps=(), remat="full")
-    through = make_train_step(LORA, ROUTER, remat, TX, ACCUMULATE)
     lora = partitioner.place(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
-    lora, lora_sums = through(lora, frozen, batch)
+    lora, lora_sums = train_step(PeftRecipe(LORA), remat, TX, ACCUMULATE, lora, frozen, batch)
     plugin = Plugin(TOKENWISE, {k: v for k, v in params.items() if k != "folds"}, "", "", "plain")
     plugin = dataclasses.replace(plugin, params=partitioner.place(plugin.params))
-    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", partitioner, Compute("xla")), plugin)
+    fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", partitioner, xla), plugin)
     prompts = [np.random.default_rng(row).integers(0, 96, 3 + row % 5).tolist() for row in range(8)]
     decoded = fused.advance(fused.start(prompts, 6), GREEDY, 6)
     computed = {

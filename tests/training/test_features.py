@@ -6,7 +6,7 @@ import pytest
 
 from spa_jax.data.encoding import Example
 from spa_jax.training.features import extract, run_prefix
-from spa_jax.training.loop import common_prefix
+from spa_jax.training.sources import common_prefix
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

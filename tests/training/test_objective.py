@@ -8,7 +8,8 @@ import pytest
 from spa_jax.models.combine import ROUTED, combine
 from spa_jax.models.plugin import correction, init_plugin, router_logits
 from spa_jax.models.router import CONSULT, consult, consult_probability
-from spa_jax.training.objective import RouterConfig, means, per_token, router_losses, summed_loss, token_outcomes
+from spa_jax.training.objective import RouterConfig, router_losses, summed_loss, token_outcomes
+from spa_jax.training.outcomes import mean_metrics, token_metrics
 
 TRAINABLE = ("spa", "s1", "s2", "s3")
 
@@ -25,7 +26,9 @@ def gradient(world, plugin, params, router=WEIGHTED):
 
 def outcomes_of(world, plugin, params):
     def outcomes(params):
-        return per_token(token_outcomes(plugin, world.model, params, world.frozen, world.features), plugin.threshold)
+        return token_metrics(
+            token_outcomes(plugin, world.model, params, world.frozen, world.features), plugin.threshold
+        )
 
     return jax.jit(outcomes)(params)
 
@@ -84,23 +87,23 @@ def test_outcomes_are_the_losses_of_what_enters_the_head(setting, world, make_pl
         assert 0.3 < sigma.mean() < 0.7
     entering = {
         "base": f.hidden,
-        "always": f.hidden + g if setting in ("spa", "s1") else g,
+        "consulted": f.hidden + g if setting in ("spa", "s1") else g,
         "combined": combine(setting, f.hidden, g, jnp.asarray(sigma)),
     }
     for name, hidden in entering.items():
         np.testing.assert_allclose(
             found[name], plain_losses(world.model, world.frozen, hidden, f.targets), rtol=1e-4, atol=1e-4
         )
-    assert np.all(found["oracle"] <= np.minimum(np.minimum(found["always"], found["base"]), found["combined"]))
+    assert np.all(found["oracle"] <= np.minimum(np.minimum(found["consulted"], found["base"]), found["combined"]))
     np.testing.assert_array_equal(found["usage"], sigma)
-    assert np.abs(found["always"] - found["base"]).max() > 0.1
+    assert np.abs(found["consulted"] - found["base"]).max() > 0.1
 
 
 def test_a_fresh_spa_plugin_costs_exactly_what_the_base_costs(world, make_plugin):
     plugin, _ = make_plugin("spa", threshold=0.4)
     outcomes = outcomes_of(world, plugin, init_plugin(plugin))
     assert np.all(outcomes["usage"] == 1)
-    for name in ("always", "combined", "oracle"):
+    for name in ("consulted", "combined", "oracle"):
         np.testing.assert_array_equal(outcomes[name], outcomes["base"])
 
 
@@ -121,7 +124,7 @@ def test_the_router_learns_from_its_labels_alone(world, make_plugin):
     plugin, params = make_plugin("spa")
     f, config = world.features, RouterConfig("improvement", -0.1, True, False, False)
     outcomes = outcomes_of(world, plugin, params)
-    gain = outcomes["base"] - outcomes["always"]
+    gain = outcomes["base"] - outcomes["consulted"]
     labels = np.asarray(gain)[np.asarray(f.weights) > 0] > config.margin
     assert 0 < labels.mean() < 1
 
@@ -150,6 +153,6 @@ def test_padding_weighs_nothing(world, make_plugin):
 
 
 def test_means_are_per_token_and_named_by_the_setting():
-    sums = {"base": 8.0, "always": 4.0, "combined": 5.0, "oracle": 3.0, "usage": 1.0, "tokens": 2.0}
+    sums = {"base": 8.0, "consulted": 4.0, "combined": 5.0, "oracle": 3.0, "usage": 1.0, "tokens": 2.0}
     expected = {"loss/base": 4.0, "loss/always": 2.0, "loss/s2": 2.5, "loss/oracle": 1.5, "router/usage": 0.5}
-    assert means(sums, "s2") == expected
+    assert mean_metrics(sums, "s2") == expected

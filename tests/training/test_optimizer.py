@@ -7,7 +7,7 @@ import pytest
 
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
-from spa_jax.training.optimizer import OptimizerConfig, optimizer, schedule
+from spa_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
 
 CONFIG = OptimizerConfig(
     learning_rate=0.5, warmup_fraction=0.1, final_fraction=0.2, weight_decay=0.1, clip_norm=0.0, beta1=0.9, beta2=0.999
@@ -27,7 +27,7 @@ def test_the_shortest_runs_have_a_schedule(steps):
 def test_weights_decay_and_vectors_do_not():
     params = init_plugin(PluginConfig("spa", SideConfig("tokenwise", 4, (0, 1, 2)), 8), abstract=True)
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), params)
-    tx = optimizer(CONFIG, 100)
+    tx = make_optimizer(CONFIG, 100)
 
     @jax.jit
     def updated_twice(params):  # the first rate is 0
@@ -41,10 +41,10 @@ def test_weights_decay_and_vectors_do_not():
 
 
 def test_clipping_bounds_the_norm_and_zero_does_not_clip():
-    gradient, params = {"kernel": jnp.array([30.0, 40.0])}, {"kernel": jnp.zeros(2)}
+    gradient, params = ({"router": {"kernel": jnp.array(each)}} for each in ([30.0, 40.0], [0.0, 0.0]))
 
     def first_moment(clip_norm):
-        tx = optimizer(OptimizerConfig(0.5, 0.1, 0.2, 0.0, clip_norm, 0.0, 0.999), 100)
+        tx = make_optimizer(OptimizerConfig(0.5, 0.1, 0.2, 0.0, clip_norm, 0.0, 0.999), 100)
         _, state = tx.update(gradient, tx.init(params), params)
         return next(leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2,))
 

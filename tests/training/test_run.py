@@ -14,7 +14,8 @@ import pytest
 
 from spa_jax.errors import UserError
 from spa_jax.models.plugin import init_plugin
-from spa_jax.training import run
+from spa_jax.training import plugin_recipe, run
+from spa_jax.training.step import train_step
 from spa_jax.weights.plugin import load_plugin
 
 TIMINGS = ("tokens/per_second", "time/train_seconds")
@@ -38,21 +39,16 @@ class Spy:
 
     def __init__(self, monkeypatch, interrupt_at: int | None = None) -> None:
         self.shapes: set[tuple] = set()
-        self.step = None
-        make = run.make_train_step
+        train_step = run.train_step
 
         def spied(*arguments):
-            self.step = make(*arguments)
+            *_, state, _, batch = arguments
+            if int(state.step) == interrupt_at:
+                raise KeyboardInterrupt
+            self.shapes.add(tuple(leaf.shape for leaf in batch))
+            return train_step(*arguments)
 
-            def call(state, frozen, batch):
-                if int(state.step) == interrupt_at:
-                    raise KeyboardInterrupt
-                self.shapes.add(tuple(leaf.shape for leaf in batch))
-                return self.step(state, frozen, batch)
-
-            return call
-
-        monkeypatch.setattr(run, "make_train_step", spied)
+        monkeypatch.setattr(run, "train_step", spied)
 
 
 class Finished(NamedTuple):
@@ -81,7 +77,8 @@ def finished(tiny_overrides, make_config, tmp_path_factory) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_backbone", load)
         before = {}
-        patch.setattr(run, "init_plugin", lambda *a, **k: (before.update(frozen_bytes()), init_plugin(*a, **k))[1])
+        init = lambda *a, **k: (before.update(frozen_bytes()), init_plugin(*a, **k))[1]  # noqa: E731
+        patch.setattr(plugin_recipe, "init_plugin", init)
         summary = run.train(config, workdir)
     return Finished(config, workdir, summary, before, frozen_bytes())
 
@@ -167,10 +164,10 @@ def test_the_step_compiles_once_per_bucket(make_config, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"data.train": str(path), "data.eval": str(path), "train.epochs": 3, "train.batch_size": 2}
-    spy = Spy(monkeypatch)
+    spy, before = Spy(monkeypatch), train_step._cache_size()
     run.train(make_config(keys), tmp_path / "run")
     assert len(spy.shapes) == 2
-    assert spy.step._cache_size() == 2
+    assert train_step._cache_size() == before + 2
 
 
 def test_the_tap_cache_changes_no_loss(make_config, tmp_path):

@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from spa_jax.training.objective import RouterConfig, per_token, summed_loss, sums
-from spa_jax.training.step import init_state, make_eval_step, make_train_step
+from spa_jax.training.objective import RouterConfig, summed_loss
+from spa_jax.training.outcomes import sum_tokens, token_metrics
+from spa_jax.training.plugin_recipe import PluginRecipe
+from spa_jax.training.step import eval_step, init_state, train_step
 
 ROUTER = RouterConfig("improvement", 0.0, True, False, False)
 SGD = optax.sgd(1.0)
@@ -17,13 +19,11 @@ SGD = optax.sgd(1.0)
 def gradient_by_step(world, make_plugin):
     """What one step of plain SGD at rate 1 subtracts, and the sums it reports, by batch and number of parts."""
     plugin, params = make_plugin("spa")
-    steps = {}
 
-    def gradient(batch, accumulate=1):
-        if accumulate not in steps:
-            steps[accumulate] = make_train_step(plugin, ROUTER, world.model, SGD, accumulate)
+    def gradient(batch, accumulate=1, cached=True):
+        recipe = PluginRecipe(plugin, cached, ROUTER)
         state = init_state(jax.tree.map(jnp.copy, params), SGD)
-        state, sums = steps[accumulate](state, world.frozen, batch)
+        state, sums = train_step(recipe, world.model, SGD, accumulate, state, world.frozen, batch)
         assert int(state.step) == 1
         return jax.tree.map(np.subtract, params, state.params), sums
 
@@ -74,15 +74,15 @@ def test_a_mean_of_the_means_of_the_parts_would_be_another_step(whole, gradient_
 
 
 def test_tokens_in_two_parts_give_the_same_step_as_their_features(whole, gradient_by_step, world):
-    found, sums = gradient_by_step(world.batch, accumulate=2)
+    found, sums = gradient_by_step(world.batch, accumulate=2, cached=False)
     assert distance(whole[0], found) < 1e-4
     np.testing.assert_allclose(sums["base"], whole[1]["base"], rtol=1e-5)
 
 
 def test_evaluation_reports_what_the_step_reports(whole, world, make_plugin):
     plugin, params = make_plugin("spa")
-    outcomes, weights = make_eval_step(plugin, world.model)(params, world.frozen, world.features)
-    found = sums(per_token(outcomes, plugin.threshold), weights)
+    outcomes, weights = eval_step(PluginRecipe(plugin, True), world.model, params, world.frozen, world.features)
+    found = sum_tokens(token_metrics(outcomes, plugin.threshold), weights)
     assert {*found, "gradient_norm"} == set(whole[1])
     for name, value in found.items():
         np.testing.assert_allclose(value, whole[1][name], rtol=1e-5)

@@ -13,7 +13,8 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.training.features import Features
 from spa_jax.training.objective import RouterConfig
-from spa_jax.training.step import init_state, make_train_step
+from spa_jax.training.plugin_recipe import PluginRecipe
+from spa_jax.training.step import init_state, train_step
 from spa_jax.training.vocabulary_loss import CHUNK, token_losses
 
 
@@ -72,8 +73,9 @@ def test_a_step_on_cached_features_holds_no_array_of_positions_times_vocabulary(
     d = config.hidden_size
     plugin = PluginConfig("spa", SideConfig("tokenwise", 8, taps), d)
     tx = optax.sgd(0.1)
-    step = make_train_step(
-        plugin, RouterConfig("improvement", 0.0, True, False, False), Llama(config, taps), tx, accumulate=1
+    recipe, model = (
+        PluginRecipe(plugin, True, RouterConfig("improvement", 0.0, True, False, False)),
+        Llama(config, taps),
     )
     state = jax.eval_shape(lambda: init_state(init_plugin(plugin), tx))
     frozen = init_params(config, abstract=True)
@@ -82,7 +84,8 @@ def test_a_step_on_cached_features_holds_no_array_of_positions_times_vocabulary(
         shapes = [(rows, targets, d), (rows, len(taps), targets, d)] + 5 * [(rows, targets)]
         dtypes = [jnp.float32] * 3 + [jnp.int32, jnp.float32, jnp.int32, jnp.int32]
         features = Features(*map(jax.ShapeDtypeStruct, shapes, dtypes))
-        return step.lower(state, frozen, features).compile().memory_analysis().temp_size_in_bytes
+        lowered = train_step.lower(recipe, model, tx, 1, state, frozen, features)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
 
     few, many = 32, 256
     growth = temporary_bytes(many) - temporary_bytes(few)

@@ -14,10 +14,11 @@ from spa_jax.data.pipeline import Batch
 from spa_jax.errors import UserError
 from spa_jax.models.llama import Llama
 from spa_jax.models.peft import TARGETS, Peft, PeftConfig, init_peft
-from spa_jax.training.optimizer import OptimizerConfig, optimizer, schedule
-from spa_jax.training.step import init_state, make_train_step
+from spa_jax.training.optimizer import OptimizerConfig, make_optimizer, schedule
+from spa_jax.training.peft_recipe import PeftRecipe
+from spa_jax.training.step import init_state, train_step
 from spa_jax.weights.huggingface import load_directory
-from spa_jax.weights.peft import PeftPlugin, load_lora, load_trained, save_peft
+from spa_jax.weights.peft import PeftPlugin, load_lora, load_trained
 from spa_jax.weights.plugin import Plugin, load_plugin
 
 torch = pytest.importorskip("torch")
@@ -85,7 +86,7 @@ def test_a_lora_of_peft_says_here_what_it_says_there(targets, judged, tmp_path):
 def test_peft_loads_what_is_saved_here(targets, judged, tmp_path):
     model, backbone = judged
     plugin = random_plugin(PeftConfig("lora", 4, 6.0, targets), backbone)
-    save_peft(tmp_path / "plugin", plugin)
+    plugin.save(tmp_path / "plugin")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         adapted = peft.PeftModel.from_pretrained(model, tmp_path / "plugin")
@@ -125,12 +126,12 @@ def test_training_goes_where_peft_goes(judged, tmp_path):
         learning_rate=0.02, warmup_fraction=0.2, final_fraction=0.1, weight_decay=0.1, clip_norm=1.0, beta1=0.9,
         beta2=0.99,
     )  # fmt: skip
-    tx, llama = optimizer(settings, steps), Llama(backbone.config, remat="full")
-    step = make_train_step(start.config, None, llama, tx, accumulate=2)
+    tx, llama = make_optimizer(settings, steps), Llama(backbone.config, remat="full")
+    recipe = PeftRecipe(start.config)
     state, ours = init_state(jax.tree.map(jnp.copy, start.params), tx), []
     for _ in range(steps):
-        state, sums = step(state, backbone.params, batch)
-        ours.append(float(sums["always"] / sums["tokens"]))
+        state, sums = train_step(recipe, llama, tx, 2, state, backbone.params, batch)
+        ours.append(float(sums["consulted"] / sums["tokens"]))
 
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     theirs, adam = [], torch.optim.AdamW(trainable, betas=(0.9, 0.99), weight_decay=0.1)
@@ -188,7 +189,7 @@ def test_an_adapter_says_what_pytorch_says_with_two_bottlenecks_a_block(judged):
 @pytest.mark.parametrize("config", [LORA, PeftConfig("lora", 2, 0.5, TARGETS), ADAPTER])
 def test_what_is_loaded_is_what_was_saved_to_the_bit(config, judged, tmp_path):
     plugin = random_plugin(config, judged[1])
-    save_peft(tmp_path / "plugin", plugin)
+    plugin.save(tmp_path / "plugin")
     loaded = load_trained(tmp_path / "plugin")
     assert dataclasses.replace(loaded, params={}) == dataclasses.replace(plugin, params={})
     jax.tree.map(np.testing.assert_array_equal, loaded.params, plugin.params)
@@ -248,7 +249,7 @@ SPOILED = {
 @pytest.mark.parametrize("case", SPOILED)
 def test_what_is_no_lora_and_no_adapter_is_refused_in_one_line(case, judged, tmp_path):
     config, spoil, message = SPOILED[case]
-    save_peft(tmp_path / "plugin", random_plugin(config, judged[1]))
+    random_plugin(config, judged[1]).save(tmp_path / "plugin")
     spoil(tmp_path / "plugin")
     with pytest.raises(UserError, match=message) as refused:
         load_trained(tmp_path / "plugin")
@@ -264,7 +265,7 @@ def test_what_is_no_lora_and_no_adapter_is_refused_in_one_line(case, judged, tmp
     ],
 )
 def test_what_does_not_fit_the_backbone_is_refused(config, spoil, wrong, judged, tmp_path):
-    save_peft(tmp_path / "plugin", random_plugin(config, judged[1]))
+    random_plugin(config, judged[1]).save(tmp_path / "plugin")
     spoil(tmp_path / "plugin")
     with pytest.raises(UserError, match=f"does not fit the backbone .* misshapen {wrong}"):
         load_trained(tmp_path / "plugin").check(judged[1])
@@ -273,9 +274,7 @@ def test_what_does_not_fit_the_backbone_is_refused(config, spoil, wrong, judged,
 def test_a_plugin_is_still_a_plugin(tmp_path):
     from test_plugin_files import make_plugin
 
-    from spa_jax.weights.plugin import save_plugin
-
-    save_plugin(tmp_path / "plugin", make_plugin())
+    make_plugin().save(tmp_path / "plugin")
     assert isinstance(load_trained(tmp_path / "plugin"), Plugin)
     with pytest.raises(UserError, match="no plugin at "):
         load_trained(tmp_path)

@@ -13,7 +13,7 @@ from spa_jax.models.combine import ROUTED
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.plugin import Plugin, load_plugin, save_plugin
+from spa_jax.weights.plugin import Plugin, load_plugin
 
 SIDE = SideConfig("tokenwise", 4, (0, 2, 3))
 
@@ -28,14 +28,14 @@ def make_plugin(setting="spa", seed=0, side=SIDE):
 
 @pytest.fixture
 def directory(tmp_path):
-    save_plugin(tmp_path / "plugin", make_plugin())
+    make_plugin().save(tmp_path / "plugin")
     return tmp_path / "plugin"
 
 
 @pytest.mark.parametrize("setting", ["spa", "s1", "s2", "s3"])
 def test_what_is_loaded_is_what_was_saved_to_the_bit(setting, tmp_path):
     plugin = make_plugin(setting)
-    save_plugin(tmp_path, plugin)
+    plugin.save(tmp_path)
     loaded = load_plugin(tmp_path)
     assert dataclasses.replace(loaded, params={}) == dataclasses.replace(plugin, params={})
     assert ("router" in loaded.params) == (setting in ROUTED)
@@ -44,13 +44,13 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(setting, tmp_path):
 
 def test_a_plugin_of_one_tap_can_be_saved(tmp_path):
     plugin = make_plugin(side=dataclasses.replace(SIDE, taps=(3,)))
-    save_plugin(tmp_path, plugin)
+    plugin.save(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, load_plugin(tmp_path).params, plugin.params)
 
 
 def test_saving_replaces_the_plugin_whole(directory):
     (directory / "stray").write_text("")
-    save_plugin(directory, make_plugin("s1", seed=1))
+    make_plugin("s1", seed=1).save(directory)
     assert sorted(path.name for path in directory.iterdir()) == ["plugin.safetensors", "plugin_config.json"]
     assert load_plugin(directory).config.setting == "s1"
     assert [path.name for path in directory.parent.iterdir()] == ["plugin"]

@@ -6,14 +6,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from test_run import Spy, files_below, read_metrics
-from test_step import ROUTER, SGD
+from test_step import SGD
 
 from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig, init_peft
 from spa_jax.training import run
-from spa_jax.training.step import make_eval_step, make_train_step
-from spa_jax.training.through import Scored
+from spa_jax.training.peft_recipe import PeftRecipe
+from spa_jax.training.sources import ScoredBatch
+from spa_jax.training.step import eval_step, init_state, train_step
 from spa_jax.weights.huggingface import load_directory
 from spa_jax.weights.peft import load_trained
 
@@ -114,15 +115,14 @@ def test_the_parts_of_a_batch_and_evaluation_agree_with_the_whole(world):
     config, rng = PeftConfig("adapter", 3), np.random.default_rng(5)
     shapes = init_peft(config, world.model.config, abstract=True)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.15 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
-    scored = Scored(world.batch, np.zeros_like(world.batch.weights))
-    outcomes, weights = make_eval_step(config, world.model)(params, world.frozen, scored)
-    losses = float(jnp.sum(outcomes.always * weights))
+    recipe, scored = PeftRecipe(config), ScoredBatch(world.batch, np.zeros_like(world.batch.weights))
+    outcomes, weights = eval_step(recipe, world.model, params, world.frozen, scored)
+    losses = float(jnp.sum(outcomes.consulted * weights))
     found = []
     for accumulate in (1, 4):
-        state = run.init_state(jax.tree.map(jnp.copy, params), SGD)
-        step = make_train_step(config, ROUTER, world.model, SGD, accumulate)
-        state, sums = step(state, world.frozen, world.batch)
-        assert float(sums["always"]) == pytest.approx(losses, rel=1e-5)
+        state = init_state(jax.tree.map(jnp.copy, params), SGD)
+        state, sums = train_step(recipe, world.model, SGD, accumulate, state, world.frozen, world.batch)
+        assert float(sums["consulted"]) == pytest.approx(losses, rel=1e-5)
         found.append(state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), found[0], params)

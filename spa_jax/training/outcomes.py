@@ -1,0 +1,73 @@
+"""Losses of single target tokens with and without the device, and the metrics that are their means.
+
+Shape letters: B rows of a batch, R target tokens of a row.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Sums = dict[str, Float[Array, ""]]
+"""Sums over target tokens, so that they add up over batches; `tokens` is the number of tokens."""
+
+METRICS = {
+    "base": "loss/base",
+    "consulted": "loss/always",
+    "combined": "loss/{setting}",
+    "oracle": "loss/oracle",
+    "usage": "router/usage",
+}
+"""Name of a sum -> name of its mean in metrics.jsonl and summary.json."""
+
+
+class Outcomes(NamedTuple):
+    """Cross-entropy of each target token in nats, by what enters the LM head, and what the router says of it."""
+
+    base: Float[Array, "B R"]
+    """Loss of f alone."""
+    unconsulted: Float[Array, "B R"]
+    """Loss where the device is not asked: `base`, unless the router has a constant."""
+    consulted: Float[Array, "B R"]
+    """Loss where the device is asked."""
+    probability: Float[Array, "B R"]
+    """p(consult); 1 in a setting without a router."""
+
+
+def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array, "B R"]]:
+    """Computes the metrics of single tokens for a router's threshold.
+
+    Returns:
+        In nats `base`, `consulted`, `combined` (the loss under sigma) and `oracle` (the smaller of the two, which a
+        perfect router reaches), and `usage` (sigma as 0 or 1).
+    """
+    sigma = outcomes.probability > threshold
+    return {
+        "base": outcomes.base,
+        "consulted": outcomes.consulted,
+        "combined": jnp.where(sigma, outcomes.consulted, outcomes.unconsulted),
+        "oracle": jnp.minimum(outcomes.consulted, outcomes.unconsulted),
+        "usage": sigma.astype(jnp.float32),
+    }
+
+
+def sum_tokens(values: dict[str, Float[Array, "B R"]], weights: Float[Array, "B R"]) -> Sums:
+    """Sums each value over target tokens, which have weight 1, and counts the tokens."""
+    return {**{name: jnp.sum(weights * value) for name, value in values.items()}, "tokens": jnp.sum(weights)}
+
+
+def mean_metrics(sums: dict[str, float], setting: str) -> dict[str, float]:
+    """Divides sums by their number of tokens; the names are those in metrics.jsonl."""
+    count = max(sums["tokens"], 1.0)
+    return {name.format(setting=setting): sums[key] / count for key, name in METRICS.items() if key in sums}
+
+
+def threshold_for(probability: Float[Array, " M"] | Float[np.ndarray, " M"], budget: float) -> float:
+    """Finds a threshold that at most a share `budget` of the probabilities exceed, as many as possible.
+
+    It lies midway between two of them, so that the rounding of another program moves none across.
+    """
+    ranked = np.concatenate([[1.0], np.sort(np.asarray(probability))[::-1], [0.0]])
+    count = int(budget * len(probability))
+    return float(ranked[count : count + 2].mean())

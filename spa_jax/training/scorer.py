@@ -1,0 +1,87 @@
+"""Measurement of trained parameters on held-out examples."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from spa_jax.data.encoding import Example
+from spa_jax.data.pipeline import plan_batches
+from spa_jax.models.llama import Params
+from spa_jax.training.config import TapCacheConfig
+from spa_jax.training.outcomes import Outcomes, mean_metrics, sum_tokens, token_metrics
+from spa_jax.training.recipe import Recipe
+from spa_jax.training.sources import Source, load_batches
+from spa_jax.training.step import eval_step
+from spa_jax.weights.backbone import Backbone
+
+TAP_CACHE = TapCacheConfig(enabled=True, directory="", limit_gib=20.0)
+"""The user's tap cache, for measurements that belong to no run."""
+
+
+class Scorer:
+    """Measures parameters of a method on a fixed set of examples, over which the backbone runs once."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        recipe: Recipe,
+        examples: Sequence[Example],
+        batch_size: int,
+        tap_cache: TapCacheConfig = TAP_CACHE,
+        source: Source | None = None,
+    ) -> None:
+        """Runs the backbone over the examples of which nothing is kept yet.
+
+        Args:
+            backbone: the frozen model.
+            recipe: what is measured; see `spa_jax.training.methods`.
+            examples: held out.
+            batch_size: B.
+            tap_cache: where features are kept.
+            source: the recipe's source of scoring batches, where it is open already.
+
+        Raises:
+            UserError: the tap cache cannot be used.
+        """
+        self.model = recipe.model(backbone)
+        self._backbone, self._recipe, self._examples, self._batch_size = backbone, recipe, examples, batch_size
+        self._source = source or recipe.sources(backbone, self.model, tap_cache, batch_size, examples)[1]
+        self._source.fill(examples)
+
+    def per_token(self, program: Callable[[Params, Params, Any], tuple[Any, Array]], params: Params) -> Any:
+        """Runs a program over all batches.
+
+        Args:
+            program: jitted, (params, frozen, batch) -> (pytree of `[B,R]`, weights `[B,R]`).
+            params: the trained parameters.
+
+        Returns:
+            The pytree with flat NumPy arrays of all target tokens, in the order of `plan_batches`.
+        """
+        partitioner, batches = self.model.partitioner, plan_batches(self._examples, self._batch_size)
+        loaded = load_batches(batches, partitioner, self._source.collate, self._examples)
+        frozen = self._backbone.params
+        results = jax.device_get([program(params, frozen, partitioner.shard_batch(batch)) for _, batch in loaded])
+        tokens = [jax.tree.map(lambda leaf, w=weights: np.asarray(leaf)[w > 0], values) for values, weights in results]
+        return jax.tree.map(lambda *pieces: np.concatenate(pieces), *tokens)
+
+    def outcomes(self, params: Params) -> Outcomes:
+        """Computes the outcomes of all target tokens, as flat NumPy arrays."""
+        return self.per_token(lambda *arguments: eval_step(self._recipe, self.model, *arguments), params)
+
+    def metrics(self, outcomes: Outcomes, threshold: float, setting: str = "") -> dict[str, float]:
+        """Averages outcomes to `loss/...` in nats and `router/usage`, per target token.
+
+        Args:
+            outcomes: of these examples.
+            threshold: the device is asked where p(consult) is above it.
+            setting: for the name of the loss under the router; by default that of the method.
+        """
+        sums = sum_tokens(token_metrics(outcomes, threshold), jnp.ones(len(outcomes.base)))
+        return mean_metrics(
+            {name: float(value) for name, value in sums.items()}, setting or self._recipe.method.setting
+        )
