@@ -56,15 +56,20 @@ def load_backbone(
 ) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
 
+        >>> from spa_jax import load_backbone
+        >>> backbone = load_backbone("smollm2-135m-instruct")
+        >>> backbone.params["embed"]["embedding"].shape == (backbone.config.vocab_size, backbone.config.hidden_size)
+        True
+
     Args:
-        name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`;
-            the first of these that it is.
-        dtype: of the parameters, float32 or bfloat16.
-        partitioner: how it lies on devices.
-        compute: how it computes.
+        name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`,
+            looked for in this order.
+        dtype: dtype of the parameters, float32 or bfloat16.
+        partitioner: places the parameters on devices; by default on the first one.
+        compute: the attention kernel, unrolling, and whether matrices are kept in 8 bits.
 
     Raises:
-        UserError: when the name is none of these, or the backbone cannot be fetched or read.
+        UserError: the name is none of these, or the backbone cannot be fetched or read.
     """
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
