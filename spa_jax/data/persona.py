@@ -25,8 +25,8 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """One example: what the model is asked, and what it should say.
+class PersonaRow:
+    """One row: what the model is asked, and what it should say.
 
     Attributes:
         source: the question, or an instruction followed by a note.
@@ -43,7 +43,7 @@ class Pair:
     fact_id: str
 
 
-def generate(seed: int = 0, phrasings: int | None = None) -> tuple[list[Pair], list[Pair]]:
+def generate(seed: int = 0, phrasings: int | None = None) -> tuple[list[PersonaRow], list[PersonaRow]]:
     """Returns the training pairs and the held-out pairs of the person that `seed` picks.
 
     Both lists keep the order of persona.toml: first the facts, then the notes, and within each its phrasings. The two
@@ -60,16 +60,16 @@ def generate(seed: int = 0, phrasings: int | None = None) -> tuple[list[Pair], l
     life = _read()
     values = {fact["id"]: random.Random(f"{seed}/{fact['id']}").choice(fact["values"]) for fact in life["facts"]}
 
-    def pairs(split: str, limit: int | None) -> list[Pair]:
+    def pairs(split: str, limit: int | None) -> list[PersonaRow]:
         result = []
         for fact in life["facts"]:
             value = values[fact["id"]]
             target = fact["answer"].format(value=value)
-            result += [Pair(source, target, value, "fact", fact["id"]) for source in fact[split][:limit]]
+            result += [PersonaRow(source, target, value, "fact", fact["id"]) for source in fact[split][:limit]]
         for note in life["notes"]:
             text, target, answer = (note[key].format_map(values) for key in ("note", "summary", "answer"))
             for instruction in life["instructions"][split][:limit]:
-                result.append(Pair(f"{instruction} {text}", target, answer, "note", note["id"]))
+                result.append(PersonaRow(f"{instruction} {text}", target, answer, "note", note["id"]))
         return result
 
     return pairs("train", phrasings), pairs("held_out", None)
@@ -89,7 +89,7 @@ def is_right(generated: str, answer: str) -> bool:
     return bool(words) and f" {words} " in f" {normalize(generated)} "
 
 
-def write(pairs: Iterable[Pair], path: str | os.PathLike[str]) -> None:
+def write(pairs: Iterable[PersonaRow], path: str | os.PathLike[str]) -> None:
     """Writes `pairs` to `path` as JSON lines, so that at no time a half-written file stands under that name."""
     path = pathlib.Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:

@@ -215,7 +215,7 @@ def test_the_command_writes_what_generate_returns(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "train.jsonl"
-    pair = persona.Pair("a", "b", "c", "fact", "d")
+    pair = persona.PersonaRow("a", "b", "c", "fact", "d")
     persona.write([pair], path)
     before = path.read_text()
 

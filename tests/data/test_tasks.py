@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from spa_jax.data.pairs import Pair
-from spa_jax.data.tasks import PARQUET, TASKS, load_split, nested
+from spa_jax.data.tasks import PARQUET, TASKS, load_split, nested_subset
 from spa_jax.errors import UserError
 
 ROWS = {
@@ -153,7 +153,7 @@ def some(count):
 
 def test_sizes_nest():
     pairs = some(50)
-    chosen = [nested(pairs, size) for size in ("10", 25, "full")]
+    chosen = [nested_subset(pairs, size) for size in ("10", 25, "full")]
     assert [len(part) for part in chosen] == [10, 25, 50]
     assert chosen[1][:10] == chosen[0]
     assert chosen[2][:25] == chosen[1]
@@ -163,11 +163,11 @@ def test_sizes_nest():
 
 def test_sizes_count_questions():
     talks = [Pair(str(i), "x", later=(Pair("y", "z"), Pair("z", "y"))) for i in range(10)]
-    assert [len(nested(talks, size)) for size in (1, 3, 4, 9, 30)] == [1, 1, 2, 3, 10]
+    assert [len(nested_subset(talks, size)) for size in (1, 3, 4, 9, 30)] == [1, 1, 2, 3, 10]
 
 
 def test_table_5s_sizes_have_names():
-    assert len(nested(some(5_001), "small", "sciq")) == 5_000
+    assert len(nested_subset(some(5_001), "small", "sciq")) == 5_000
     sizes = {name: (task.sizes["small"], task.sizes["medium"], task.paper_full) for name, task in TASKS.items()}
     assert sizes["xsum"] == (10_000, 100_000, 227_000)
     assert sizes["cnn_dailymail"] == (20_000, 150_000, 312_000)
@@ -187,7 +187,7 @@ def test_table_5s_sizes_have_names():
 )
 def test_a_size_that_is_none_or_too_large_is_refused(size, says):
     with pytest.raises(UserError, match=says):
-        nested(some(50), size, "xsum")
+        nested_subset(some(50), size, "xsum")
 
 
 @pytest.mark.parametrize("name", TASKS)
