@@ -192,7 +192,7 @@ def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt
             printer.finish()
     share = sources.count("device") / len(sources)
     seconds = time.perf_counter() - began
-    marked = f"tokens from the plugin {printer.marked}"
+    marked = f"tokens from the plugin {printer.style_description}"
     print(f"{len(tokens)} tokens in {seconds:.1f} s; consulted share {share:.2f} ({marked})")
     if cost:
         print(
