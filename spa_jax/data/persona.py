@@ -14,14 +14,14 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import os
 import pathlib
 import random
 import re
-import tempfile
 import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from spa_jax.files import write_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class PersonaRow:
         source: the question, or an instruction followed by a note.
         target: the whole sentence the person says.
         answer: the part of the target that decides whether a generated text is right, see `is_right`.
-        kind: 'fact' or 'note'.
-        fact_id: the id of the fact, or of the note, in persona.toml.
+        kind: `fact` or `note`.
+        fact_id: the id of the fact or note in persona.toml.
     """
 
     source: str
@@ -89,22 +89,19 @@ def is_right(generated: str, answer: str) -> bool:
     return bool(words) and f" {words} " in f" {normalize(generated)} "
 
 
-def write(pairs: Iterable[PersonaRow], path: str | os.PathLike[str]) -> None:
-    """Writes `pairs` to `path` as JSON lines, so that at no time a half-written file stands under that name."""
-    path = pathlib.Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        # A file made by open() in there has the user's usual permissions, which one from NamedTemporaryFile lacks.
-        unfinished = pathlib.Path(scratch, path.name)
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for pair in pairs:
-                record = {"source": pair.source, "target": pair.target, "answer": pair.answer}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
+def write(rows: Iterable[PersonaRow], path: pathlib.Path) -> None:
+    """Writes rows as JSON lines, in the format of `spa_jax.data.pairs.read_json_lines`; makes the directory.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    records = ({"source": row.source, "target": row.target, "answer": row.answer} for row in rows)
+    write_bytes(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
 @functools.cache
 def _read() -> dict[str, Any]:
-    """Returns the content of persona.toml, which nobody may change."""
+    """Returns the content of persona.toml; it is cached, so callers must not change it."""
     text = importlib.resources.files("spa_jax.data").joinpath("persona.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
@@ -118,7 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which person (default 0)")
     options = parser.parse_args(arguments)
     train, held_out = generate(options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
     write(train, options.output / "train.jsonl")
     write(held_out, options.output / "held_out.jsonl")
 
