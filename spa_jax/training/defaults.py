@@ -61,7 +61,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def with_defaults(keys: Mapping[str, Any]) -> RunConfig:
-    """The config of a run that sets some keys and leaves the others at their defaults.
+    """Returns the config of a run that sets some keys and leaves the others at their defaults.
 
     Args:
         keys: dotted keys such as `{"train.epochs": 6}`, or nested mappings such as `{"train": {"epochs": 6}}`.
