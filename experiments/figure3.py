@@ -18,7 +18,7 @@ from experiments.ablation import hardware
 from experiments.report import RESULTS, plt
 from spa_jax import command
 from spa_jax.data import persona
-from spa_jax.data.encoding import Encoder, pieces
+from spa_jax.data.encoding import Encoder, token_texts
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
@@ -47,7 +47,7 @@ def answers(plugin_directory: Path) -> list[dict[str, Any]]:
     base = alternatives(model, [(p, g.tokens) for p, g in zip(prompts, generations)])
     found = []
     for pair, generation, others in zip(asked, generations, base):
-        texts = pieces(encoder.tokenizer, generation.tokens)
+        texts = token_texts(encoder.tokenizer, generation.tokens)
         tokens = [
             {"text": text, "source": "device", "cloud_alone": encoder.tokenizer.decode([other])}
             if consulted

@@ -16,7 +16,7 @@ from configs import quickstart
 from experiments.ablation import hardware
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
-from spa_jax.data.persona import Pair, generate, is_right
+from spa_jax.data.persona import PersonaRow, generate, is_right
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 40
 SETTINGS: tuple[Setting, ...] = ("base", "spa", "s1")
 
 
-def ask(backbone: Backbone, plugin: Plugin, setting: Setting, pairs: list[Pair]) -> dict[str, float | list[str]]:
+def ask(backbone: Backbone, plugin: Plugin, setting: Setting, pairs: list[PersonaRow]) -> dict[str, float | list[str]]:
     """Greedy answers to all pairs in one setting: share of right ones by kind, consulted share, and what was wrong."""
     model = FusedModel(backbone, plugin, setting)
     encoder = Encoder(backbone.tokenizer, plugin.template, backbone.config.max_position_embeddings)

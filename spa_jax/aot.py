@@ -1,4 +1,4 @@
-"""Compile a config's programs for devices that need not be there, and say what they take.
+"""Compiles a config's programs for devices that need not be there, and prints what they take.
 
     python -m spa_jax.aot --config=configs/paper/xsum.py --topology=v5e:2x4 [--program=cloud] [--output=FILE]
 
@@ -38,7 +38,7 @@ CODEC = flags.DEFINE_enum("codec", "bfloat16", CODECS, "cloud, device: how taps 
 
 
 def report(programs: list[Compiled], target: Target) -> dict[str, Any]:
-    """What the programs take together: the most memory of any, and the work of one run of each."""
+    """Sums up the programs: the most memory that any of them takes, and the work of one run of each."""
     peaks = [program.peak_bytes for program in programs if program.peak_bytes is not None]
     peak = max(peaks, default=None)
     costs = [program.cost for program in programs if program.cost is not None]
@@ -58,7 +58,7 @@ def report(programs: list[Compiled], target: Target) -> dict[str, Any]:
 
 
 def show(programs: list[Compiled]) -> None:
-    """A table on the terminal."""
+    """Prints a table of the programs."""
     table = Table("program", "arguments", "temporaries", "peak", "TFLOP", "GiB moved", "GiB exchanged", "compiled in")
     for program in programs:
         sizes = (program.argument_bytes, program.temporary_bytes, program.peak_bytes)

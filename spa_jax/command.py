@@ -1,4 +1,4 @@
-"""How every command runs: flags by absl, and a `UserError` as one line on the terminal with exit status 2."""
+"""Runs commands: flags by absl, and a `UserError` as one line on the terminal with exit status 2."""
 
 import ast
 import contextlib
@@ -19,7 +19,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it says in many lines what a 
 
 
 class ConsoleHandler(logging.Handler):
-    """Log lines on rich's console, which keeps them apart from a progress bar drawn there."""
+    """Prints log lines on rich's console, which keeps them apart from a progress bar drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
@@ -29,7 +29,7 @@ class ConsoleHandler(logging.Handler):
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main` and exits; progress and the log of spa_jax go to standard error.
 
-    What the user can mend ends as `error: ...` and status 2; an interruption as status 130. A traceback means a bug.
+    A `UserError` ends as the line `error: ...` and its status (2), an interruption as status 130. A traceback is a bug.
     """
 
     def guarded(arguments: list[str]) -> None:
@@ -53,7 +53,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def typed_prompts() -> Iterator[str]:
-    """What is typed in, a line at a time, until the end of the input; empty lines are passed over."""
+    """Yields the lines that are typed in until the end of the input, without empty ones."""
     while True:
         try:
             prompt = input("> ").strip()
@@ -78,7 +78,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str, status: int = UserError.status) -> NoReturn:
-    """Prints one line: of a message with a traceback in it, the first and the last."""
+    """Prints one line and exits; of a message with several lines (a traceback) the first and the last."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     print("error:", *dict.fromkeys((lines[0], lines[-1])), file=sys.stderr)
     sys.exit(status)

@@ -1,11 +1,11 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for what the user can correct."""
 
 
 class UserError(Exception):
-    """Bad input, named in one sentence together with the mend.
+    """Bad input; the message says in one sentence what is wrong and how to correct it.
 
-    Commands print the message alone and exit with its status; anything else that escapes a command is a bug in spa_jax
-    and keeps its traceback.
+    Commands print the message alone and exit with `status`. Any other exception that escapes a command is a bug in
+    spa_jax and keeps its traceback.
     """
 
     status = 2

@@ -2,7 +2,7 @@
 
 Losses over the whole split, then generations by beam search with their scores and the share of tokens the device was
 asked for. Without --plugin, --backbone names a model that is evaluated alone. The same command again goes on where it
-stopped. What the output holds is said in README.md.
+stopped. docs/training.md describes the output.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all: written under a temporary name, then moved.
+"""Writes files atomically: under a temporary name, then moved, so that a file is there whole or not at all.
 
-In a bucket they are written as they are, since there a file appears when all of it has come.
+In a storage bucket files are written directly, since there a file appears only when it is complete.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from spa_jax.errors import UserError
 
 
 def path_of(name: str) -> Path:
-    """A path on this machine, or in a bucket, such as `gs://bucket/run`, which can do the same."""
+    """Makes a path on this machine, or in a storage bucket such as `gs://bucket/run`, with the same methods."""
     return cast(Path, epath.Path(name)) if "://" in name else Path(name)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path of `path_of` is not on this machine."""
+    """Says whether a path made by `path_of` is in a storage bucket."""
     return not isinstance(path, Path)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes or replaces a file.
+    """Writes or replaces a file, and makes its directory.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the file or its directory cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,11 +58,12 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """A new directory of files to fill, which takes the place of `path` when the block ends without an exception; in a
-    bucket, where nothing can be moved, its files do so one by one.
+    """Yields a new directory to fill with files, which replaces `path` if the block ends without an exception.
+
+    In a storage bucket, where nothing can be moved, the files replace the old ones one by one.
 
     Raises:
-        UserError: the place cannot be written, or a plain file stands there.
+        UserError: `path` cannot be written, or is a plain file.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as local:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from absl import flags
 
 from spa_jax import command
-from spa_jax.data.encoding import Encoder, Pieces
+from spa_jax.data.encoding import Encoder, StreamingDetokenizer
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
@@ -179,7 +179,7 @@ def own_cloud(backbone: Backbone) -> str:
 
 def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
     """Streams the answer to the terminal and returns it as `--output` writes it."""
-    printer, text, tokens, sources = Printer(), Pieces(encoder.tokenizer), [], []
+    printer, text, tokens, sources = Printer(), StreamingDetokenizer(encoder.tokenizer), [], []
     cost: dict[str, Any] = {}
     began = time.perf_counter()
     try:
@@ -192,7 +192,7 @@ def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt
             printer.finish()
     share = sources.count("device") / len(sources)
     seconds = time.perf_counter() - began
-    marked = f"tokens from the plugin {printer.marked}"
+    marked = f"tokens from the plugin {printer.style_description}"
     print(f"{len(tokens)} tokens in {seconds:.1f} s; consulted share {share:.2f} ({marked})")
     if cost:
         print(

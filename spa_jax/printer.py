@@ -1,4 +1,4 @@
-"""Prints a generation as it comes, each piece of text in the style of its source."""
+"""Prints a generation as it comes, with the device's tokens in a style of their own."""
 
 import sys
 
@@ -9,30 +9,30 @@ DEVICE_STYLE = "bold magenta"
 
 
 class Printer:
-    """Text of tokens for which the device was asked is coloured, or [bracketed] where the output is no terminal."""
+    """Colours the text of tokens for which the device was asked, or puts it in [brackets] if output is no terminal."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._bracket = False
 
     @property
-    def marked(self) -> str:
-        """How the device's tokens are told apart."""
+    def style_description(self) -> str:
+        """How the device's tokens look: `coloured` or `in brackets`."""
         return "coloured" if self._console.is_terminal else "in brackets"
 
-    def add(self, piece: str, consulted: bool) -> None:
-        """Prints the text of one token; of an empty one, nothing."""
-        if not piece:
+    def add(self, text: str, consulted: bool) -> None:
+        """Prints the text of one token, which may be empty."""
+        if not text:
             return
         if self._console.is_terminal:
-            self._console.print(Text(piece, style=DEVICE_STYLE if consulted else ""), end="")
+            self._console.print(Text(text, style=DEVICE_STYLE if consulted else ""), end="")
             return
         if consulted != self._bracket:
-            space = piece[: len(piece) - len(piece.lstrip())]
+            space = text[: len(text) - len(text.lstrip())]
             self._write(f"{space}[" if consulted else "]")
-            piece = piece[len(space) :] if consulted else piece
+            text = text[len(space) :] if consulted else text
             self._bracket = consulted
-        self._write(piece)
+        self._write(text)
 
     def finish(self) -> None:
         """Ends the line."""

@@ -177,7 +177,7 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
     print(
         f"{len(generation.tokens)} tokens, consulted share {generation.consulted_share:.2f}; {traffic.exchanges} "
         f"exchanges, {traffic.bytes_down:,} bytes down and {traffic.bytes_up:,} up, {result.degraded} tokens degraded "
-        f"(tokens from the plugin {printer.marked})"
+        f"(tokens from the plugin {printer.style_description})"
     )
     if OUTPUT.value:
         described = {

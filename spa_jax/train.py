@@ -1,6 +1,6 @@
 """Train a side plugin: python -m spa_jax.train --config=configs/quickstart.py --workdir=DIR [--config.key=value ...]
 
-The same command again resumes from the last completed checkpoint. What DIR holds afterwards is said in README.md.
+The same command again resumes from the last completed checkpoint. docs/training.md lists what a run writes to DIR.
 """
 
 from absl import flags

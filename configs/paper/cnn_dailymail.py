@@ -1,9 +1,9 @@
-"""CNN/DailyMail 3.0.0 as the paper trains it: SPA on LLaMA-7B, 15 epochs, batch 8.
+"""CNN/DailyMail 3.0.0 as the paper trains it: SPA, 15 epochs, batch 8, on LLaMA-2-7B where the paper has LLaMA-7B.
 
     python -m spa_jax.train --config=configs/paper/cnn_dailymail.py --workdir=DIR
 
 Another backbone: --config=configs/paper/cnn_dailymail.py:smollm2-135m-instruct. Table 5's smaller sizes:
---config.data.size=small or medium. What a chip that isn't there makes of it: python -m spa_jax.aot, with the same flag.
+--config.data.size=small or medium. Whether it fits a TPU that is not there: python -m spa_jax.aot, with the same flag.
 
 On 8 chips of TPU v5e about 2 hours and 20 dollars (never run; an estimate): 35,890 batches once through the backbone,
 0.13 s each where the compiler counts at least 0.07 s of operations and exchanges come on top, and 538,350 steps from

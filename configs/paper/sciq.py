@@ -1,9 +1,9 @@
-"""SciQ as the paper trains it: SPA on LLaMA-7B, 15 epochs, batch 8.
+"""SciQ as the paper trains it: SPA, 15 epochs, batch 8, on LLaMA-2-7B where the paper has LLaMA-7B.
 
     python -m spa_jax.train --config=configs/paper/sciq.py --workdir=DIR
 
 Another backbone: --config=configs/paper/sciq.py:smollm2-135m-instruct. Table 5's smaller sizes:
---config.data.size=small or medium. What a chip that isn't there makes of it: python -m spa_jax.aot, with the same flag.
+--config.data.size=small or medium. Whether it fits a TPU that is not there: python -m spa_jax.aot, with the same flag.
 
 On 8 chips of TPU v5e about 10 minutes and 2 dollars, mostly to load and compile (never run; an estimate): 1,460
 batches once through the backbone, 0.1 s each where the compiler counts at least 0.03 s of operations and exchanges

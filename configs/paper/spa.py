@@ -1,6 +1,8 @@
-"""What the paper's four runs share (section 4.2): its learning rate is the best of 2e-4, 5e-4 and 1e-3 by validation.
+"""The config that the paper's four runs share (section 4.2).
 
-python -m spa_jax.train --config=configs/paper/xsum.py --workdir=DIR --config.optimizer.learning_rate=5e-4
+The paper takes the best learning rate of 2e-4, 5e-4 and 1e-3 on validation data:
+
+    python -m spa_jax.train --config=configs/paper/xsum.py --workdir=DIR --config.optimizer.learning_rate=5e-4
 """
 
 from ml_collections import ConfigDict

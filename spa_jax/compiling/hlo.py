@@ -1,4 +1,4 @@
-"""What a compiled program costs one device, read from its HLO text, with every loop's body counted as often as it runs.
+"""Counts what a compiled program costs one device, from its HLO text; a loop's body counts as often as it runs.
 
 XLA's own cost analysis counts a body once, which for a backbone of scanned blocks is one block.
 """
@@ -9,15 +9,15 @@ import re
 from collections import Counter
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "c64": 64, "c128": 128}
-"""Of the types whose name does not say."""
+"""Bits of the types whose name does not end in them."""
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-FREE = {
+MOVES_NOTHING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
     "after-all", "partition-id", "replica-id", "async-start", "async-update", "async-done", "copy-done",
     *(f"{name}-done" for name in COLLECTIVES),
 }  # fmt: skip
-"""Instructions that move nothing themselves."""
+"""Opcodes of instructions that read and write no memory themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,36 +26,45 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
-    fast: bool
-    """Whether it lies in a memory closer than the device's main one."""
+    in_fast_memory: bool
+    """Whether it is in on-chip memory and not in the device's main memory."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Its size in bytes."""
         bits = BITS.get(self.dtype) or int("".join(re.findall(r"\d+", self.dtype)[:1]) or 0)
         return math.prod(self.shape) * bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """One line of a computation.
+
+    Attributes:
+        name: its name within the computation.
+        arrays: the arrays of its result.
+        opcode: such as `dot` or `fusion`.
+        operands: names of the instructions whose results it takes.
+        text: the operands as written; for a constant, its value.
+        attributes: what follows the operands.
+        root: whether its result is the computation's.
+    """
 
     name: str
     arrays: tuple[Array, ...]
     opcode: str
     operands: tuple[str, ...]
     text: str
-    """Of the operands; a constant's value."""
     attributes: str
     root: bool
 
     @property
     def size(self) -> int:
-        """Bytes of the whole result."""
+        """Bytes of its result, all arrays together."""
         return sum(array.size for array in self.arrays)
 
     def calls(self) -> list[str]:
-        """The computations it runs."""
+        """Returns the names of the computations that it runs."""
         keys = "calls|body|condition|branch_computations|true_computation|false_computation"
         keys += "|to_apply" if self.opcode == "call" else ""
         groups = re.findall(rf"(?:{keys})=(%[\w.-]+|\{{[^}}]*\}})", self.attributes)
@@ -67,15 +76,15 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of a program on one device.
+    """The cost of one run of a program on one device.
 
     Attributes:
-        flops: of matrix products and convolutions, a multiplication and an addition counted as two; those within a
-            hand-written kernel, such as that of attention, are not seen.
-        bytes: read from and written to the main memory, nearly.
-        collectives: bytes of the arrays that are exchanged, by the kind of exchange.
-        largest_outside: bytes of the largest exchange of each kind outside of every loop.
-        unknown_loops: loops whose length is known only at run time; their body is counted once.
+        flops: operations of matrix products and convolutions, where a multiplication and an addition count as two.
+            Hand-written kernels, such as those of attention, are opaque and count nothing.
+        bytes: approximate bytes read from and written to the main memory.
+        collectives: bytes of the arrays that are exchanged between devices, by collective.
+        largest_outside: bytes of the largest exchange of each collective outside of all loops.
+        unknown_loops: number of loops whose length is known only at run time; their body counts once.
     """
 
     flops: int
@@ -86,7 +95,7 @@ class Cost:
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
-    """The entry computation's name, and all computations by name, as instructions by name."""
+    """Parses HLO text; returns the entry computation's name, and all computations by name (instructions by name)."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -98,9 +107,9 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
         elif line.partition(",")[0] == "}":
             current = None
         elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line):
-            result, rest = _balanced(line[match.end() :])
+            result, rest = _split_balanced(line[match.end() :])
             opcode, _, rest = rest.strip().partition("(")
-            operands, attributes = _balanced("(" + rest)
+            operands, attributes = _split_balanced("(" + rest)
             names = tuple(re.findall(r"%([\w.-]+)", operands))
             current[match[2]] = Instruction(
                 match[2], _arrays(result), opcode, names, operands, attributes, bool(match[1])
@@ -108,8 +117,8 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
     return entry, computations
 
 
-def _balanced(text: str) -> tuple[str, str]:
-    """The text up to the first space outside of all brackets, or to the end of a leading parenthesis; and the rest."""
+def _split_balanced(text: str) -> tuple[str, str]:
+    """Splits after the first space outside of all brackets, or after a leading parenthesis."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character in "({[") - (character in ")}]")
@@ -127,9 +136,9 @@ def _arrays(result: str) -> tuple[Array, ...]:
 
 
 def cost(text: str) -> Cost:
-    """The cost of a compiled program, from `compiled.as_text()`."""
+    """Counts the cost of a compiled program, from `compiled.as_text()`."""
     entry, computations = parse(text)
-    runs, looped, fused, unknown = _runs(entry, computations)
+    runs, looped, fused, unknown = _count_runs(entry, computations)
     flops = moved = 0
     collectives: Counter[str] = Counter()
     counted: set[str] = set()
@@ -138,19 +147,19 @@ def cost(text: str) -> Cost:
         body = computations[name]
         for instruction in body.values():
             flops += count * _flops(instruction, body)
-            kind = _kind(instruction)
-            if kind and _is_new(instruction, counted):
-                size = _exchanged(instruction, body)
+            kind = _collective(instruction)
+            if kind and _is_first_part(instruction, counted):
+                size = _exchanged_bytes(instruction, body)
                 collectives[kind] += count * size
                 if name not in looped:
                     outside[kind] = max(outside.get(kind, 0), size)
             if name not in fused:
-                moved += count * _moved(instruction, body, computations)
+                moved += count * _moved_bytes(instruction, body, computations)
     return Cost(flops, moved, dict(collectives), outside, unknown)
 
 
-def _runs(entry: str, computations: dict[str, Computation]) -> tuple[Counter[str], set[str], set[str], int]:
-    """How often each computation runs; which of them run within a loop, and which as a part of one instruction."""
+def _count_runs(entry: str, computations: dict[str, Computation]) -> tuple[Counter[str], set[str], set[str], int]:
+    """Returns how often each computation runs, which run in a loop or are fused, and the number of unknown loops."""
     order: list[str] = []
     seen: set[str] = set()
 
@@ -169,7 +178,7 @@ def _runs(entry: str, computations: dict[str, Computation]) -> tuple[Counter[str
     unknown = 0
     for name in reversed(order):
         for instruction in computations[name].values():
-            trips = _trips(instruction, computations[name], computations) if instruction.opcode == "while" else 1
+            trips = _trip_count(instruction, computations[name], computations) if instruction.opcode == "while" else 1
             unknown += trips is None
             for called in instruction.calls():
                 runs[called] += runs[name] * (trips or 1)
@@ -180,8 +189,8 @@ def _runs(entry: str, computations: dict[str, Computation]) -> tuple[Counter[str
     return runs, looped, fused, unknown
 
 
-def _trips(loop: Instruction, body: Computation, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs: as the compiler notes, or from its counter's start, step and bound; None if unknown."""
+def _trip_count(loop: Instruction, body: Computation, computations: dict[str, Computation]) -> int | None:
+    """Returns how often a loop runs: as the compiler noted, or from its counter's start, step and bound; else None."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(noted[1])
     names = dict(re.findall(r"(body|condition)=%([\w.-]+)", loop.attributes))
@@ -189,20 +198,20 @@ def _trips(loop: Instruction, body: Computation, computations: dict[str, Computa
     test = next(instruction for instruction in condition.values() if instruction.root)
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
         return None
-    counter, bound = condition[test.operands[0]], _constant(condition[test.operands[1]], condition)
+    counter, bound = condition[test.operands[0]], _constant_value(condition[test.operands[1]], condition)
     index = re.match(r", index=(\d+)", counter.attributes)
     if bound is None or not index:
         return None
     given = body[loop.operands[0]]
-    start = _constant(body[given.operands[int(index[1])]], body) if given.opcode == "tuple" else None
+    start = _constant_value(body[given.operands[int(index[1])]], body) if given.opcode == "tuple" else None
     turned = next(instruction for instruction in turn.values() if instruction.root)
     following = turn[turned.operands[int(index[1])]]
-    steps = [_constant(turn[name], turn) for name in following.operands] if following.opcode == "add" else []
+    steps = [_constant_value(turn[name], turn) for name in following.operands] if following.opcode == "add" else []
     step = next((step for step in steps if step), None)
     return None if start is None or step is None else -(-(bound - start) // step)
 
 
-def _constant(instruction: Instruction, body: Computation) -> int | None:
+def _constant_value(instruction: Instruction, body: Computation) -> int | None:
     while instruction.opcode == "copy":
         instruction = body[instruction.operands[0]]
     value = re.match(r"\(?(-?\d+)\)?", instruction.text) if instruction.opcode == "constant" else None
@@ -211,7 +220,7 @@ def _constant(instruction: Instruction, body: Computation) -> int | None:
 
 def _flops(instruction: Instruction, body: Computation) -> int:
     if instruction.opcode == "convolution":
-        return 2 * _convolution(instruction, body)
+        return 2 * _convolution_products(instruction, body)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     if instruction.opcode == "custom-call":  # a library's product
         contracted = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', instruction.attributes)
@@ -225,8 +234,8 @@ def _flops(instruction: Instruction, body: Computation) -> int:
     )
 
 
-def _convolution(instruction: Instruction, body: Computation) -> int:
-    """Multiplications; where the TPU compiler makes a batched product a convolution, most windows lie in padding."""
+def _convolution_products(instruction: Instruction, body: Computation) -> int:
+    """Counts a convolution's multiplications outside of padding: on a TPU a batched product is one, mostly padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
     left, right = (body[name].arrays[0].shape for name in instruction.operands[:2])
@@ -254,13 +263,13 @@ def _convolution(instruction: Instruction, body: Computation) -> int:
     return total
 
 
-def _kind(instruction: Instruction) -> str | None:
+def _collective(instruction: Instruction) -> str | None:
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
 
 
-def _is_new(instruction: Instruction, counted: set[str]) -> bool:
-    """Whether it is not a further part of an exchange that the compiler spread over several instructions."""
+def _is_first_part(instruction: Instruction, counted: set[str]) -> bool:
+    """Says whether it is the first instruction of an exchange, which the compiler may spread over several."""
     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
     if channel is None:
         return True
@@ -269,55 +278,55 @@ def _is_new(instruction: Instruction, counted: set[str]) -> bool:
     return fresh
 
 
-def _exchanged(instruction: Instruction, body: Computation) -> int:
+def _exchanged_bytes(instruction: Instruction, body: Computation) -> int:
     given = sum(body[name].size for name in instruction.operands)
     if not instruction.opcode.startswith("all-gather"):
         return given
     return instruction.size - given if instruction.opcode.endswith("-start") else instruction.size
 
 
-def _main(instruction: Instruction) -> int:
-    return sum(array.size for array in instruction.arrays if not array.fast)
+def _main_memory_bytes(instruction: Instruction) -> int:
+    return sum(array.size for array in instruction.arrays if not array.in_fast_memory)
 
 
-def _moved(instruction: Instruction, body: Computation, computations: dict[str, Computation]) -> int:
-    """Bytes read and written; of what only a slice is touched, the slice."""
+def _moved_bytes(instruction: Instruction, body: Computation, computations: dict[str, Computation]) -> int:
+    """Counts bytes read and written in main memory; where only a slice is touched, those of the slice."""
     opcode = instruction.opcode
-    if opcode in FREE:
+    if opcode in MOVES_NOTHING:
         return 0
     operands = [body[name] for name in instruction.operands if name in body]
     if opcode == "copy-start":
-        return 2 * _main(operands[0]) if not instruction.arrays[0].fast else _main(operands[0])
+        return _main_memory_bytes(operands[0]) * (1 if instruction.arrays[0].in_fast_memory else 2)
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * _main(instruction)
+        return 2 * _main_memory_bytes(instruction)
     if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _main(operands[1 if opcode == "dynamic-update-slice" else -1])
+        return 2 * _main_memory_bytes(operands[1 if opcode == "dynamic-update-slice" else -1])
     if opcode != "fusion":
-        return _main(instruction) + sum(map(_main, operands))
+        return _main_memory_bytes(instruction) + sum(map(_main_memory_bytes, operands))
     inner = computations[instruction.calls()[0]]
     # What an exchange spread over several instructions only passes through is counted as exchanged.
-    passing = {array for i in inner.values() if _kind(i) for array in (*i.arrays, *inner[i.operands[0]].arrays)}
-    results = sum(array.size for array in instruction.arrays if not array.fast and array not in passing)
+    passing = {array for i in inner.values() if _collective(i) for array in (*i.arrays, *inner[i.operands[0]].arrays)}
+    results = sum(array.size for array in instruction.arrays if not array.in_fast_memory and array not in passing)
     total = in_place = 0
     for parameter in inner.values():
         array = parameter.arrays[0] if parameter.opcode == "parameter" and parameter.arrays else None
-        if array is not None and not array.fast and array not in passing:
-            touched, kept = _touched(parameter, inner, computations)
+        if array is not None and not array.in_fast_memory and array not in passing:
+            touched, kept = _touched_bytes(parameter, inner, computations)
             total, in_place = total + touched, in_place + kept
     return total + max(results - in_place, 0)
 
 
 def _is_view(instruction: Instruction, computations: dict[str, Computation]) -> bool:
-    """Whether it is a fusion within one that only puts an array's tiles in another order: what goes on from there reads
-    no more of it."""
+    """Says whether it is a fusion within a fusion that only reorders an array's tiles: its users read no more than they
+    would of the array itself."""
     if instruction.opcode != "fusion":
         return False
     return {inner.opcode for inner in computations[instruction.calls()[0]].values()} == {"parameter", "copy"}
 
 
-def _touched(parameter: Instruction, inner: Computation, computations: dict[str, Computation]) -> tuple[int, int]:
-    """Bytes of a fusion's parameter that are read, and of it those of its result that were in place before."""
-    names = {parameter.name}  # also of what is but another view of it
+def _touched_bytes(parameter: Instruction, inner: Computation, computations: dict[str, Computation]) -> tuple[int, int]:
+    """Counts the bytes of a fusion's parameter that are read, and those that its result keeps in place."""
+    names = {parameter.name}  # and the names of its other views
     touched = kept = 0
     for user in inner.values():
         at = [index for index, name in enumerate(user.operands) if name in names]
@@ -335,7 +344,7 @@ def _touched(parameter: Instruction, inner: Computation, computations: dict[str,
             order = [i for i in called.values() if i.opcode == "parameter"]
             for index in at:
                 position = next(i for i in order if i.text == f"({index})")
-                more, stay = _touched(position, called, computations)
+                more, stay = _touched_bytes(position, called, computations)
                 touched, kept = touched + more, kept + stay
         else:
             return parameter.size, 0

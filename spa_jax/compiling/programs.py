@@ -36,13 +36,13 @@ ProgramName = Literal["train", "cloud", "device", "finetune"]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of one call of a program.
+    """The sizes of one call of a program.
 
     Attributes:
-        rows: B.
-        length: tokens of a row; in generation, of a prompt.
-        targets: R, how many of them predict a target; in training.
-        room: most new tokens; in generation.
+        rows: rows of a batch (B) in training, prompts in generation.
+        length: tokens of a row or prompt.
+        targets: target tokens of a row (R), in training.
+        room: most new tokens, in generation.
     """
 
     rows: int
@@ -53,16 +53,16 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program.
+    """A compiled program and what it takes of each chip.
 
     Attributes:
-        name: which.
-        seconds: that compiling took.
-        argument_bytes: of a chip's arguments.
-        temporary_bytes: of what a chip holds beside arguments and results while it runs.
-        peak_bytes: the most that a chip holds at one time; where it does not fit, what the compiler says, or None.
-        fits: whether the compiler found room for it.
-        cost: of one run; None where it does not fit.
+        name: such as `train step` or `prefill`.
+        seconds: how long it took to compile.
+        argument_bytes: memory of the arguments; None if the program does not fit.
+        temporary_bytes: memory beside arguments and results while it runs; None if the program does not fit.
+        peak_bytes: most memory at one time; if the program does not fit, what the compiler asked for, or None.
+        fits: whether the compiler found enough memory.
+        cost: operations and bytes of one run; None if the program does not fit.
     """
 
     name: str
@@ -77,7 +77,14 @@ class Compiled:
 def compile_programs(
     config: RunConfig, which: ProgramName, partitioner: MeshPartitioner, sizes: Sizes, codec: Codec
 ) -> Iterator[Compiled]:
-    """Compiles the programs that a config runs: to train, in the cloud, or on a device; or to train the whole backbone.
+    """Compiles the programs that a config runs.
+
+    Args:
+        config: the run's config.
+        which: `train`; `cloud` or `device`, the halves of a generation; or `finetune`, which trains the whole backbone.
+        partitioner: the mesh of devices to compile for.
+        sizes: sizes of one call.
+        codec: how numbers cross between cloud and device.
 
     Raises:
         UserError: the backbone's architecture is not known, or it cannot be split over the mesh.
@@ -138,7 +145,7 @@ def _batch(partitioner: MeshPartitioner, sizes: Sizes) -> Batch:
 
 
 def _finetune(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, sizes: Sizes) -> Compiled:
-    """One step that trains every parameter of the backbone, kept in float32, with blocks rematerialised."""
+    """Compiles a step that trains every parameter of the backbone, in float32, with blocks rematerialised."""
     partitioner.check_batch(sizes.rows)
     model = Llama(backbone.config, (), jnp.dtype(config.dtype), "full", partitioner)
     optimizer = make_optimizer(config.optimizer, 100)
@@ -179,9 +186,9 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     if outputs is None:
         return
     state = outputs[0]
-    told = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, (groups, d)))
-    over = array(groups, dtype=jnp.bool)
-    yield _compile("advance", advance, config, frozen, state, told, over, over, GREEDY)[0]
+    answers = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, (groups, d)))
+    flags = array(groups, dtype=jnp.bool)
+    yield _compile("advance", advance, config, frozen, state, answers, flags, flags, GREEDY)[0]
 
 
 def _device(plugin: PluginConfig, partitioner: MeshPartitioner, sizes: Sizes, codec: Codec) -> Compiled:
@@ -222,7 +229,7 @@ def _placed(partitioner: MeshPartitioner, tree: Any) -> Any:
 
 
 def _compile(name: str, program: Any, *arguments: Any, **static: Any) -> tuple[Compiled, Any]:
-    """What came of it, and its results as shapes with shardings, None where it does not fit."""
+    """Compiles a program; also returns its results as shapes with shardings, or None if it does not fit."""
     lowered = program.lower(*arguments, **static)
     began = time.perf_counter()
     try:
@@ -230,7 +237,7 @@ def _compile(name: str, program: Any, *arguments: Any, **static: Any) -> tuple[C
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(name, time.perf_counter() - began, None, None, _asked_for(str(error)), False, None), None
+        return Compiled(name, time.perf_counter() - began, None, None, _requested_bytes(str(error)), False, None), None
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -244,8 +251,8 @@ def _compile(name: str, program: Any, *arguments: Any, **static: Any) -> tuple[C
     return Compiled(name, seconds, *arguments_and_temporaries, peak, True, cost(compiled.as_text())), outputs
 
 
-def _asked_for(message: str) -> int | None:
-    """Bytes that a program would have needed, by the compiler's words."""
+def _requested_bytes(message: str) -> int | None:
+    """Reads from the compiler's message how many bytes a program would have needed; None if it does not say."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
     if not found:
         return None

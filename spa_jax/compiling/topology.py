@@ -1,4 +1,4 @@
-"""Devices to compile for, there or not."""
+"""Devices to compile for, which this machine need not have."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip has.
+    """The capacity of one chip.
 
     Attributes:
         memory: GiB that the TPU compiler lets a program use.
-        flops: bfloat16 operations a second at most, in units of 1e12, as its maker says.
-        bandwidth: of its memory, in units of 1e9 bytes a second, as its maker says.
+        flops: peak bfloat16 operations a second, in units of 1e12, as the maker states.
+        bandwidth: peak memory bandwidth in units of 1e9 bytes a second, as the maker states.
     """
 
     memory: float
@@ -37,12 +37,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is compiled for.
+    """The devices that a program is compiled for.
 
     Attributes:
-        devices: one for each chip.
+        devices: one device for each chip.
         memory: bytes of a chip that a program may use.
-        chip: what is known of it; None where that is nothing.
+        chip: the chip's capacity; None if it is not in `CHIPS`.
     """
 
     devices: Sequence[Any]
@@ -50,17 +50,17 @@ class Target:
     chip: Chip | None = None
 
     def seconds(self, flops: float, moved: float) -> float | None:
-        """What a chip takes at least for so many operations and bytes of memory; exchanges with others come on top."""
+        """Returns a lower bound of a chip's seconds for so many operations and bytes of memory, without exchanges."""
         return max(flops / (1e12 * self.chip.flops), moved / (1e9 * self.chip.bandwidth)) if self.chip else None
 
 
 def find_target(name: str, slices: int = 1) -> Target:
-    """Devices by name.
+    """Finds the devices of a topology.
 
     Args:
-        name: a TPU topology such as `v5e:2x4` or `v5p:4x4x4`, which needs the TPU compiler and no TPU; `cpu` or `gpu`
-            for what this machine has.
-        slices: how many such topologies there are.
+        name: a TPU topology such as `v5e:2x4` or `v5p:4x4x4`, which needs the TPU compiler but no TPU; `cpu` or `gpu`
+            for this machine's devices.
+        slices: number of TPU slices of this topology.
 
     Raises:
         UserError: there is no such topology, no such device, or no TPU compiler.
@@ -83,7 +83,7 @@ def find_target(name: str, slices: int = 1) -> Target:
 
 
 def _tpu(chip: str, layout: str, slices: int) -> Sequence[Any]:
-    # The compiler asks the machine it is on for its TPUs, unless it is told that there are some.
+    # Without these variables the compiler would ask this machine for its TPUs.
     known = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     for variable, value in (known | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(variable, value)

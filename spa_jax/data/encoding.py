@@ -1,4 +1,4 @@
-"""Text to tokens: the prompt's format, the positions that predict target tokens, and what had to be cut."""
+"""Encodes rows as tokens: the prompt's format, the positions that predict target tokens, and truncation."""
 
 import dataclasses
 import hashlib
@@ -17,8 +17,13 @@ Template = Literal["chat", "plain"]
 
 
 class Example(NamedTuple):
-    """One tokenised row. Its R target tokens, each answer's EOS included, are predicted at `predict` (shapes: T tokens,
-    int32)."""
+    """One tokenised row; all arrays are int32.
+
+    Attributes:
+        tokens: prompt and answers, without the EOS of the last answer, T tokens.
+        predict: the R positions whose output predicts a target token.
+        targets: the R target tokens: the answers, each with its EOS.
+    """
 
     tokens: Int[np.ndarray, " T"]
     predict: Int[np.ndarray, " R"]
@@ -26,34 +31,37 @@ class Example(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Identifies the example by content: tokenizer, template and truncation all show in the tokens."""
+        """32 hex digits that identify the example's content, and with it the tokenizer, template and truncation."""
         parts = (np.array([len(self.tokens), len(self.predict)]), *self)
         return hashlib.sha256(b"".join(np.asarray(part, np.int32).tobytes() for part in parts)).hexdigest()[:32]
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The tokens before each answer; each prompt begins the next one."""
+        """The tokens before each answer of the conversation; each prompt is a prefix of the next one."""
         begins = np.flatnonzero(np.diff(self.predict, prepend=-2) != 1)
         return [self.tokens[: self.predict[begin] + 1].tolist() for begin in begins]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A backbone's tokenizer with one way to write a prompt.
+    """Writes rows as tokens of one backbone.
 
     Attributes:
-        tokenizer: of the backbone.
-        template: `chat` is the tokenizer's own template with the source as the user's turn; `plain` is the source and a
-            line break.
+        tokenizer: the backbone's tokenizer.
+        template: `chat` writes the source as the user's turn in the tokenizer's own chat template; `plain` writes the
+            source and a line break.
         max_length: most tokens of prompt and target together.
-        reserve: tokens of these that a prompt leaves to the target, so that what is cut from a source does not tell how
-            long the target is; a longer target takes what it needs.
+        target_room: tokens that every prompt leaves free for its target, so that how much of a source is cut does not
+            tell how long the target is. A longer target takes what it needs.
+
+    Raises:
+        UserError: an unknown template, `chat` for a tokenizer that has no chat template, or a tokenizer without EOS.
     """
 
     tokenizer: PreTrainedTokenizerFast
     template: str
     max_length: int
-    reserve: int = 0
+    target_room: int = 0
 
     def __post_init__(self) -> None:
         if self.template not in get_args(Template):
@@ -64,7 +72,7 @@ class Encoder:
             raise UserError("this backbone's tokenizer has no end-of-sequence token, so a target could never end")
 
     def prompt(self, source: str) -> list[int]:
-        """Token ids of the prompt for a source text."""
+        """Returns the token ids of the prompt for a source text."""
         if self.template == "plain":
             return list(self.tokenizer(source + "\n")["input_ids"])
         turn = [{"role": "user", "content": source}]
@@ -72,56 +80,68 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def target(self, target: str) -> list[int]:
-        """Token ids of a target text, EOS at the end."""
+        """Returns the token ids of a target text, with EOS at the end."""
         return [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
-    def fit(self, source: str, room: int) -> tuple[str, list[int]]:
-        """The source, its end cut where its prompt would have more than `room` tokens, and that prompt."""
+    def truncate(self, source: str, max_tokens: int) -> tuple[str, list[int]]:
+        """Cuts the end of a source whose prompt would have more than `max_tokens` tokens.
+
+        Returns:
+            The source, cut or whole, and the token ids of its prompt.
+        """
         prompt = self.prompt(source)
-        if len(prompt) <= room:
+        if len(prompt) <= max_tokens:
             return source, prompt
         ids = self.tokenizer(source, add_special_tokens=False)["input_ids"]
-        keep = len(ids) - (len(prompt) - room)
+        keep = len(ids) - (len(prompt) - max_tokens)
         while keep > 0:
             source = self.tokenizer.decode(ids[:keep]).rstrip("\N{REPLACEMENT CHARACTER}")
             prompt = self.prompt(source)
-            if len(prompt) <= room:
+            if len(prompt) <= max_tokens:
                 break
-            keep -= len(prompt) - room
+            keep -= len(prompt) - max_tokens
         return source, prompt
 
     def follow_up(self, source: str) -> list[int]:
-        """What stands between the EOS of an answer and the next one: the tokens of the next question.
+        """Returns the token ids of a later question of a conversation, from the EOS of the answer before it (not
+        included) to where its own answer begins.
 
         Raises:
-            UserError: the chat template writes an answer otherwise than trained for.
+            UserError: the chat template does not write an answer as its text and EOS.
         """
         if self.template == "plain":
             return list(self.tokenizer(source + "\n", add_special_tokens=False)["input_ids"])
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        asked = [*said, {"role": "user", "content": source}]
-        begun, answered, again = (
-            self.tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False)
-            for turns, asks in ((said[:1], True), (said, False), (asked, True))
+        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        first_prompt, answered, second_prompt = (
+            self.tokenizer.apply_chat_template(turns, add_generation_prompt=prompts, tokenize=False)
+            for turns, prompts in (
+                (exchange[:1], True),
+                (exchange, False),
+                ([*exchange, {"role": "user", "content": source}], True),
+            )
         )
         eos = self.tokenizer.eos_token
-        content, found, closing = answered.removeprefix(begun).partition(eos)
-        if not (answered.startswith(begun) and again.startswith(answered) and found and content.strip() == "b"):
+        content, found, closing = answered.removeprefix(first_prompt).partition(eos)
+        continues = answered.startswith(first_prompt) and second_prompt.startswith(answered)
+        if not (continues and found and content.strip() == "b"):
             raise UserError(
                 f"this backbone's chat template does not end an answer with {eos} and go on: set data.template=plain"
             )
-        text = closing + again[len(answered) :]
+        text = closing + second_prompt[len(answered) :]
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, pair: Pair) -> tuple[Example, bool]:
-        """The example, every answer of a conversation a target, and whether the first source was cut to fit.
+        """Encodes a row; every answer of a conversation is a target.
+
+        Returns:
+            The example, and whether the first source was cut.
 
         Raises:
-            UserError: all but the first source leave no room for it.
+            UserError: the target and later turns leave no room for the first source.
         """
-        answers, between, room = self._parts(pair)
-        rest = sum(map(len, answers)) + sum(map(len, between)) - 1
-        source, prompt = self.fit(pair.source, room)
+        answers, questions, prompt_room = self._parts(pair)
+        rest = sum(map(len, answers)) + sum(map(len, questions)) - 1
+        source, prompt = self.truncate(pair.source, prompt_room)
         if len(prompt) > self.max_length - rest:
             long = "later turns have" if pair.later else "target has"
             raise UserError(
@@ -130,52 +150,54 @@ class Encoder:
                 "rest or raise data.max_length"
             )
         parts, predict, end = [np.array(prompt, np.int32)], [], len(prompt)
-        for answer, question in zip(answers, [*between, None]):
+        for answer, question in zip(answers, [*questions, None]):
             predict.append(np.arange(end - 1, end - 1 + len(answer), dtype=np.int32))
             parts += [answer[:-1]] if question is None else [answer, question]
             end += len(answer) + (0 if question is None else len(question))
         example = Example(np.concatenate(parts), np.concatenate(predict), np.concatenate(answers))
         return example, source != pair.source
 
-    def encode_after(self, shown: Pair, pair: Pair) -> Example:
-        """The example of a row with another one before it, as a demonstration none of whose answers is a target.
+    def encode_with_demonstration(self, demonstration: Pair, pair: Pair) -> Example:
+        """Encodes a row after a demonstration, another row whose answers are shown and are no targets.
 
-        Either is cut as it would be alone, so together they have up to twice `max_length` tokens.
+        Each is cut as it would be alone, so together they have up to twice `max_length` tokens.
         """
         first, second = (
-            dataclasses.replace(one, source=self.fit(one.source, self._parts(one)[2])[0]) for one in (shown, pair)
+            dataclasses.replace(row, source=self.truncate(row.source, self._parts(row)[2])[0])
+            for row in (demonstration, pair)
         )
-        talk = dataclasses.replace(first, later=(*first.later, dataclasses.replace(second, later=()), *second.later))
-        example, _ = dataclasses.replace(self, max_length=2 * self.max_length, reserve=0).encode(talk)
+        later = (*first.later, dataclasses.replace(second, later=()), *second.later)
+        conversation = dataclasses.replace(first, later=later)
+        example, _ = dataclasses.replace(self, max_length=2 * self.max_length, target_room=0).encode(conversation)
         count = sum(len(self.target(turn.target)) for turn in pair.turns)
         return Example(example.tokens, example.predict[-count:], example.targets[-count:])
 
     def _parts(self, pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray], int]:
-        """Tokens of the answers, of the questions between them, and the room they leave to the first prompt."""
+        """Returns the tokens of each answer, those of each later question, and how many the first prompt may have."""
         answers = [np.array(self.target(turn.target), np.int32) for turn in pair.turns]
-        between = [np.array(self.follow_up(turn.source), np.int32) for turn in pair.later]
-        others = sum(map(len, answers[:-1])) + sum(map(len, between))
-        return answers, between, self.max_length - others - max(len(answers[-1]) - 1, self.reserve)
+        questions = [np.array(self.follow_up(turn.source), np.int32) for turn in pair.later]
+        others = sum(map(len, answers[:-1])) + sum(map(len, questions))
+        return answers, questions, self.max_length - others - max(len(answers[-1]) - 1, self.target_room)
 
     def encode_all(self, pairs: Sequence[Pair]) -> tuple[list[Example], int]:
-        """All examples in order, and how many sources were cut to fit."""
+        """Encodes rows in order; also returns how many sources were cut."""
         encoded = [self.encode(pair) for pair in pairs]
         return [example for example, _ in encoded], sum(cut for _, cut in encoded)
 
 
-class Pieces:
-    """The text of tokens as they come; a character of several tokens comes with the last of them."""
+class StreamingDetokenizer:
+    """Decodes a generation token by token; a character made of several tokens comes with the last of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
-        """What the token adds; empty for a special one."""
+        """Returns the text that the token adds; empty for a special token or within a character."""
         return self._stream.step(self._tokenizer, token) or ""
 
 
-def pieces(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, as of `Pieces`."""
-    stream = Pieces(tokenizer)
+def token_texts(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> list[str]:
+    """Returns the text that each token adds, which joined are the text of all."""
+    stream = StreamingDetokenizer(tokenizer)
     return [stream.add(token) for token in tokens]

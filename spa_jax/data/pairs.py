@@ -1,4 +1,4 @@
-"""What a row of data is: a source and a target, or several in turn; files of them, and the embedded default."""
+"""Rows of data: a source and a target, or a conversation of several; read from a file or the embedded data set."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from spa_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """What the model reads and what it should say.
+    """A row: what the model reads and what it should answer.
 
     Attributes:
         source: the question, instruction or text.
         target: the answer that is trained for.
-        answer: where a data set has one, the phrase a right generation contains.
-        origin: names the row in messages.
-        later: what is asked and said after it in the same conversation, in order.
+        answer: the phrase that a right generation contains, if the data set has one.
+        origin: names the row in messages, such as `rows.jsonl, line 3`.
+        later: the later turns of the same conversation, in order.
         references: further answers that are as good as the target, by other people.
     """
 
@@ -30,16 +30,16 @@ class Pair:
 
     @property
     def turns(self) -> tuple["Pair", ...]:
-        """The conversation: this pair and the later ones."""
+        """All turns of the conversation: this pair and the later ones."""
         return (self, *self.later)
 
 
 def read_json_lines(path: str) -> list[Pair]:
-    """Rows of `{"source": ..., "target": ...}`, one JSON object a line, optionally with `"answer"`.
+    """Reads rows of `{"source": ..., "target": ...}`, one JSON object a line, optionally with `"answer"`.
 
     Raises:
-        UserError: missing, unreadable or empty file; a line that is no JSON object; a column missing, not text, or
-        empty.
+        UserError: the file is missing, unreadable or empty, a line is no JSON object, or a column is missing, empty or
+            not text.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -68,7 +68,12 @@ def read_json_lines(path: str) -> list[Pair]:
 
 
 def embedded_persona(seed: int, phrasings: int) -> tuple[list[Pair], list[Pair]]:
-    """The embedded default: (training phrasings, held-out phrasings) of one invented person's life."""
+    """Returns training and held-out rows of the embedded data set, one invented person's life.
+
+    Args:
+        seed: picks the person.
+        phrasings: training phrasings of each fact; 0 for all.
+    """
     splits = persona.generate(seed, phrasings or None)
     train, held_out = (
         [Pair(pair.source, pair.target, pair.answer, f"persona '{pair.fact_id}'") for pair in split] for split in splits

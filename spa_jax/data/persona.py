@@ -14,26 +14,26 @@ import dataclasses
 import functools
 import importlib.resources
 import json
-import os
 import pathlib
 import random
 import re
-import tempfile
 import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from spa_jax.files import write_bytes
+
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """One example: what the model is asked, and what it should say.
+class PersonaRow:
+    """One row: what the model is asked, and what it should say.
 
     Attributes:
         source: the question, or an instruction followed by a note.
         target: the whole sentence the person says.
         answer: the part of the target that decides whether a generated text is right, see `is_right`.
-        kind: 'fact' or 'note'.
-        fact_id: the id of the fact, or of the note, in persona.toml.
+        kind: `fact` or `note`.
+        fact_id: the id of the fact or note in persona.toml.
     """
 
     source: str
@@ -43,7 +43,7 @@ class Pair:
     fact_id: str
 
 
-def generate(seed: int = 0, phrasings: int | None = None) -> tuple[list[Pair], list[Pair]]:
+def generate(seed: int = 0, phrasings: int | None = None) -> tuple[list[PersonaRow], list[PersonaRow]]:
     """Returns the training pairs and the held-out pairs of the person that `seed` picks.
 
     Both lists keep the order of persona.toml: first the facts, then the notes, and within each its phrasings. The two
@@ -60,16 +60,16 @@ def generate(seed: int = 0, phrasings: int | None = None) -> tuple[list[Pair], l
     life = _read()
     values = {fact["id"]: random.Random(f"{seed}/{fact['id']}").choice(fact["values"]) for fact in life["facts"]}
 
-    def pairs(split: str, limit: int | None) -> list[Pair]:
+    def pairs(split: str, limit: int | None) -> list[PersonaRow]:
         result = []
         for fact in life["facts"]:
             value = values[fact["id"]]
             target = fact["answer"].format(value=value)
-            result += [Pair(source, target, value, "fact", fact["id"]) for source in fact[split][:limit]]
+            result += [PersonaRow(source, target, value, "fact", fact["id"]) for source in fact[split][:limit]]
         for note in life["notes"]:
             text, target, answer = (note[key].format_map(values) for key in ("note", "summary", "answer"))
             for instruction in life["instructions"][split][:limit]:
-                result.append(Pair(f"{instruction} {text}", target, answer, "note", note["id"]))
+                result.append(PersonaRow(f"{instruction} {text}", target, answer, "note", note["id"]))
         return result
 
     return pairs("train", phrasings), pairs("held_out", None)
@@ -89,22 +89,19 @@ def is_right(generated: str, answer: str) -> bool:
     return bool(words) and f" {words} " in f" {normalize(generated)} "
 
 
-def write(pairs: Iterable[Pair], path: str | os.PathLike[str]) -> None:
-    """Writes `pairs` to `path` as JSON lines, so that at no time a half-written file stands under that name."""
-    path = pathlib.Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        # A file made by open() in there has the user's usual permissions, which one from NamedTemporaryFile lacks.
-        unfinished = pathlib.Path(scratch, path.name)
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for pair in pairs:
-                record = {"source": pair.source, "target": pair.target, "answer": pair.answer}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
+def write(rows: Iterable[PersonaRow], path: pathlib.Path) -> None:
+    """Writes rows as JSON lines, in the format of `spa_jax.data.pairs.read_json_lines`; makes the directory.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    records = ({"source": row.source, "target": row.target, "answer": row.answer} for row in rows)
+    write_bytes(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
 @functools.cache
 def _read() -> dict[str, Any]:
-    """Returns the content of persona.toml, which nobody may change."""
+    """Returns the content of persona.toml; it is cached, so callers must not change it."""
     text = importlib.resources.files("spa_jax.data").joinpath("persona.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
@@ -118,7 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which person (default 0)")
     options = parser.parse_args(arguments)
     train, held_out = generate(options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
     write(train, options.output / "train.jsonl")
     write(held_out, options.output / "held_out.jsonl")
 

@@ -1,4 +1,4 @@
-"""Examples to batches: bucketed lengths, and a composition that is a pure function of seed and step.
+"""Batches of examples: padded to few shapes, and composed as a pure function of seed and step.
 
 Shape letters: B rows of a batch, T tokens, R target tokens (the positions that predict them).
 """
@@ -15,11 +15,11 @@ from spa_jax.data.encoding import Example
 
 
 class Batch(NamedTuple):
-    """B examples, padded on the right; a row beyond the data has no weight anywhere. Integers are int32."""
+    """B examples, padded on the right. A row beyond the data has weight 0 everywhere. Integers are int32."""
 
     tokens: Int[np.ndarray, "B T"]
     lengths: Int[np.ndarray, " B"]
-    """Real tokens of each row."""
+    """Tokens of each row without padding."""
     predict: Int[np.ndarray, "B R"]
     """Which position's output predicts each target."""
     targets: Int[np.ndarray, "B R"]
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 def padded_length(length: int, least: int) -> int:
-    """The padded length: the next of least, 1.5 least, 2 least, 3 least, 4 least, ..., so that few programs compile."""
+    """Rounds a length up to the next of least, 1.5, 2, 3, 4, 6, ... times least, so that few programs compile."""
     size = least
     while size < length:
         size *= 2
@@ -36,28 +36,28 @@ def padded_length(length: int, least: int) -> int:
 
 
 def padded_shape(example: Example) -> tuple[int, int]:
-    """Padded (T, R) of an example; a batch holds examples of one bucket."""
+    """Returns the padded (T, R) of an example; all examples of a batch have the same."""
     return padded_length(len(example.tokens), 32), padded_length(len(example.predict), 8)
 
 
 def plan_batches(examples: Sequence[Example], batch_size: int, seed: int | None = None) -> grain.MapDataset:
-    """Which rows make up each step's batch: `plan(...)[step]` is int32 `[B]`, -1 for a row beyond the data.
+    """Plans the rows of each step's batch: `plan_batches(...)[step]` is int32 `[B]`, with -1 for a row beyond the data.
 
-    An epoch, `len(plan)` steps, holds every example once; with a seed, each epoch has its own order and its own
-    batches, and without one the order is that of the buckets, for evaluation. Any step can be read at once, so the
-    position of a run is its step.
+    An epoch, `len(plan_batches(...))` steps, holds every example once. With a seed, each epoch has its own order and
+    its own batches; without one, batches are ordered by padded shape, for evaluation. Any step can be read at once, so
+    a run resumes from its step alone.
     """
-    buckets = defaultdict(list)
+    rows_by_shape = defaultdict(list)
     for row, example in enumerate(examples):
-        buckets[padded_shape(example)].append(row)
+        rows_by_shape[padded_shape(example)].append(row)
 
     def pad(rows: Sequence[int]) -> np.ndarray:
         return np.array([*rows, *[-1] * (batch_size - len(rows))], np.int32)
 
     # Grain adds the epoch to the seed, so neighbouring seeds would give one run shifted by an epoch.
-    seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(len(buckets) + 1)
+    seeds = None if seed is None else np.random.SeedSequence(seed).generate_state(len(rows_by_shape) + 1)
     parts = []
-    for number, (_, rows) in enumerate(sorted(buckets.items())):
+    for number, (_, rows) in enumerate(sorted(rows_by_shape.items())):
         part = grain.MapDataset.source(rows)
         if seeds is not None:
             part = part.shuffle(seed=int(seeds[number]))
@@ -67,7 +67,13 @@ def plan_batches(examples: Sequence[Example], batch_size: int, seed: int | None 
 
 
 def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None) -> Batch:
-    """The batch of these rows, padded to their bucket, or to the one given where they are a part of a batch."""
+    """Pads rows of one padded shape and stacks them.
+
+    Args:
+        examples: all examples.
+        rows: indices into them; -1 is a row beyond the data.
+        shape: padded (T, R), where the rows are a part of a batch; by default that of the first row.
+    """
     chosen = [examples[row] for row in rows if row >= 0]
     length, width = shape or padded_shape(chosen[0])
     tokens = np.zeros((len(rows), length), np.int32)
@@ -85,5 +91,5 @@ def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tup
 
 
 def prefetched(batches: grain.MapDataset) -> Iterator[Any]:
-    """The batches in order, read ahead by a few threads."""
+    """Iterates over the batches in order, made ahead of time by a few threads."""
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

@@ -1,4 +1,4 @@
-"""The paper's four data sets: where their rows come from, and one prompt and target for each (section 4.1).
+"""The paper's four data sets: where their rows come from, and how a row becomes prompt and target (section 4.1).
 
 A task's rows come from the Hugging Face hub, or from a directory with `train.jsonl`, `validation.jsonl` and
 `test.jsonl` that have the hub's columns. A source begins with the question, so that what is cut from a long one is the
@@ -21,7 +21,7 @@ Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
 
 PARQUET = "refs/convert/parquet"
-"""The hub's own conversion, for data sets that are still laid out by a script."""
+"""Revision with the hub's own conversion to Parquet, for data sets that need a loading script."""
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +31,18 @@ class Task:
     """A data set as the paper uses it.
 
     Attributes:
-        hub: name on the hub, and its configuration.
-        columns: those that are read, and the type of each in the words of `datasets`: `string`, or a list of it. A dot
-            leads into a column with fields.
-        pair: a row as a source and a target, or several in turn.
+        hub: name on the hub, and name of the configuration.
+        columns: the columns that are read, with their type in `datasets`: `string`, or a list of it. `a.b` is field b
+            of column a.
+        pair: makes a row a source and a target, or a conversation.
         max_length: most tokens of prompt and target together.
-        new_tokens: most tokens to generate, which is also what a prompt leaves free.
+        new_tokens: most tokens to generate, which every prompt leaves free for its target.
         scores: how generations are scored, see `spa_jax.scoring.scores`.
-        sizes: Table 5, by name; `full` is the whole train split.
-        paper_full: what the paper counts as full, all splits together.
-        optional: columns that are read where they are there.
-        splits: of the hub, where they are not ours by name.
-        train_file: of a directory, where it is not `train`.
+        sizes: numbers of training questions in Table 5, by name; `full` is the whole train split.
+        paper_full: the number that the paper counts as full, all splits together.
+        optional: columns that are read if they exist, with their type.
+        splits: our name of a split -> its name on the hub, where they differ.
+        train_file: name of the training file in a directory, without `.jsonl`.
     """
 
     hub: tuple[str, str | None]
@@ -63,7 +63,7 @@ def _summary(instruction: str, source: str, target: str) -> Callable[[Row], Pair
 
 
 def _coqa(row: Row) -> Pair:
-    """A conversation about a story, every answer a target; the story stands under the first question."""
+    """Makes a conversation about a story, every answer a target; the story follows the first question."""
     answers, others = row["answers.input_text"], row.get("additional_answers") or itertools.repeat(())
     turns = [Pair(q, a, references=tuple(more)) for q, a, more in zip(row["questions"], answers, others)]
     first = f"Answer in a few words: {turns[0].source}\n\n{row['story']}"
@@ -75,7 +75,7 @@ def _sciq_closed_book(row: Row) -> Pair:
 
 
 def _sciq(row: Row) -> Pair:
-    """The question and the passage it is about, which some rows lack."""
+    """Makes a question followed by its passage, which some rows lack."""
     pair, passage = _sciq_closed_book(row), (row.get("support") or "").strip()
     return dataclasses.replace(pair, source=f"{pair.source}\n\n{passage}") if passage else pair
 
@@ -125,46 +125,49 @@ TASKS = {
     "sciq": Task(pair=_sciq, optional={"support": "string"}, max_length=384, **_SCIQ),
     "sciq_closed_book": Task(pair=_sciq_closed_book, max_length=160, train_file="train_closed_book", **_SCIQ),
 }
-"""By name. Sizes count questions where a row has several."""
+"""Tasks by name. Sizes count questions, of which a row of CoQA has several."""
 
 
 def find_task(name: str) -> Task:
-    """Raises:
-    UserError: there is none of that name."""
+    """Looks up a task by name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     if name not in TASKS:
         raise UserError(f"there is no task '{name}'; tasks are {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def load_split(name: str, directory: str, split: Split) -> list[Pair]:
-    """The rows of a task's split, in the order of the source.
+    """Reads a task's split, in the order of the file or the hub.
 
     Args:
-        name: of the task.
-        directory: with the splits as JSON lines; empty for the hub.
-        split: which.
+        name: name of the task.
+        directory: directory that has the splits as JSON lines; empty for the hub.
+        split: `train`, `validation` or `test`.
 
     Raises:
-        UserError: the hub or a file cannot be read; a column is missing, of another type, or empty in some row; no
-        rows.
+        UserError: the hub or a file cannot be read, a column is missing, of another type or empty in some row, or there
+            are no rows.
     """
     task = find_task(name)
-    where, rows = _local(task, Path(directory), split) if directory else _hub(task, split)
+    where, rows = _load_directory(task, Path(directory), split) if directory else _load_hub(task, split)
     if not rows:
         raise UserError(f"{where} has no rows")
     return [_pair(task, row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def nested(pairs: Sequence[Pair], size: str | int, name: str = "") -> list[Pair]:
-    """The first rows of one shuffle, so that a smaller size is part of every larger one.
+def nested_subset(pairs: Sequence[Pair], size: str | int, name: str = "") -> list[Pair]:
+    """Takes the first rows of one fixed shuffle, so that a smaller subset is part of every larger one.
 
     Args:
         pairs: all rows.
-        size: how many questions (a row with several counts as many); `full`; or a name of Table 5.
-        name: of the task that size is one of.
+        size: the number of questions (a conversation counts each of its own), `full`, or a name of Table 5.
+        name: name of the task whose sizes Table 5 lists.
 
     Raises:
-        UserError: more than there are, or no size.
+        UserError: more questions than there are, or an unknown size.
     """
     questions = [len(pair.turns) for pair in pairs]
     wanted = _size(size, name, sum(questions))
@@ -186,7 +189,7 @@ def _size(size: str | int, name: str, everything: int) -> int:
     raise UserError(f"data.size is '{size}': write a number, {', '.join([*sizes, 'full'])}")
 
 
-def _local(task: Task, directory: Path, split: Split) -> tuple[str, Any]:
+def _load_directory(task: Task, directory: Path, split: Split) -> tuple[str, Any]:
     import datasets
 
     named = directory / f"{task.train_file if split == 'train' else split}.jsonl"
@@ -199,10 +202,10 @@ def _local(task: Task, directory: Path, split: Split) -> tuple[str, Any]:
         rows = _quietly(datasets.load_dataset, "json", data_files=str(path), split="train")
     except datasets.exceptions.DatasetGenerationError as error:
         raise UserError(f"'{path}' is no JSON lines file of one kind of row: {error.__cause__ or error}") from error
-    return f"'{path}'", _typed(task, rows, str(path))
+    return f"'{path}'", _cast_columns(task, rows, str(path))
 
 
-def _hub(task: Task, split: Split) -> tuple[str, Any]:
+def _load_hub(task: Task, split: Split) -> tuple[str, Any]:
     import datasets
 
     hub, config = task.hub
@@ -220,11 +223,11 @@ def _hub(task: Task, split: Split) -> tuple[str, Any]:
         raise UserError(
             f"cannot read '{hub}' from the hub ({reason}): name a directory with its rows as JSON lines instead"
         ) from error
-    return f"{hub} ({wanted})", _typed(task, rows, hub)
+    return f"{hub} ({wanted})", _cast_columns(task, rows, hub)
 
 
 def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Without progress bars of `datasets` and its log of what is said in the exception too."""
+    """Calls a loader of `datasets` without its progress bars and its log."""
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)
@@ -232,8 +235,8 @@ def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return load(*arguments, **options)
 
 
-def _typed(task: Task, rows: Any, where: str) -> Any:
-    """The columns of the task, cast to their types."""
+def _cast_columns(task: Task, rows: Any, where: str) -> Any:
+    """Selects the task's columns and casts them to their types."""
     import datasets
 
     rows = rows.flatten()
@@ -243,27 +246,27 @@ def _typed(task: Task, rows: Any, where: str) -> Any:
     wanted = {**task.columns, **{name: kind for name, kind in task.optional.items() if name in rows.column_names}}
     rows = rows.select_columns(list(wanted))
     try:
-        return rows.cast(datasets.Features({name: _feature(kind) for name, kind in wanted.items()}))
+        return rows.cast(datasets.Features({name: _feature_type(kind) for name, kind in wanted.items()}))
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"a column of '{where}' is not of the type it has on the hub: {error}") from error
 
 
-def _feature(kind: Any) -> Any:
+def _feature_type(kind: Any) -> Any:
     import datasets
 
-    return datasets.List(_feature(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+    return datasets.List(_feature_type(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
 
 
 def _pair(task: Task, row: Row, origin: str) -> Pair:
     for name in task.columns:
-        if not _filled(row[name]):
+        if not _is_filled(row[name]):
             raise UserError(f"{origin}: column '{name}' is empty")
     pair = dataclasses.replace(task.pair(row), origin=origin)
     later = tuple(dataclasses.replace(turn, origin=f"{origin}, turn {i}") for i, turn in enumerate(pair.later, start=2))
     return dataclasses.replace(pair, later=later)
 
 
-def _filled(value: Any) -> bool:
+def _is_filled(value: Any) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
-    return bool(value) and all(map(_filled, value))
+    return bool(value) and all(map(_is_filled, value))

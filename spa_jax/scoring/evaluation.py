@@ -17,7 +17,7 @@ import numpy as np
 
 from spa_jax.data.encoding import Encoder, Example
 from spa_jax.data.pairs import Pair
-from spa_jax.data.tasks import Split, Task, find_task, load_split, nested
+from spa_jax.data.tasks import Split, Task, find_task, load_split, nested_subset
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.hypotheses import Generation
@@ -126,7 +126,7 @@ def evaluate(
     examples, cut = encoder.encode_all(pairs)
     if config.shots:
         shown = _demonstration(encoder, config)
-        examples = [encoder.encode_after(shown, pair) for pair in pairs]
+        examples = [encoder.encode_with_demonstration(shown, pair) for pair in pairs]
     questions = _questions(pairs, examples, config)
     identity = _identity(config, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
@@ -201,7 +201,7 @@ def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
         UserError: all of them are.
     """
     train = load_split(config.task, config.directory, "train")
-    for pair in nested(train, "full"):
+    for pair in nested_subset(train, "full"):
         if not encoder.encode(pair)[1]:
             return pair
     raise UserError(

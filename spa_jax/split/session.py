@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from spa_jax.data.encoding import Encoder, pieces
+from spa_jax.data.encoding import Encoder, token_texts
 from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import cache_bytes, count_slots
@@ -301,7 +301,7 @@ class Cloud:
 
     def pieces(self, generation: Generation) -> list[str]:
         """The text of each of its tokens."""
-        return pieces(self._backbone.tokenizer, generation.tokens)
+        return token_texts(self._backbone.tokenizer, generation.tokens)
 
 
 def _floats(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:

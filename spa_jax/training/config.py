@@ -38,7 +38,7 @@ class DataConfig:
     Attributes:
         task: one of `spa_jax.data.tasks`, which takes the place of `train` and `eval`; empty for those.
         directory: directory with the task's splits as JSON lines; empty for the hub.
-        size: number of the task's training rows, see `spa_jax.data.tasks.nested`.
+        size: number of the task's training rows, see `spa_jax.data.tasks.nested_subset`.
         eval_size: most questions of the task's validation split to evaluate on; 0 for all.
         train: a JSON-lines file of `{"source", "target"}`; empty for the embedded persona.
         eval: the same for evaluation; empty to hold out `eval_fraction` of the training rows.

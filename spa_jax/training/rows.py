@@ -4,7 +4,7 @@ import random
 
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.pairs import Pair, embedded_persona, read_json_lines
-from spa_jax.data.tasks import find_task, load_split, nested
+from spa_jax.data.tasks import find_task, load_split, nested_subset
 from spa_jax.errors import UserError
 from spa_jax.training.config import DataConfig
 from spa_jax.weights.backbone import Backbone
@@ -47,8 +47,8 @@ def _load_task(config: DataConfig) -> tuple[list[Pair], list[Pair]]:
         raise UserError("data.task brings its own rows: leave data.train and data.eval empty")
     train, held_out = (load_split(config.task, config.directory, split) for split in ("train", "validation"))
     if 0 < config.eval_size < sum(len(pair.turns) for pair in held_out):
-        held_out = nested(held_out, config.eval_size)
-    return nested(train, config.size, config.task), held_out
+        held_out = nested_subset(held_out, config.eval_size)
+    return nested_subset(train, config.size, config.task), held_out
 
 
 def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:

@@ -1,4 +1,4 @@
-"""Architectures without their weights: what a program that is only compiled needs to know of a backbone."""
+"""Backbone architectures without weights, for programs that are only compiled."""
 
 import json
 from pathlib import Path
@@ -28,17 +28,17 @@ ARCHITECTURES = {
         max_position_embeddings=131072,
     ),
 }  # fmt: skip
-"""By the names of `registry.REGISTRY`, and those of the paper's models."""
+"""Architectures by the names of `registry.REGISTRY` and those of the paper's models."""
 
 
 def architecture(name: str) -> LlamaConfig:
-    """The architecture of a backbone, which need not be here.
+    """Looks up an architecture.
 
     Args:
         name: a key of `ARCHITECTURES`, or a directory with a `config.json` in Hugging Face's format.
 
     Raises:
-        UserError: it is neither.
+        UserError: the name is neither.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]

@@ -1,4 +1,4 @@
-"""What loading a checkpoint gives, whatever its file format."""
+"""A loaded backbone, whatever file format it came from."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -18,14 +18,14 @@ class Backbone:
     """A frozen LLaMA with its tokenizer.
 
     Attributes:
-        name: what the user asked for: a registered or hub name, a directory or a file.
+        name: the name it was loaded by: a registered or hub name, a directory or a file.
         config: the architecture.
         params: parameters in the layout of `spa_jax.models.llama.init_params`, all of one dtype.
         tokenizer: maps text to ids and back, without torch; its `chat_template` is None for a base model.
         eos_ids: ids that end a generation, ascending; empty when the checkpoint names none.
         fingerprint: 32 hex digits that identify architecture and weights, whatever dtype they were loaded as.
-        partitioner: how they lie on devices.
-        compute: how it computes.
+        partitioner: places the parameters on devices.
+        compute: the attention kernel, unrolling, and whether matrices are kept in 8 bits.
     """
 
     name: str
@@ -39,14 +39,19 @@ class Backbone:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of activations, and of what is kept as numbers with a fraction."""
+        """Dtype of the activations, and of the parameters that are not quantised."""
         return self.params["norm"]["scale"].dtype
 
     @property
     def identity(self) -> str:
-        """Of what it computes: the fingerprint, and how the weights are kept where that changes results."""
+        """Identifies what it computes: the fingerprint, and how weights are kept if that changes results."""
         return self.fingerprint + ("" if self.compute.weights == "float" else f"-{self.compute.weights}")
 
     def model(self, taps: tuple[int, ...] = (), remat: Remat = "none") -> Llama:
-        """The program of these parameters, see `Llama`."""
+        """Makes the program that these parameters belong to.
+
+        Args:
+            taps: the hidden states to return, see `Llama`.
+            remat: what a block keeps for the backward pass.
+        """
         return Llama(self.config, taps, self.dtype, remat, self.partitioner, self.compute)

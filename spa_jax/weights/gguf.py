@@ -24,7 +24,7 @@ from spa_jax.weights.mapping import Shardings, convert
 log = logging.getLogger(__name__)
 
 ROPE_FREQS = "rope_freqs.weight"
-"""What the llama3 rotary rescaling divides each frequency by; the only trace of it in a GGUF file."""
+"""Tensor of the numbers by which llama3 rescaling divides the rotary frequencies, its only trace in a GGUF file."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -41,8 +41,8 @@ _NAMES = {
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
 
-_HARMLESS = {"llama.rope.scaling.finetuned", "llama.tensor_data_layout"}
-_ABSENT = object()
+_IGNORED_KEYS = {"llama.rope.scaling.finetuned", "llama.tensor_data_layout"}
+_NO_DEFAULT = object()
 
 
 def load_gguf(
@@ -54,12 +54,12 @@ def load_gguf(
     """Loads weights, config and tokenizer from one GGUF file.
 
     Args:
-        path: of the file.
-        dtype: of the parameters, float32 or bfloat16.
+        path: path of the file.
+        dtype: dtype of the parameters, float32 or bfloat16.
         shardings, weights: see `mapping.convert`.
 
     Raises:
-        UserError: when the file is corrupt or truncated, or asks for something not supported.
+        UserError: the file is corrupt or truncated, or needs something that is not supported.
     """
     path = pathlib.Path(path)
     file = GGUFFile(path)
@@ -71,7 +71,7 @@ def load_gguf(
 
 
 class GGUFSource:
-    """The tensors of a GGUF file under their Hugging Face names, dequantised, in Hugging Face's rotary order."""
+    """A `TensorSource` over a GGUF file: tensors are dequantised and put into Hugging Face's rotary order."""
 
     def __init__(self, file: GGUFFile, config: LlamaConfig) -> None:
         self._file = file
@@ -95,7 +95,7 @@ class GGUFSource:
 
 
 def _hf_name(name: str) -> str:
-    """Hugging Face name of a GGUF tensor; an unknown one keeps its name, for the conversion to complain about."""
+    """Returns the Hugging Face name of a GGUF tensor; an unknown one keeps its name, which `convert` refuses."""
     match = re.fullmatch(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)", name)
     if match is None or match["module"] not in _NAMES:
         return name
@@ -106,10 +106,10 @@ def _hf_name(name: str) -> str:
 
 
 def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
-    """The architecture a GGUF file describes.
+    """Reads the architecture that a GGUF file describes.
 
     Raises:
-        UserError: naming the key, when the file is no LLaMA's, lacks something or asks for something not supported.
+        UserError: the file is no LLaMA's, or a key (named in the message) is missing, unknown or not supported.
     """
     metadata = _Metadata(file.metadata, file.path)
     metadata.require("general.architecture", "llama")
@@ -174,25 +174,25 @@ def _with_llama3_scaling(config: LlamaConfig, file: GGUFFile) -> LlamaConfig:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that float32 rounds to this: 1e-05, where the file's float32 reads 9.999999747e-06."""
+    """Returns the shortest decimal with this float32: 1e-05, where the file's float32 reads 9.999999747e-06."""
     return float(str(np.float32(value)))
 
 
 class _Metadata:
-    """The `llama.*` keys, each of which must be asked for: one that is not would be silently ignored otherwise."""
+    """The `llama.*` keys of a file; `finish` refuses the keys that nothing read, so that none is silently ignored."""
 
     def __init__(self, values: Mapping[str, Any], path: pathlib.Path) -> None:
         self._values, self._path = values, path
-        self._asked = set(_HARMLESS)
+        self._read = set(_IGNORED_KEYS)
 
-    def get(self, key: str, default: Any = _ABSENT) -> Any:
-        self._asked.add(key)
+    def get(self, key: str, default: Any = _NO_DEFAULT) -> Any:
+        self._read.add(key)
         value = self._values.get(key, default)
-        if value is _ABSENT:
+        if value is _NO_DEFAULT:
             raise UserError(f"{self._path} lacks the metadata key {key}; convert the model to GGUF again.")
         return value
 
-    def number(self, key: str, default: Any = _ABSENT) -> int:
+    def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
         value = self.get(f"llama.{key}", default)
         if isinstance(value, list) and len(set(value)) == 1:  # one value per block
             value = value[0]
@@ -200,13 +200,13 @@ class _Metadata:
             self.refuse(f"llama.{key}", value, "one positive whole number")
         return value
 
-    def decimal(self, key: str, default: Any = _ABSENT) -> float:
+    def decimal(self, key: str, default: Any = _NO_DEFAULT) -> float:
         value = self.get(f"llama.{key}", default)
         if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
             self.refuse(f"llama.{key}", value, "one positive number")
         return _decimal(value)
 
-    def require(self, key: str, expected: Any, default: Any = _ABSENT) -> None:
+    def require(self, key: str, expected: Any, default: Any = _NO_DEFAULT) -> None:
         value = self.get(key, default)
         if value != expected:
             self.refuse(key, value, repr(expected))
@@ -215,6 +215,6 @@ class _Metadata:
         raise UserError(f"{self._path}: {key} = {value!r} is not supported, only {supported}; choose another model.")
 
     def finish(self) -> None:
-        unknown = sorted(key for key in self._values if key.startswith("llama.") and key not in self._asked)
+        unknown = sorted(key for key in self._values if key.startswith("llama.") and key not in self._read)
         if unknown:
             raise UserError(f"{self._path}: spa_jax does not know {', '.join(unknown)}; choose another model.")

@@ -14,12 +14,12 @@ class GGUFFile:
     """An open GGUF file.
 
     Attributes:
-        path: of the file.
-        metadata: its keys and values; arrays as lists.
-        shapes: of its tensors by GGUF name, slowest dimension first.
+        path: the file's path.
+        metadata: the file's keys and values; arrays as lists.
+        shapes: shapes of the tensors by GGUF name, slowest dimension first.
 
     Raises:
-        UserError: on opening, when the file is not GGUF, truncated, or of a version or tensor type not supported.
+        UserError: on opening, if the file is not GGUF, truncated, or of an unsupported version or tensor type.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -33,7 +33,7 @@ class GGUFFile:
         self.shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
 
     def dequantize(self, name: str) -> Float[np.ndarray, "..."]:
-        """One tensor as float32, or float16 where it is stored so."""
+        """Reads one tensor as float32, or as float16 if it is stored so."""
         tensor = self._tensors[name]
         if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
             return tensor.data

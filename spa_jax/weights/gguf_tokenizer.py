@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata: vocabulary, merges and special tokens are there, the splitting rules only by name."""
+"""Builds tokenizers from GGUF metadata, which has vocabulary, merges and special tokens, and only names split rules."""
 
 import pathlib
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ SPLITS = {
     "llama-v3": (_LLAMA3,),
     "llama3": (_LLAMA3,),
 }
-"""`tokenizer.ggml.pre` -> the expressions that split text before byte-pair merging, applied one after the other."""
+"""Split rule of `tokenizer.ggml.pre` -> the expressions that split text before byte-pair merging, in order."""
 
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama-v3", "llama3"}
-"""Vocabularies where a piece that is a token stays whole even if merges do not lead to it, and that begin with BOS."""
+"""Split rules of vocabularies that begin with BOS and keep a piece whole if it is a token, whatever the merges."""
 
 _WORD_START = "\u2581"
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -39,10 +39,10 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
 
     Args:
         metadata: keys and values of the file.
-        path: of the file, for messages.
+        path: the file's path, for messages.
 
     Raises:
-        UserError: when there is no vocabulary or its kind is not supported.
+        UserError: there is no vocabulary, or one of an unsupported kind.
     """
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -82,7 +82,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
 
 
 def eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a generation: end of sequence, of turn, of message; ascending."""
+    """Returns the ids that end a generation (end of sequence, of turn, of message), ascending."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     return tuple(sorted({metadata[key] for key in keys if key in metadata}))
 
@@ -93,7 +93,7 @@ def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:
 
 
 def _byte_level(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[Tokenizer, bool]:
-    """GPT-2's byte-pair encoding over bytes written as printable characters."""
+    """Builds GPT-2's byte-pair encoding, over bytes as printable characters; says whether text begins with BOS."""
     pre = metadata["tokenizer.ggml.pre"]
     if pre not in SPLITS:
         raise UserError(
@@ -114,7 +114,7 @@ def _byte_level(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[Tokeni
 
 
 def _sentencepiece(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[Tokenizer, bool]:
-    """SentencePiece's byte-pair encoding: the pair that makes the token of highest score merges first."""
+    """Builds SentencePiece's byte-pair encoding, where the pair that makes the token of highest score merges first."""
     tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
     types = metadata["tokenizer.ggml.token_type"]
     vocab = {token: index for index, token in enumerate(tokens)}

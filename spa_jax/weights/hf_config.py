@@ -1,4 +1,4 @@
-"""`config.json` of a LLaMA checkpoint, every key of which is read, known to be harmless, or refused."""
+"""Reads `config.json` of a LLaMA checkpoint; every key is used, known not to change the computation, or refused."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from spa_jax.errors import UserError
 from spa_jax.models.llama import LlamaConfig, RopeScaling
 
-HARMLESS = frozenset({
+IGNORED_KEYS = frozenset({
     # where it comes from and what software does with it
     "_name_or_path", "name_or_path", "transformers_version", "transformers.js_config", "is_llama_config", "torch_dtype",
     "dtype", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled",
@@ -30,7 +30,7 @@ HARMLESS = frozenset({
     "pretraining_tp",
 })  # fmt: skip
 
-_MUST_BE = {
+_REQUIRED_VALUES = {
     "model_type": "llama",
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
@@ -50,7 +50,7 @@ _ROPE_KEYS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-_ABSENT = object()
+_NO_DEFAULT = object()
 
 
 def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
@@ -60,12 +60,12 @@ def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
         described: the parsed file.
 
     Raises:
-        UserError: naming the key that is missing, unknown, contradicts another one, or has a value not supported.
+        UserError: a key (named in the message) is missing, unknown, contradicts another one, or is not supported.
     """
     keys = _Keys(described)
     if described.get("model_type") is None:
         raise UserError("config.json lacks model_type; only LLaMA checkpoints (model_type llama) are supported.")
-    for key, value in _MUST_BE.items():
+    for key, value in _REQUIRED_VALUES.items():
         keys.require(key, value)
     architectures = keys.get("architectures", None)
     if architectures is not None and "LlamaForCausalLM" not in architectures:
@@ -101,7 +101,7 @@ def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _rope(keys: "_Keys") -> tuple[float, RopeScaling | None]:
-    """Base and rescaling, from `rope_parameters` (transformers 5), from `rope_theta` and `rope_scaling`, or both."""
+    """Reads base and rescaling from `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling`, or both."""
     theta = keys.decimal("rope_theta", None)
     old, new = keys.get("rope_scaling", None), keys.get("rope_parameters", None)
     scaling = _rope_scaling("rope_scaling", old)
@@ -156,28 +156,28 @@ def _unsupported(key: str, value: Any, supported: str) -> UserError:
 
 
 class _Keys:
-    """The keys of the file, each of which must be asked for: one that is not would be silently ignored otherwise."""
+    """The keys of the file; `finish` refuses the keys that nothing read, so that none is silently ignored."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
-        self._asked: set[str] = set()
+        self._read: set[str] = set()
 
-    def get(self, key: str, default: Any = _ABSENT) -> Any:
-        self._asked.add(key)
+    def get(self, key: str, default: Any = _NO_DEFAULT) -> Any:
+        self._read.add(key)
         value = self._values.get(key)
         if value is not None:
             return value
-        if default is _ABSENT:
+        if default is _NO_DEFAULT:
             raise UserError(f"config.json lacks {key}; add it, or fetch the checkpoint again.")
         return default
 
-    def number(self, key: str, default: Any = _ABSENT) -> int:
+    def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise _unsupported(key, value, "a positive whole number")
         return value
 
-    def decimal(self, key: str, default: Any = _ABSENT) -> Any:
+    def decimal(self, key: str, default: Any = _NO_DEFAULT) -> Any:
         value = self.get(key, default)
         if value is not default and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise _unsupported(key, value, "a positive number")
@@ -194,7 +194,7 @@ class _Keys:
             raise _unsupported(key, value, repr(expected))
 
     def finish(self) -> None:
-        unknown = {key for key, value in self._values.items() if value is not None} - self._asked - HARMLESS
+        unknown = {key for key, value in self._values.items() if value is not None} - self._read - IGNORED_KEYS
         if unknown:
             raise UserError(
                 f"config.json: spa_jax does not know {', '.join(sorted(unknown))}; remove what does not change the "

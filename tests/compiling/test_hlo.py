@@ -94,7 +94,7 @@ def test_a_loop_without_a_trip_count_is_counted_by_its_counter():
 
 def test_what_stays_in_fast_memory_is_not_moved():
     _, computations = parse(LOOP)
-    assert [array.fast for array in computations["body"]["p"].arrays] == [False, True, False]
+    assert [array.in_fast_memory for array in computations["body"]["p"].arrays] == [False, True, False]
     assert cost(LOOP).bytes == cost(LOOP.replace("S(1)", "")).bytes - 3 * 3 * 8 * 64 * 4
 
 

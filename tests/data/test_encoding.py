@@ -132,8 +132,8 @@ def test_of_a_conversation_only_the_first_source_is_cut(encoder):
         dataclasses.replace(encoder, max_length=30).encode(TALK)
 
 
-def test_with_a_reserve_what_is_cut_does_not_tell_how_long_the_target_is(tokenizer):
-    encoder = Encoder(tokenizer, "plain", 60, reserve=20)
+def test_with_room_for_the_target_what_is_cut_does_not_tell_how_long_it_is(tokenizer):
+    encoder = Encoder(tokenizer, "plain", 60, target_room=20)
     short, middling = (encoder.encode(Pair("x" * 100, "y" * count))[0] for count in (1, 20))
     assert short.prompts == middling.prompts
     assert len(short.prompts[0]) == 40

@@ -211,19 +211,3 @@ def test_the_command_writes_what_generate_returns(tmp_path):
             lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
             expected = [{"source": p.source, "target": p.target, "answer": p.answer} for p in pairs]
             assert [json.loads(line) for line in lines] == expected
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "train.jsonl"
-    pair = persona.Pair("a", "b", "c", "fact", "d")
-    persona.write([pair], path)
-    before = path.read_text()
-
-    def failing():
-        yield pair
-        raise RuntimeError("broken off")
-
-    with pytest.raises(RuntimeError):
-        persona.write(failing(), path)
-    assert path.read_text() == before
-    assert list(tmp_path.iterdir()) == [path]

@@ -16,7 +16,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def examples():
-    """53 examples of differing lengths in several buckets, none of them a multiple of the batch size."""
+    """53 examples of several padded shapes, none of whose counts is a multiple of the batch size."""
     rng = np.random.default_rng(0)
 
     def make():
@@ -33,7 +33,7 @@ def composition(steps, start, stop):
 
 
 @pytest.mark.parametrize("seed", [None, 0, 7])
-def test_an_epoch_holds_every_example_once_in_batches_of_one_bucket(examples, seed):
+def test_an_epoch_holds_every_example_once_in_batches_of_one_padded_shape(examples, seed):
     steps = plan_batches(examples, BATCH, seed)
     epochs = 1 if seed is None else 4
     for epoch in range(epochs):
@@ -46,7 +46,7 @@ def test_an_epoch_holds_every_example_once_in_batches_of_one_bucket(examples, se
             assert sorted(batch, key=lambda row: row < 0) == list(batch), "padding stands last"
 
 
-def test_only_the_last_batch_of_a_bucket_is_partial(examples):
+def test_only_the_last_batch_of_a_padded_shape_is_partial(examples):
     steps = plan_batches(examples, BATCH, seed=3)
     sizes = Counter(padded_shape(example) for example in examples)
     assert len(steps) == sum(-(-size // BATCH) for size in sizes.values())
@@ -65,20 +65,20 @@ def test_epochs_and_seeds_have_their_own_order_and_their_own_batches(examples):
         steps = plan_batches(examples, BATCH, seed)
         return [composition(steps, e * len(steps), (e + 1) * len(steps)) for e in range(2)]
 
-    def buckets_of(batches):
+    def shapes_of(batches):
         return [padded_shape(examples[batch[0]]) for batch in batches]
 
     orders = [*epochs_of(5), *epochs_of(500)]
     for one, other in itertools.combinations(orders, 2):
-        assert buckets_of(one) != buckets_of(other)
+        assert shapes_of(one) != shapes_of(other)
         shared = {frozenset(batch) for batch in one} & {frozenset(batch) for batch in other}
         assert len(shared) < len(one) / 3
 
 
-def test_without_a_seed_the_order_is_that_of_the_buckets(examples):
+def test_without_a_seed_the_order_is_that_of_the_padded_shapes(examples):
     steps = plan_batches(examples, BATCH)
-    buckets = [padded_shape(examples[batch[0]]) for batch in composition(steps, 0, len(steps))]
-    assert buckets == sorted(buckets)
+    shapes = [padded_shape(examples[batch[0]]) for batch in composition(steps, 0, len(steps))]
+    assert shapes == sorted(shapes)
 
 
 def test_all_lengths_up_to_512_make_few_shapes():
@@ -106,13 +106,13 @@ def test_collate_holds_its_examples_and_nothing_else(examples):
 
 
 @given(length=st.integers(0, 5000), least=st.integers(1, 100).map(lambda half: 2 * half))
-def test_a_bucket_is_the_least_of_its_series_that_holds_the_length(length, least):
+def test_a_padded_length_is_the_least_of_its_series_that_holds_the_length(length, least):
     series = sorted(factor * least * 2**k for factor in (1, 1.5) for k in range(14))
     assert padded_length(length, least) == next(size for size in series if size >= length)
 
 
 @given(length=st.integers(1, 5000), least=st.integers(2, 64).map(lambda half: 2 * half))
-def test_a_bucket_is_its_own_bucket_and_wastes_less_than_half(length, least):
+def test_a_padded_length_is_its_own_and_wastes_less_than_half(length, least):
     size = padded_length(length, least)
     assert padded_length(size, least) == size
     assert size == least or size < 1.5 * length

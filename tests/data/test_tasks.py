@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from spa_jax.data.pairs import Pair
-from spa_jax.data.tasks import PARQUET, TASKS, load_split, nested
+from spa_jax.data.tasks import PARQUET, TASKS, load_split, nested_subset
 from spa_jax.errors import UserError
 
 ROWS = {
@@ -106,7 +106,7 @@ def test_rows_of_something_else_are_refused_by_name(case, write):
 
 
 @pytest.mark.parametrize(("content", "says"), [("", "has no rows"), ("{", "is no JSON lines file"), (None, "no file")])
-def test_files_that_are_none_are_refused(content, says, tmp_path):
+def test_missing_empty_and_broken_files_are_refused(content, says, tmp_path):
     if content is not None:
         (tmp_path / "test.jsonl").write_text(content)
     with pytest.raises(UserError, match=says):
@@ -118,7 +118,7 @@ def test_an_unknown_task_is_refused_with_the_known_ones():
         load_split("squad", "", "test")
 
 
-def test_a_hub_that_is_not_there_is_one_message(monkeypatch):
+def test_an_unreachable_hub_is_one_message(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"cannot read 'EdinburghNLP/xsum' from the hub .*name a directory"):
         load_split("xsum", "", "test")
@@ -151,9 +151,9 @@ def some(count):
     return [Pair(str(i), "x") for i in range(count)]
 
 
-def test_sizes_nest():
+def test_a_smaller_size_is_part_of_every_larger_one():
     pairs = some(50)
-    chosen = [nested(pairs, size) for size in ("10", 25, "full")]
+    chosen = [nested_subset(pairs, size) for size in ("10", 25, "full")]
     assert [len(part) for part in chosen] == [10, 25, 50]
     assert chosen[1][:10] == chosen[0]
     assert chosen[2][:25] == chosen[1]
@@ -161,13 +161,13 @@ def test_sizes_nest():
     assert set(chosen[2]) == set(pairs)
 
 
-def test_sizes_count_questions():
+def test_sizes_count_the_questions_of_conversations():
     talks = [Pair(str(i), "x", later=(Pair("y", "z"), Pair("z", "y"))) for i in range(10)]
-    assert [len(nested(talks, size)) for size in (1, 3, 4, 9, 30)] == [1, 1, 2, 3, 10]
+    assert [len(nested_subset(talks, size)) for size in (1, 3, 4, 9, 30)] == [1, 1, 2, 3, 10]
 
 
 def test_table_5s_sizes_have_names():
-    assert len(nested(some(5_001), "small", "sciq")) == 5_000
+    assert len(nested_subset(some(5_001), "small", "sciq")) == 5_000
     sizes = {name: (task.sizes["small"], task.sizes["medium"], task.paper_full) for name, task in TASKS.items()}
     assert sizes["xsum"] == (10_000, 100_000, 227_000)
     assert sizes["cnn_dailymail"] == (20_000, 150_000, 312_000)
@@ -185,9 +185,9 @@ def test_table_5s_sizes_have_names():
         ("-3", "write a number"),
     ],
 )
-def test_a_size_that_is_none_or_too_large_is_refused(size, says):
+def test_an_unknown_or_too_large_size_is_refused(size, says):
     with pytest.raises(UserError, match=says):
-        nested(some(50), size, "xsum")
+        nested_subset(some(50), size, "xsum")
 
 
 @pytest.mark.parametrize("name", TASKS)

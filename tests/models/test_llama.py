@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 class StateDict:
-    """A `spa_jax.weights.mapping.Source` over a PyTorch module in memory."""
+    """A `spa_jax.weights.mapping.TensorSource` over a PyTorch module in memory."""
 
     def __init__(self, model) -> None:
         self.tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}

@@ -207,7 +207,7 @@ def test_one_shot_shows_a_training_row_and_counts_no_loss_on_it(backbone, data, 
     summary = evaluate(config_of(data, "coqa", shots=1), backbone, None, tmp_path)
     encoder, _ = encode(backbone, data, "coqa")
     shown, pair = (load_split("coqa", str(data / "coqa"), split)[1] for split in ("train", "test"))
-    example = encoder.encode_after(shown, pair)
+    example = encoder.encode_with_demonstration(shown, pair)
     text = encoder.tokenizer.decode(example.tokens)
     assert text.startswith("<user>Answer in a few words: Who?\n\nEve has a cat.<assistant>Eve</s><user>What has she?")
     assert "no</s><user>Answer in a few words: Who?\n\nEve has a cat.<assistant>Eve</s>" in text

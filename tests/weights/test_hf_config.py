@@ -107,7 +107,7 @@ def test_refused_by_name(change: dict, named: str) -> None:
         llama_config_from_hf({**BASE, **change})
 
 
-def test_harmless_keys_of_published_checkpoints() -> None:
+def test_keys_of_published_checkpoints_that_change_nothing_are_ignored() -> None:
     published = {
         "_name_or_path": "x", "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 2,
         "initializer_range": 0.04, "is_llama_config": True, "pretraining_tp": 2, "rope_interleaved": False,

@@ -167,7 +167,7 @@ def test_missing_shard_is_named(save_model) -> None:
         load_directory(directory)
 
 
-def test_index_that_lies_is_refused(save_model) -> None:
+def test_an_index_that_disagrees_with_its_shards_is_refused(save_model) -> None:
     _, directory = save_model(save_max_shard_size="20KB")
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -204,7 +204,7 @@ def test_tokenizer_does_exactly_what_its_file_says(save_model) -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_hub_failure_is_the_users_to_mend(monkeypatch) -> None:
+def test_an_unreachable_hub_is_a_user_error(monkeypatch) -> None:
     asked = []
 
     class Api:

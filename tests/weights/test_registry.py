@@ -88,7 +88,7 @@ def test_directory_and_file_by_path(save_model) -> None:
     assert backbone.config.num_layers == 3
 
 
-def test_a_name_that_is_nothing_lists_what_there_is() -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=NAME):
         load_backbone("gpt-5")
     with pytest.raises(UserError, match=r"no/such/file\.gguf"):
@@ -103,7 +103,7 @@ def test_hub_names_go_to_the_hub(no_hub) -> None:
     assert no_hub == ["org/model", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"]
 
 
-def test_falls_back_on_the_wheel_and_sticks(cache, no_hub, pip, published, loaded, monkeypatch, caplog) -> None:
+def test_falls_back_on_the_wheel_and_remembers_it(cache, no_hub, pip, published, loaded, monkeypatch, caplog) -> None:
     monkeypatch.setitem(registry.REGISTRY, NAME, registry.BackboneSource("org/model", published[0]))
     with caplog.at_level(logging.INFO):
         assert load_backbone(NAME).name == NAME
@@ -120,7 +120,7 @@ def test_falls_back_on_the_wheel_and_sticks(cache, no_hub, pip, published, loade
     assert sorted(path.name for path in file.parent.iterdir()) == ["model.gguf"]
 
 
-def test_hub_snapshot_sticks(cache, loaded, monkeypatch, tmp_path) -> None:
+def test_a_hub_snapshot_is_remembered(cache, loaded, monkeypatch, tmp_path) -> None:
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     asked = []
