@@ -5,10 +5,10 @@ import contextlib
 
 import grpc
 
-from spa_jax.split.client import merged
-from spa_jax.split.generation import device_for
+from spa_jax.split.client import merge_progress
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress
+from spa_jax.split.request import device_for
 from spa_jax.split.server import Limits, serving
 
 
@@ -63,7 +63,7 @@ async def by_hand(port, plugin, request, answer, other=None):
                 for reply in answer(message.taps, honest):
                     stream.say(reply)
             if message.HasField("progress"):
-                progress = merged(progress, message.progress)
+                progress = merge_progress(progress, message.progress)
                 if progress.done:
                     return progress
             assert not message.HasField("refusal"), message.refusal.reason

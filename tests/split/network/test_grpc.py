@@ -13,14 +13,14 @@ from tiny_split import make_plugin
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.split import metrics
-from spa_jax.split.client import Connection, generate, merged
+from spa_jax.split.client import Connection, generate, merge_progress
 from spa_jax.split.device import Device
-from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import SERVICE, ServerSecurity
-from spa_jax.split.live import Outbox
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
+from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
+from spa_jax.split.server_session import Outbox
 
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
 
@@ -42,7 +42,7 @@ def test_over_the_network_it_says_what_it_says_in_one_process(beams, cloud, plug
     assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
     assert [g.consulted for g in there.generations] == [g.consulted for g in here.generations]
     assert (there.degraded, there.traffic.exchanges) == (0, here.traffic.exchanges)
-    assert there.texts == ["".join(cloud.pieces(g)) for g in here.generations]
+    assert there.texts == ["".join(cloud.token_texts(g)) for g in here.generations]
     assert seen[-1].done
 
 
@@ -115,7 +115,7 @@ def test_a_device_that_lost_its_line_comes_back_and_goes_on(cloud, plugin, reque
                 if message.HasField("taps"):
                     stream.say(FromDevice(reply=device.receive(message.taps)))
                 if message.HasField("progress"):
-                    progress = merged(progress, message.progress)
+                    progress = merge_progress(progress, message.progress)
                     if progress.done:
                         return progress
 
@@ -260,7 +260,7 @@ def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(c
                 if message.HasField("taps") and (reply := device.receive(message.taps)) is not None:
                     stream.say(FromDevice(reply=reply))
                 if message.HasField("progress"):
-                    progress = merged(progress, message.progress)
+                    progress = merge_progress(progress, message.progress)
             return progress
 
     progress = run(cloud, scenario)

@@ -13,10 +13,10 @@ import pytest
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.cloud_process import cloud_process
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import check_address
-from spa_jax.split.local import cloud_process
+from spa_jax.split.request import open_message
 
 ROOT = Path(__file__).parents[3]
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10

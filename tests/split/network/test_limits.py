@@ -9,9 +9,9 @@ from spa_jax.split import metrics, session
 from spa_jax.split.client import Connection, generate, read_token
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
 from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
+from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 
@@ -122,8 +122,8 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
 
     monkeypatch.setattr(session, "Encoder", never)
     many, long = (open_message(plugin, PROMPTS, NEW) for _ in range(2))
-    many.prompts.extend([Prompt(text="a")] * session.MOST_PROMPTS)
-    long.prompts.extend([Prompt(text="a" * session.LONGEST_REQUEST)])
+    many.prompts.extend([Prompt(text="a")] * session.MAX_PROMPTS)
+    long.prompts.extend([Prompt(text="a" * session.MAX_PROMPT_SIZE)])
     for request in (many, long):
         with pytest.raises(UserError, match="more than the cloud takes at once"):
             cloud.plan(request)
@@ -133,7 +133,7 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
 def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugin, request_, monkeypatch):
     cloud = Cloud(backbone)
     here = in_process(cloud, plugin, request_)
-    monkeypatch.setattr(session, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(session, "MAX_COMPILED", 2)
     programs.prefill.clear_cache()
     cloud = Cloud(backbone)
     open_one, sizes = cloud.open(request_), []
@@ -141,10 +141,10 @@ def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugi
         cloud.open(open_message(plugin, PROMPTS, new))
         sizes.append(programs.prefill._cache_size())
     assert sizes == [2, 1, 2]
-    rest = open_one.wanted()
+    rest = open_one.next_question()
     assert rest.step == 1
-    while open_one.wanted() is not None:
-        open_one.resume(None)
+    while open_one.next_question() is not None:
+        open_one.apply_reply(None)
     base = in_process(cloud, plugin, open_message(plugin, PROMPTS, NEW, setting="base"))
     assert [g.tokens for g in open_one.result()] == [g.tokens for g in base.generations]
     assert here.generations != base.generations

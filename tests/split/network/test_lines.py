@@ -15,10 +15,10 @@ from spa_jax.split import grpc_channel, metrics, server
 from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
-from spa_jax.split.live import LiveSession
 from spa_jax.split.messages_pb2 import FromDevice
+from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits
+from spa_jax.split.server_session import ServerSession
 
 PROMPTS, NEW = ["What is thing 1? " * 3, "And thing 2, if you please?"], 8
 
@@ -103,34 +103,34 @@ def test_a_connection_that_grows_old_is_closed_and_only_who_reads_comes_back(clo
     monkeypatch.setattr(server, "CLOUD_OPTIONS", tuple((dict(grpc_channel.CLOUD_OPTIONS) | dict(old)).items()))
     request = open_message(plugin, PROMPTS, NEW)
     here = in_process(cloud, plugin, request)
-    receive, attach, lives = Device.receive, LiveSession.attach, []
+    receive, attach, sessions = Device.receive, ServerSession.attach, []
 
     def slow(self, taps):
         time.sleep(0.5)
         return receive(self, taps)
 
     def attached(self):
-        lives.append(self)
+        sessions.append(self)
         return attach(self)
 
     monkeypatch.setattr(Device, "receive", slow)
-    monkeypatch.setattr(LiveSession, "attach", attached)
+    monkeypatch.setattr(ServerSession, "attach", attached)
 
     async def scenario(port):
         async with connected(port) as channel, Relay(port) as relay:
             deaf = Stream(channel, FromDevice(open=request))
-            while not lives:
+            while not sessions:
                 await asyncio.sleep(0.01)
             there = await generate(Connection(relay.address), plugin, request)
-            while lives[0].outbox is not None:
+            while sessions[0].outbox is not None:
                 await asyncio.sleep(0.01)
-            waits = lives[0].under_way
+            is_running = sessions[0].is_running
             deaf.call.cancel()
-            return there, waits, relay.connections
+            return there, is_running, relay.connections
 
-    there, waits, connections = run(cloud, scenario, Limits(deadline=600))
+    there, is_running, connections = run(cloud, scenario, Limits(deadline=600))
     assert connections >= 2
-    assert waits, "the session of the deaf device was over, and with it the stream"
+    assert is_running, "the session of the deaf device was over, and with it the stream"
     assert there.generations == here.generations
 
 
