@@ -30,9 +30,9 @@ def test_sessions_that_are_opened_at_once_count_for_their_token(cloud, request_,
         async with connected(port) as channel:
             header = [("authorization", "Bearer one")]
             streams = [Stream(channel, FromDevice(open=request_), header) for _ in range(6)]
-            firsts = [await stream.hear() for stream in streams]
+            firsts = [await stream.receive() for stream in streams]
             for stream in streams:
-                stream.say(FromDevice(cancel=Cancel()))
+                stream.send(FromDevice(cancel=Cancel()))
             return firsts
 
     firsts = run(
@@ -51,13 +51,13 @@ def test_a_finished_session_takes_no_room_and_its_result_can_be_had_again_for_a_
         async with connected(port) as channel:
             for _ in range(3):
                 device = Stream(channel, FromDevice(open=request_))
-                sessions.append((await device.hear()).opened.session)
-                while await device.hear() is not None:
+                sessions.append((await device.receive()).opened.session)
+                while await device.receive() is not None:
                     pass
             for name in sessions:
                 back = Stream(channel, FromDevice(reopen=Reopen(session=name)))
-                first = await back.hear()
-                again.append(await back.hear() if first.HasField("opened") else first)
+                first = await back.receive()
+                again.append(await back.receive() if first.HasField("opened") else first)
         return again
 
     limits = Limits(sessions=2, deadline=0.05, first_deadline=0)
@@ -82,12 +82,12 @@ def test_a_device_that_has_answered_is_not_told_the_prompt_again(cloud, backbone
         told = []
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=open_message(plugin, PROMPTS, NEW)))
-            name = (await stream.hear()).opened.session
+            name = (await stream.receive()).opened.session
             for step in (0, 1):
                 stream = Stream(channel, FromDevice(reopen=Reopen(session=name, step=step)))
-                assert (await stream.hear()).HasField("opened")
-                told.append((await stream.hear()).taps.prompt)
-            stream.say(FromDevice(cancel=Cancel()))
+                assert (await stream.receive()).HasField("opened")
+                told.append((await stream.receive()).taps.prompt)
+            stream.send(FromDevice(cancel=Cancel()))
         return told
 
     assert run(cloud, scenario) == [True, False]
