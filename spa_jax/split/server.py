@@ -159,9 +159,12 @@ class Server:
         return self._tokens is None or sum(hmac.compare_digest(given, known.encode()) for known in self._tokens) > 0
 
     def _check_capacity(self, memory: int, token: str) -> None:
-        """Raises:
-        UserError: no session may take so much memory.
-        Refused: the running sessions leave no room for it."""
+        """Checks that there is room for another session.
+
+        Raises:
+            UserError: no session may take so much memory.
+            Refused: the running sessions leave no room for it.
+        """
         limits = self._limits
         used = [*self._opening, *((other.token, other.memory) for other in self._sessions.values() if other.is_running)]
         of_token = sum(owner == token for owner, _ in used)
