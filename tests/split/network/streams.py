@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 
 import grpc
+from prometheus_client import REGISTRY
 
 from spa_jax.split.client import merge_progress
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress
 from spa_jax.split.request import device_for
 from spa_jax.split.server import Limits, serving
+
+metric = REGISTRY.get_sample_value
+"""Name of a sample -> its value."""
 
 
 def run(cloud, scenario, limits=None, security=None):

@@ -7,12 +7,11 @@ import time
 import jax
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from streams import Stream, by_hand, connected, run, tokens_of
+from streams import Stream, by_hand, connected, metric, run, tokens_of
 from tiny_split import make_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
-from spa_jax.split import metrics
 from spa_jax.split.client import Connection, generate, merge_progress
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
@@ -274,12 +273,12 @@ def test_a_device_that_is_too_slow_skips_to_the_newest_question(cloud, plugin, r
 
     def slow(self, taps):
         seen.append(taps.step)
-        while len(seen) == 2 and metrics.EXCHANGES._value.get() < asked + 6:
+        while len(seen) == 2 and metric("spa_exchanges_total") < asked + 6:
             time.sleep(0.01)
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)
-    asked = metrics.EXCHANGES._value.get()
+    asked = metric("spa_exchanges_total")
 
     async def scenario(port):
         return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())

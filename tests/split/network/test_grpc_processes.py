@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from streams import tokens_of
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
@@ -25,10 +26,6 @@ PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
 @pytest.fixture(scope="module")
 def request_of(plugin):
     return lambda beams=None, new=NEW: open_message(plugin, PROMPTS, new, beams=beams)
-
-
-def tokens_of(progress):
-    return [list(generated.tokens) for generated in progress.generated]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """What a cloud lets devices use, and what it will not start with."""
 
+import dataclasses
+import threading
+
 import pytest
-from streams import Stream, connected, run, tokens_of
+from streams import Stream, connected, metric, run, tokens_of
+from tiny_split import make_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import cloud as programs
-from spa_jax.split import metrics, session
+from spa_jax.split import session
 from spa_jax.split.client import Connection, generate, read_token
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
@@ -71,24 +75,20 @@ def test_a_finished_session_takes_no_room_and_its_result_can_be_had_again_for_a_
         )
 
 
-def test_a_device_that_has_answered_is_not_told_the_prompt_again(cloud, backbone):
-    from dataclasses import replace
-
-    from tiny_split import make_plugin
-
-    plugin = replace(make_plugin("s1", "transformer"), fingerprint=backbone.fingerprint)
+def test_a_device_that_has_answered_is_not_sent_the_prompt_again(cloud, backbone):
+    plugin = dataclasses.replace(make_plugin("s1", "transformer"), fingerprint=backbone.fingerprint)
 
     async def scenario(port):
-        told = []
+        is_prompt = []
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=open_message(plugin, PROMPTS, NEW)))
             name = (await stream.receive()).opened.session
             for step in (0, 1):
                 stream = Stream(channel, FromDevice(reopen=Reopen(session=name, step=step)))
                 assert (await stream.receive()).HasField("opened")
-                told.append((await stream.receive()).taps.prompt)
+                is_prompt.append((await stream.receive()).taps.prompt)
             stream.send(FromDevice(cancel=Cancel()))
-        return told
+        return is_prompt
 
     assert run(cloud, scenario) == [True, False]
 
@@ -98,15 +98,15 @@ def test_a_device_has_longer_for_its_first_answer(cloud, plugin, request_, monke
     receive = Device.receive
 
     async def scenario(port):
-        seen, asked = [], metrics.EXCHANGES._value.get()
+        seen, asked = [], metric("spa_exchanges_total")
 
         def slow(self, taps):
             if taps.step == 1:
                 waited.wait(1.0)
-                assert metrics.EXCHANGES._value.get() == asked + 1, "the cloud has gone on"
+                assert metric("spa_exchanges_total") == asked + 1, "the cloud has gone on"
             return receive(self, taps)
 
-        waited = __import__("threading").Event()
+        waited = threading.Event()
         monkeypatch.setattr(Device, "receive", slow)
         await generate(
             Connection(f"127.0.0.1:{port}"), plugin, request_, lambda progress: seen.append(progress.degraded)
@@ -152,7 +152,7 @@ def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugi
 
 def test_a_generation_without_a_question_has_its_first_token_counted(cloud, plugin):
     def counted():
-        return metrics.SECONDS_TO_FIRST_TOKEN._sum.get(), metrics.BYTES_UP._value.get()
+        return metric("spa_seconds_to_first_token_sum"), metric("spa_bytes_up_total")
 
     request = open_message(plugin, PROMPTS, NEW, setting="base")
     before = counted()

@@ -7,11 +7,11 @@ import threading
 import time
 
 import pytest
-from streams import Stream, connected, run
+from streams import Stream, connected, metric, run
 from tiny_split import make_plugin
 
 from spa_jax.errors import UserError
-from spa_jax.split import grpc_channel, metrics, server
+from spa_jax.split import grpc_channel, server
 from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
@@ -139,10 +139,10 @@ def test_what_ends_the_device_ends_the_work_of_the_cloud(how, cloud, plugin, mon
     request = open_message(plugin, PROMPTS, NEW)
 
     async def scenario(port):
-        before, task = metrics.SESSIONS._value.get(), None
+        before, task = metric("spa_sessions"), None
 
         def watch(progress):
-            assert metrics.SESSIONS._value.get() == before + 1
+            assert metric("spa_sessions") == before + 1
             if how == "interrupted":
                 task.cancel()
             else:
@@ -151,7 +151,7 @@ def test_what_ends_the_device_ends_the_work_of_the_cloud(how, cloud, plugin, mon
         task = asyncio.create_task(generate(Connection(f"127.0.0.1:{port}"), plugin, request, watch))
         with pytest.raises(asyncio.CancelledError if how == "interrupted" else OverflowError):
             await task
-        while metrics.SESSIONS._value.get() > before:
+        while metric("spa_sessions") > before:
             await asyncio.sleep(0.01)
 
     run(cloud, scenario, Limits(deadline=600))
