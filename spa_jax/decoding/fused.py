@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,7 @@ from spa_jax.models.llama import Params
 from spa_jax.models.method import Method
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.peft import PeftPlugin
-from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.plugin import Trained
 
 MIN_GROUPS = 4
 """Groups below which a batch is not narrowed."""
@@ -44,7 +43,7 @@ class FusedModel:
     def __init__(
         self,
         backbone: Backbone,
-        plugin: Plugin | PeftPlugin | None,
+        plugin: Trained[Any] | None,
         setting: Setting | None = None,
         threshold: float | None = None,
         prompts: PromptStore | None = None,
