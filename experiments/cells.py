@@ -14,7 +14,7 @@ from typing import Any
 from configs import default
 from experiments.ablation import hardware, matched, size_of
 from experiments.scales import BATCH_SIZE, BEAMS, EPOCHS, LEARNING_RATES, Scale
-from spa_jax.decoding.prompts import PromptStore
+from spa_jax.decoding.prompt_store import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.models.combine import Setting

@@ -23,12 +23,12 @@ import trustme
 
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Answer, InProcess
-from spa_jax.split.client import CloudGone, Connection, generate, merged
-from spa_jax.split.generation import device_for, open_message
+from spa_jax.split.client import CloudGone, Connection, generate, merge_progress
+from spa_jax.split.cloud_process import LocalCloud, cloud_process
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import MAX_BYTES_UP, METHOD, SERVICE
-from spa_jax.split.local import LocalCloud, cloud_process
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress, Reopen, Reply, Tensor
+from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.session import Cloud
 from spa_jax.weights.backbone import Backbone
@@ -147,7 +147,7 @@ class Site:
                     if message.taps.step == until:
                         break
                 elif message.HasField("progress"):
-                    progress = merged(progress, message.progress)
+                    progress = merge_progress(progress, message.progress)
                     if progress.done:
                         break
         return session, progress
@@ -281,7 +281,7 @@ async def deaf(site: Site) -> str:
         progress = Progress()
         async for message in stream.messages():
             if message.HasField("progress"):
-                progress = merged(progress, message.progress)
+                progress = merge_progress(progress, message.progress)
     return site.bench.outcome(progress)
 
 

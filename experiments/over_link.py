@@ -10,8 +10,8 @@ from typing import Any
 
 from experiments.hosts import CLOUD, DEVICE, Link, inside, two_hosts
 from spa_jax.split.channel import Traffic
+from spa_jax.split.cloud_process import cloud_process
 from spa_jax.split.latency import network_seconds
-from spa_jax.split.local import cloud_process
 from spa_jax.split.simulated import Network
 
 

@@ -29,9 +29,10 @@ from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.split import client
 from spa_jax.split.client import Connection
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.generation import generate
 from spa_jax.split.head import Head, head_of
-from spa_jax.split.local import cloud_process
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone

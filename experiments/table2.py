@@ -25,9 +25,10 @@ from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
 from spa_jax.models.peft import Peft, PeftConfig
 from spa_jax.split.channel import Traffic
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.generation import generate
 from spa_jax.split.latency import total_seconds
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.training.config import DataConfig, RunConfig

@@ -22,10 +22,11 @@ from spa_jax.models.peft import Peft, PeftConfig, PeftSetting, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split.channel import Answer, Traffic
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.generation import generate
 from spa_jax.split.latency import network_seconds
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
 from spa_jax.split.messages_pb2 import Layer, Reply, Taps
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import Codec

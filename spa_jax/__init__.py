@@ -13,14 +13,14 @@ Train a plugin on rows of your own, and ask it something:
 The same generation by two programs that share no parameter and meet only in messages. The device says what it wants
 generated and answers the cloud's questions; the cloud has the backbone:
 
-    >>> from spa_jax.split.generation import device_for, open_message
+    >>> from spa_jax.split.request import device_for, open_message
     >>> request = open_message(plugin, ["What is thing 3?"], max_new_tokens=8)
     >>> session = spa_jax.Cloud(backbone).open(request)
     >>> device = device_for(plugin, request, session.lengths)
     >>> isinstance(device, spa_jax.Device)
     True
-    >>> while (question := session.wanted()) is not None:
-    ...     session.resume(device.receive(question))
+    >>> while (question := session.next_question()) is not None:
+    ...     session.apply_reply(device.receive(question))
     >>> session.result()[0].tokens == answer.tokens
     True
 

@@ -29,11 +29,12 @@ from spa_jax.printer import Printer
 from spa_jax.split import client
 from spa_jax.split.channel import InProcess, Traffic
 from spa_jax.split.client import CloudGone, Connection, read_token
-from spa_jax.split.generation import Connect, generate, open_message
+from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.generation import Connect, generate
 from spa_jax.split.grpc_channel import check_address
 from spa_jax.split.head import Head, head_of, load_head
-from spa_jax.split.local import cloud_process
 from spa_jax.split.messages_pb2 import Open
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import CODECS, REPLIES, Codec, ReplyMode
@@ -44,7 +45,7 @@ from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
-KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
+PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read prompts from the terminal, each answered on its own.")
 SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
@@ -76,10 +77,14 @@ OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and wh
 
 Tokens = Iterator[tuple[int, bool]]
 """Token ids as they come, each with whether the device was asked."""
+GenerateTokens = Callable[[list[int], dict[str, Any]], Tokens]
+"""Generates from the token ids of a prompt, and adds to a dictionary what passed between cloud and device."""
 
 
-def fused_answer(model: FusedModel, sampling: Sampling, beams: Beams | None, prompt: list[int], cost: Any) -> Tokens:
-    """From one program; there is no channel, so `cost` stays empty."""
+def generate_fused(
+    model: FusedModel, sampling: Sampling, beams: Beams | None, prompt: list[int], cost: dict[str, Any]
+) -> Tokens:
+    """Generates by one program; there is no channel, so `cost` stays empty."""
     if beams is None:
         yield from model.stream(prompt, MAX_NEW_TOKENS.value, sampling, SEED.value)
         return
@@ -87,7 +92,7 @@ def fused_answer(model: FusedModel, sampling: Sampling, beams: Beams | None, pro
     yield from zip(generation.tokens, generation.consulted)
 
 
-def split_answer(
+def generate_split(
     cloud: Cloud,
     plugin: Plugin,
     head: Head | None,
@@ -95,17 +100,17 @@ def split_answer(
     sampling: Sampling,
     beams: Beams | None,
     prompt: list[int],
-    cost: Any,
+    cost: dict[str, Any],
 ) -> Tokens:
-    """From two programs; `cost` gets what passed between them."""
+    """Generates by two programs in this process, and adds what passed between them to `cost`."""
     result = generate(cloud, plugin, request_for(plugin, sampling, beams, prompt), connect, head)
     (generation,) = result.generations
-    cost |= costs(result.traffic, len(generation.tokens), result.degraded, result.cloud_seconds)
+    cost |= describe_cost(result.traffic, len(generation.tokens), result.degraded, result.cloud_seconds)
     yield from zip(generation.tokens, generation.consulted)
 
 
 def request_for(plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt: list[int]) -> Open:
-    """What the device asks the cloud for, by the flags."""
+    """Makes the device's request to the cloud, by the flags."""
     return open_message(
         plugin,
         [prompt],
@@ -121,7 +126,7 @@ def request_for(plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt:
 
 
 def head_for(plugin: Plugin, backbone: Backbone) -> Head | None:
-    """The device's LM head, by the flags."""
+    """Returns the device's LM head, by the flags; None if it needs none."""
     if REPLY.value != "token":
         return None
     return (
@@ -129,8 +134,8 @@ def head_for(plugin: Plugin, backbone: Backbone) -> Head | None:
     )
 
 
-def costs(traffic: Traffic, tokens: int, degraded: int, cloud_seconds: float) -> dict[str, Any]:
-    """What `--output` says of a generation over a channel."""
+def describe_cost(traffic: Traffic, tokens: int, degraded: int, cloud_seconds: float) -> dict[str, Any]:
+    """Describes the traffic of a generation for `--output`."""
     return {
         "exchanges": traffic.exchanges,
         "bytes_up": traffic.bytes_up,
@@ -144,16 +149,17 @@ def costs(traffic: Traffic, tokens: int, degraded: int, cloud_seconds: float) ->
     }
 
 
-def remote_answer(
+def generate_remote(
     connection: Connection,
     plugin: Plugin,
     head: Head | None,
     sampling: Sampling,
     beams: Beams | None,
     prompt: list[int],
-    cost: Any,
+    cost: dict[str, Any],
 ) -> Tokens:
-    """From a cloud in another process; `cost` gets what passed between them, the network's time with the cloud's."""
+    """Generates with a cloud in another process, and adds to `cost` what passed between them; the seconds of the cloud
+    include those of the network."""
     request = request_for(plugin, sampling, beams, prompt)
     began = time.perf_counter()
     try:
@@ -164,26 +170,28 @@ def remote_answer(
         raise
     (generation,), traffic = result.generations, result.traffic
     seconds = time.perf_counter() - began - traffic.device_seconds
-    cost |= costs(traffic, len(generation.tokens), result.degraded, seconds)
+    cost |= describe_cost(traffic, len(generation.tokens), result.degraded, seconds)
     yield from zip(generation.tokens, generation.consulted)
 
 
-CHILDREN = contextlib.ExitStack()
-"""Processes that end with this one."""
+LOCAL_CLOUD = contextlib.ExitStack()
+"""Ends the cloud that `start_local_cloud` has started."""
 
 
-def own_cloud(backbone: Backbone) -> str:
-    """The address of a cloud on this machine, where nothing but a device that works on can be late."""
-    return CHILDREN.enter_context(cloud_process(backbone.name, "--deadline=60", f"--weights={KEPT.value}")).address
+def start_local_cloud(backbone: Backbone) -> str:
+    """Starts a cloud on this machine, with a long deadline since no network can be slow, and returns its address."""
+    return LOCAL_CLOUD.enter_context(
+        cloud_process(backbone.name, "--deadline=60", f"--weights={PRECISION.value}")
+    ).address
 
 
-def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt: str) -> dict[str, Any]:
-    """Streams the answer to the terminal and returns it as `--output` writes it."""
+def answer(generate_tokens: GenerateTokens, encoder: Encoder, prompt: str) -> dict[str, Any]:
+    """Prints the answer to a prompt as it comes, and returns it as `--output` writes it."""
     printer, text, tokens, sources = Printer(), StreamingDetokenizer(encoder.tokenizer), [], []
     cost: dict[str, Any] = {}
     began = time.perf_counter()
     try:
-        for token, consulted in respond(encoder.prompt(prompt), cost):
+        for token, consulted in generate_tokens(encoder.prompt(prompt), cost):
             tokens.append(token)
             sources.append("device" if consulted else "cloud")
             printer.add(text.add(token), consulted)
@@ -204,37 +212,38 @@ def answer(respond: Callable[[list[int], Any], Tokens], encoder: Encoder, prompt
     return {"prompt": prompt, "text": whole, "tokens": tokens, "sources": sources, "consulted_share": share, **cost}
 
 
-def responder(
+def make_generator(
     backbone: Backbone, plugin: Plugin | PeftPlugin | None, sampling: Sampling, beams: Beams | None
-) -> Callable[[list[int], Any], Tokens]:
-    """What answers a prompt's tokens, by `--channel`.
+) -> GenerateTokens:
+    """Makes the function that generates over the `--channel`.
 
     Raises:
-        UserError: a channel without a side network at its end, or a network that makes no sense.
+        UserError: the channel leads to no side network, or a network that makes no sense.
     """
     if CHANNEL.value == "none":
         if REPLY.value != "correction":
             raise UserError("--reply=token is what a device answers: name a --channel to reach one")
         model = FusedModel(backbone, plugin, cast(Setting | None, SETTING.value), THRESHOLD.value)
-        return functools.partial(fused_answer, model, sampling, beams)
+        return functools.partial(generate_fused, model, sampling, beams)
     if plugin is None:
         raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
-    if isinstance(plugin, PeftPlugin):
+    if plugin.config.side is None:
         raise UserError(
             f"--channel={CHANNEL.value} leads to a side network, and a '{plugin.config.setting}' works within the "
             "backbone: use --channel=none (experiments.table2_network counts what its layers would exchange)"
         )
+    plugin = cast(Plugin, plugin)
     plugin.check(backbone)
     head = head_for(plugin, backbone)
     if CHANNEL.value == "grpc":
-        address = check_address(CLOUD.value or own_cloud(backbone), TLS.value, INSECURE.value)
+        address = check_address(CLOUD.value or start_local_cloud(backbone), TLS.value, INSECURE.value)
         connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
-        return functools.partial(remote_answer, connection, plugin, head, sampling, beams)
+        return functools.partial(generate_remote, connection, plugin, head, sampling, beams)
     connect: Connect = InProcess
     if CHANNEL.value == "simulated":
         network = Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
         connect = functools.partial(Simulated, network=network)
-    return functools.partial(split_answer, Cloud(backbone), plugin, head, connect, sampling, beams)
+    return functools.partial(generate_split, Cloud(backbone), plugin, head, connect, sampling, beams)
 
 
 def main() -> None:
@@ -254,26 +263,24 @@ def main() -> None:
     beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
     plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
     backbone = load_backbone(
-        BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, KEPT.value))
+        BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, PRECISION.value))
     )
-    with CHILDREN:
-        answer_all(responder(backbone, plugin, sampling, beams), backbone, plugin)
+    with LOCAL_CLOUD:
+        answer_all(make_generator(backbone, plugin, sampling, beams), backbone, plugin)
 
 
-def answer_all(
-    respond: Callable[[list[int], Any], Tokens], backbone: Backbone, plugin: Plugin | PeftPlugin | None
-) -> None:
+def answer_all(generate_tokens: GenerateTokens, backbone: Backbone, plugin: Plugin | PeftPlugin | None) -> None:
     """Answers the prompt of the flags, or those typed in."""
     template = (plugin.template if plugin else "") or ("chat" if backbone.tokenizer.chat_template else "plain")
     encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
     if PROMPT.value is not None:
-        result = answer(respond, encoder, PROMPT.value)
+        result = answer(generate_tokens, encoder, PROMPT.value)
         if OUTPUT.value:
             write_json(Path(OUTPUT.value), result)
         return
     for prompt in command.typed_prompts():
         try:
-            answer(respond, encoder, prompt)
+            answer(generate_tokens, encoder, prompt)
         except CloudGone:
             raise
         except UserError as error:  # such as one prompt that is too long: the next may be answered

@@ -31,10 +31,10 @@ from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.printer import Printer
 from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
-from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import ServerSecurity, check_address
 from spa_jax.split.head import Head, load_head, save_head
 from spa_jax.split.messages_pb2 import Progress
+from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec
@@ -49,7 +49,7 @@ PORT = flags.DEFINE_integer("port", 8470, "cloud: port to listen on; 0 for any t
 METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "cloud: port of Prometheus metrics, on --host; 0 for none.")
 BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "cloud, head: name, directory or .gguf file.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "cloud: of the backbone; bfloat16 on GPUs and TPUs.")
-KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "cloud: int8 keeps the backbone's matrices in 8 bits.")
+PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "cloud: int8 keeps the backbone's matrices in 8 bits.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "cloud: devices that every block is split over.", lower_bound=1)
 TLS_CERT = flags.DEFINE_string("tls_cert", "", "cloud: PEM file of its certificate.")
 TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key.")
@@ -90,7 +90,7 @@ OUTPUT = flags.DEFINE_string("output", None, "device: JSON of text, tokens, sour
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """Formats a log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {"time": record.created, "level": record.levelname, "logger": record.name}
@@ -99,21 +99,21 @@ class JsonLines(logging.Formatter):
         return json.dumps({**entry, "message": record.getMessage()})
 
 
-def load_split() -> Backbone:
-    """The backbone over the first `--tensor` devices.
+def load_sharded() -> Backbone:
+    """Loads the backbone over the first `--tensor` devices.
 
     Raises:
-        UserError: there are not so many, or its heads do not divide.
+        UserError: there are not so many devices, or the heads cannot be divided among them.
     """
     devices = jax.devices()
     if TENSOR.value > len(devices):
         raise UserError(f"--tensor={TENSOR.value}, but this machine has {len(devices)} devices")
     partitioner = MeshPartitioner(make_mesh(MeshConfig(1, 1, TENSOR.value, 1), 1, devices[: TENSOR.value]))
-    return load_backbone(BACKBONE.value, DTYPE.value, partitioner, Compute(weights=cast(Weights, KEPT.value)))
+    return load_backbone(BACKBONE.value, DTYPE.value, partitioner, Compute(weights=cast(Weights, PRECISION.value)))
 
 
 async def run_cloud() -> None:
-    """Serves until it is told to stop."""
+    """Serves devices until a signal, or with `--until_input_ends` the end of standard input."""
     security = ServerSecurity(TLS_CERT.value, TLS_KEY.value, TOKENS.value)
     address = check_address(f"{HOST.value}:{PORT.value}", bool(TLS_CERT.value), INSECURE.value)
     limits = Limits(
@@ -124,7 +124,7 @@ async def run_cloud() -> None:
         first_deadline=FIRST_DEADLINE.value,
         linger=LINGER.value,
     ).check()
-    cloud = Cloud(load_split())
+    cloud = Cloud(load_sharded())
     if METRICS_PORT.value:
         try:
             prometheus_client.start_http_server(METRICS_PORT.value, HOST.value)
@@ -134,13 +134,13 @@ async def run_cloud() -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
 
-    def read() -> None:
+    def stop_at_end_of_input() -> None:
         if not os.read(0, 4096):
             loop.remove_reader(0)
             stop.set()
 
     if UNTIL_INPUT_ENDS.value:
-        loop.add_reader(0, read)
+        loop.add_reader(0, stop_at_end_of_input)
     async with serving(cloud, address, limits, security) as (_, port):
         print(f"serving on port {port}", flush=True)
         await stop.wait()
@@ -148,14 +148,14 @@ async def run_cloud() -> None:
 
 def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) -> None:
     """Prints the answer to a prompt as it comes."""
-    printer, printed = Printer(), 0
+    printer, num_printed = Printer(), 0
 
-    def watch(progress: Progress) -> None:
-        nonlocal printed
+    def print_new(progress: Progress) -> None:
+        nonlocal num_printed
         (answer,) = progress.generated
-        for piece, consulted in zip(answer.pieces[printed:], answer.consulted[printed:]):
-            printer.add(piece, consulted)
-        printed = len(answer.pieces)
+        for text, consulted in zip(answer.pieces[num_printed:], answer.consulted[num_printed:]):
+            printer.add(text, consulted)
+        num_printed = len(answer.pieces)
 
     request = open_message(
         plugin,
@@ -170,7 +170,7 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
         reply=cast(ReplyMode, REPLY.value),
     )
     try:
-        result: RemoteResult = asyncio.run(generate(connection, plugin, request, watch, head))
+        result: RemoteResult = asyncio.run(generate(connection, plugin, request, print_new, head))
     finally:
         printer.finish()
     (generation,), traffic = result.generations, result.traffic
@@ -184,7 +184,7 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
             "prompt": prompt,
             "text": result.texts[0],
             "tokens": generation.tokens,
-            "sources": ["device" if asked else "cloud" for asked in generation.consulted],
+            "sources": ["device" if consulted else "cloud" for consulted in generation.consulted],
             "exchanges": traffic.exchanges,
             "bytes_up": traffic.bytes_up,
             "bytes_down": traffic.bytes_down,

@@ -12,7 +12,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.compiling.hlo import Cost, cost
-from spa_jax.data.pipeline import Batch, padded_length
+from spa_jax.data.padding import padded_length
+from spa_jax.data.pipeline import Batch
 from spa_jax.decoding.cache import count_slots, init_cache
 from spa_jax.decoding.sampling import GREEDY
 from spa_jax.models.llama import Llama, Params, init_params
@@ -20,7 +21,7 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import Matrix, quantize
 from spa_jax.split import wire
 from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
-from spa_jax.split.device import Seen, correct
+from spa_jax.split.device import SideInput, correct
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.training.config import RunConfig
 from spa_jax.training.features import extract, tap_positions
@@ -180,7 +181,7 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     slots = count_slots(sizes.length, sizes.room, 1)
     program, outputs = _compile(
         "prefill", prefill, config, frozen, router, array(groups, padded_length(sizes.length, 32), dtype=jnp.int32),
-        array(groups, dtype=jnp.int32), 0, GREEDY, slots=slots, room=sizes.room,
+        array(groups, dtype=jnp.int32), 0, GREEDY, slots=slots, max_new_tokens=sizes.room,
     )  # fmt: skip
     yield program
     if outputs is None:
@@ -201,10 +202,10 @@ def _device(plugin: PluginConfig, partitioner: MeshPartitioner, sizes: Sizes, co
         cache = jax.eval_shape(lambda: init_cache(block, rows, slots, jnp.dtype(jnp.float32)))
     integers = jax.ShapeDtypeStruct((rows,), jnp.int32)
     taps = _encoded(codec, (rows, positions, len(plugin.side.taps), plugin.hidden_size))
-    seen = Seen(taps, jax.ShapeDtypeStruct((rows, positions), jnp.int32), integers, integers)  # type: ignore[arg-type]
-    arguments = (init_plugin(plugin, abstract=True)["side"], cache, seen)
-    side, cache, seen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arguments)
-    return _compile("correct", correct, plugin, codec, side, cache, seen)[0]
+    inputs = SideInput(taps, jax.ShapeDtypeStruct((rows, positions), jnp.int32), integers, integers)  # type: ignore[arg-type]
+    arguments = (init_plugin(plugin, abstract=True)["side"], cache, inputs)
+    side, cache, inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arguments)
+    return _compile("correct", correct, plugin, codec, side, cache, inputs)[0]
 
 
 def _mesh(model: Llama) -> jax.sharding.Mesh:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spa_jax.data.encoding import Example
+from spa_jax.data.padding import padded_length
 
 
 class Batch(NamedTuple):
@@ -25,14 +26,6 @@ class Batch(NamedTuple):
     targets: Int[np.ndarray, "B R"]
     weights: Float[np.ndarray, "B R"]
     """1 for a target token, 0 for padding; float32."""
-
-
-def padded_length(length: int, least: int) -> int:
-    """Rounds a length up to the next of least, 1.5, 2, 3, 4, 6, ... times least, so that few programs compile."""
-    size = least
-    while size < length:
-        size *= 2
-    return size * 3 // 4 if size * 3 // 4 >= max(length, least) else size
 
 
 def padded_shape(example: Example) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 The K hypotheses of a group share one row of it. The prompt is there once, then follow K slots for every new position,
 one for each hypothesis. A token keeps its slot whatever becomes of its hypothesis: a beam search moves no keys and
-values, only which slots a hypothesis sees.
+values, only the mask of the slots that a hypothesis attends to.
+
+Shape letters: G groups (prompts), K hypotheses of each, R = G K rows, S cache slots.
 """
 
 from typing import TypeVar
@@ -11,49 +13,59 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from spa_jax.data.pipeline import padded_length
+from spa_jax.data.padding import padded_length
 from spa_jax.models.llama import PADDING, Cache, CachePlacement, LlamaConfig
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache `{"k", "v"}` of `[B,L,K,H,S]`; `CachePlacement` say which slot holds which token."""
+    """Creates an empty cache `{"k", "v"}` of `[B,L,K,H,S]`; a `CachePlacement` says which slot holds which token."""
     shape = (batch, config.num_layers, config.num_kv_heads, config.head_dim, slots)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
 def cache_bytes(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> int:
-    """Memory that `init_cache` takes."""
+    """Computes the memory that `init_cache` takes."""
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, batch, slots, dtype)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def count_slots(longest: int, room: int, width: int) -> int:
-    """Slots for a prompt of up to `longest` tokens and `room` new ones of each of `width` hypotheses."""
-    return padded_length(longest + room * width, 64)
+def count_slots(longest: int, max_new_tokens: int, width: int) -> int:
+    """Computes S for prompts of up to `longest` tokens, and `max_new_tokens` of each of `width` hypotheses."""
+    return padded_length(longest + max_new_tokens * width, 64)
 
 
-def see_prompt(lengths: Int[Array, " G"], width: int, slots: int) -> Bool[Array, "R S"]:
-    """The slots that each of the R = G K hypotheses sees when it has no new token yet."""
+def prompt_slot_mask(lengths: Int[Array, " G"], width: int, slots: int) -> Bool[Array, "R S"]:
+    """Marks the slots that each of the R = G K hypotheses attends to when it has no new token yet."""
     return jnp.repeat(jnp.arange(slots)[None, :] < lengths[:, None], width, axis=0)
 
 
 def place_newest(
-    seen: Bool[Array, "R S"], position: Int[Array, " G"], made: Int[Array, " G"], running: Bool[Array, " G"]
+    slot_mask: Bool[Array, "R S"],
+    position: Int[Array, " G"],
+    num_generated: Int[Array, " G"],
+    active: Bool[Array, " G"],
 ) -> tuple[CachePlacement, Bool[Array, "R S"]]:
-    """Places `[G,K]` of the newest of `made` tokens, which stands at `position`, and what is seen with it in place.
+    """Places the newest token of each hypothesis in the cache.
 
-    A group that is not running places nothing.
+    Args:
+        slot_mask: slots that each hypothesis attended to before.
+        position: where the newest tokens stand.
+        num_generated: new tokens of each group, the newest included.
+        active: groups whose newest tokens are run; the others place nothing.
+
+    Returns:
+        Placement of the tokens `[G,K]`, and the mask with their slots in it.
     """
-    groups, width = len(made), len(seen) // len(made)
-    first = position + (made - 1) * (width - 1)
-    slots = jnp.where(running[:, None], first[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], PADDING)
-    seen |= jnp.arange(seen.shape[1])[None, :] == slots.reshape(-1, 1)
-    return CachePlacement(slots, seen.reshape(groups, 1, width, -1)), seen
+    groups, width = len(num_generated), len(slot_mask) // len(num_generated)
+    first = position + (num_generated - 1) * (width - 1)
+    slots = jnp.where(active[:, None], first[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], PADDING)
+    slot_mask |= jnp.arange(slot_mask.shape[1])[None, :] == slots.reshape(-1, 1)
+    return CachePlacement(slots, slot_mask.reshape(groups, 1, width, -1)), slot_mask
 
 
-Caches = TypeVar("Caches")
+Tree = TypeVar("Tree")
 
 
-def reorder(caches: Caches, rows: Int[Array, " R"]) -> Caches:
-    """Each row replaced by the one it descends from; `rows` may also be more than there are."""
-    return jax.tree.map(lambda leaf: leaf[rows], caches)
+def take_rows(tree: Tree, rows: Int[Array, " N"]) -> Tree:
+    """Indexes the first axis of every leaf, to reorder its rows, to repeat or to drop some."""
+    return jax.tree.map(lambda leaf: leaf[rows], tree)

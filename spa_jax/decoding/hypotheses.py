@@ -1,4 +1,4 @@
-"""What a generation has chosen so far, and how it chooses on: by sampling, or by beam search.
+"""The state of a generation's choices, whether they are made by sampling or by beam search.
 
 A *group* is one prompt with its K hypotheses (one when sampling); groups are independent of each other. Shape letters:
 G groups, K hypotheses of a group, N most new tokens, V vocabulary.
@@ -27,20 +27,22 @@ class Finished(NamedTuple):
 
 
 class Hypotheses(NamedTuple):
-    """New tokens of all groups; the group first in every leaf."""
+    """New tokens of all groups; the group is the first axis of every leaf."""
 
     tokens: Int[Array, "G K N"]
-    """New tokens, of which `made` are there; after an EOS they mean nothing."""
+    """New tokens; only the first `num_generated` are set, and those after an EOS mean nothing."""
     consulted: Bool[Array, "G K N"]
     """True where the device was asked for the token."""
     scores: Float[Array, "G K"]
     """Summed log-probabilities in nats, best first; beam search only."""
-    made: Int[Array, " G"]
-    done: Bool[Array, " G"]
+    num_generated: Int[Array, " G"]
+    """New tokens so far, the same for all hypotheses of a group."""
+    is_done: Bool[Array, " G"]
+    """True where nothing more is generated."""
     keys: PRNGKeyArray
     """`[G]`; each token is drawn by its group's key and its index, so groups do not depend on their company."""
     finished: Finished | None
-    """Of beam search; None when sampling."""
+    """Ended hypotheses of beam search; None when sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Generation:
     tokens: list[int]
     consulted: list[bool]
     score: float | None = None
-    """Of beam search: summed log-probabilities in nats over length ** penalty."""
+    """Summed log-probabilities in nats over length ** penalty; beam search only."""
 
     @property
     def consulted_share(self) -> float:
@@ -58,41 +60,42 @@ class Generation:
         return sum(self.consulted) / max(len(self.consulted), 1)
 
 
-def init_hypotheses(groups: int, beams: int, room: int, seed: int | jax.Array, search: bool) -> Hypotheses:
-    """No tokens yet. With `search` the first choice fans out from one hypothesis."""
-    tokens = jnp.zeros((groups, beams, room), jnp.int32)
+def init_hypotheses(groups: int, width: int, max_new_tokens: int, seed: int | jax.Array, search: bool) -> Hypotheses:
+    """Creates hypotheses without tokens; with `search` for a beam search, whose first choice fans out from one
+    hypothesis."""
+    tokens = jnp.zeros((groups, width, max_new_tokens), jnp.int32)
     consulted = jnp.zeros(tokens.shape, bool)
-    scores = jnp.where(jnp.arange(beams) == 0, 0.0, IMPOSSIBLE)
-    scores = jnp.broadcast_to(scores[None, :], (groups, beams))
+    scores = jnp.where(jnp.arange(width) == 0, 0.0, IMPOSSIBLE)
+    scores = jnp.broadcast_to(scores[None, :], (groups, width))
     keys = group_keys(seed, groups)
-    finished = Finished(tokens, consulted, jnp.full((groups, beams), IMPOSSIBLE)) if search else None
+    finished = Finished(tokens, consulted, jnp.full((groups, width), IMPOSSIBLE)) if search else None
     return Hypotheses(tokens, consulted, scores, jnp.zeros(groups, jnp.int32), jnp.zeros(groups, bool), keys, finished)
 
 
 def group_keys(seed: int | jax.Array, groups: int) -> PRNGKeyArray:
-    """`[G]`; a prompt's key is the same in whatever batch it is that many prompts from the first."""
+    """Derives a random key for each group, `[G]`, from the seed and its index in the batch alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(groups))
 
 
-def token_keys(keys: PRNGKeyArray, made: Int[Array, " G"]) -> PRNGKeyArray:
-    """`[G]`, to draw the token with index `made` by."""
-    return jax.vmap(jax.random.fold_in)(keys, made)
+def token_keys(keys: PRNGKeyArray, index: Int[Array, " G"]) -> PRNGKeyArray:
+    """Derives from each group's key the one that its new token of this index is drawn by, `[G]`."""
+    return jax.vmap(jax.random.fold_in)(keys, index)
 
 
 def last_tokens(hypotheses: Hypotheses) -> Int[Array, "G K"]:
-    """The last token of each hypothesis; groups need at least one."""
-    index = jnp.maximum(hypotheses.made - 1, 0)
+    """Returns the newest token of each hypothesis; every group needs at least one."""
+    index = jnp.maximum(hypotheses.num_generated - 1, 0)
     return jnp.take_along_axis(hypotheses.tokens, index[:, None, None], axis=2)[:, :, 0]
 
 
 def parent_rows(parents: Int[Array, "G K"]) -> Int[Array, " R"]:
-    """Indices among the R = G K rows of hypotheses that are given by their index within the group."""
-    groups, beams = parents.shape
-    return (parents + beams * jnp.arange(groups, dtype=parents.dtype)[:, None]).reshape(-1)
+    """Converts indices of hypotheses within their group to indices among all R = G K rows."""
+    groups, width = parents.shape
+    return (parents + width * jnp.arange(groups, dtype=parents.dtype)[:, None]).reshape(-1)
 
 
 def select_active(active: Bool[Array, " G"], new: Hypotheses, old: Hypotheses) -> Hypotheses:
-    """`new` for active groups and `old` for the others."""
+    """Takes `new` for active groups and `old` for the others."""
 
     def pick(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -101,14 +104,15 @@ def select_active(active: Bool[Array, " G"], new: Hypotheses, old: Hypotheses) -
 
 
 def to_generations(hypotheses: Hypotheses, eos_ids: Sequence[int]) -> list[Generation]:
-    """The best hypothesis of each group; the state is fetched from the device."""
+    """Fetches the best hypothesis of each group from the device."""
     best = hypotheses.finished or hypotheses
-    tokens, consulted, made = jax.device_get((best.tokens[:, 0], best.consulted[:, 0], hypotheses.made))
+    fetched = jax.device_get((best.tokens[:, 0], best.consulted[:, 0], hypotheses.num_generated))
+    tokens, consulted, num_generated = fetched
     scores = None if hypotheses.finished is None else jax.device_get(best.scores[:, 0]).tolist()
     result = []
     for group in range(len(tokens)):
-        ends = np.flatnonzero(np.isin(tokens[group, : made[group]], list(eos_ids)))
-        length = int(ends[0]) + 1 if len(ends) else int(made[group])
+        ends = np.flatnonzero(np.isin(tokens[group, : num_generated[group]], list(eos_ids)))
+        length = int(ends[0]) + 1 if len(ends) else int(num_generated[group])
         score = None if scores is None else scores[group]
         result.append(Generation(tokens[group, :length].tolist(), consulted[group, :length].tolist(), score))
     return result

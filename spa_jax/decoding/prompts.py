@@ -1,74 +1,49 @@
-"""Prompts that have run: a frozen backbone makes the same of them whatever plugin goes on from there.
+"""Prompts as lists of token ids: checked, padded, and those found that are the beginning of others.
 
-Shape letters: G groups (prompts), U of them that begin no other one, T prompt tokens, P taps, D width, S slots.
+Shape letters: G prompts, T tokens.
 """
 
-import functools
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Int
 
-from spa_jax.models.llama import Cache
+from spa_jax.data.padding import padded_length
+from spa_jax.errors import UserError
 
 
-class PromptState(NamedTuple):
-    """What a backbone makes of prompts."""
+def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int) -> Int[np.ndarray, " G"]:
+    """Counts the tokens of each prompt, int32.
 
-    hidden: Float[Array, "G D"]
-    """f after the last token of each."""
-    taps: Float[Array, "P B M D"]
-    """Of the last token of each (B = G, M = 1), or of all tokens (B = U, M = T) for a side network that attends."""
-    cache: Cache
-    """Of U prompts."""
-
-
-class PromptStore:
-    """Keeps what a backbone made of prompts in host memory, for the next model on it that generates from the same ones.
-
-    A batch of prompts is kept as one; beyond the limit, those that were not asked for the longest go.
+    Raises:
+        UserError: a prompt is empty, or does not fit into `limit` positions together with `max_new_tokens` new tokens.
     """
-
-    def __init__(self, limit_gib: float) -> None:
-        """Args:
-        limit_gib: most memory, in GiB."""
-        self._limit, self._bytes = int(limit_gib * 2**30), 0
-        self._kept: OrderedDict[Hashable, PromptState] = OrderedDict()
-        self.hits = 0
-
-    def get(self, key: Hashable, length: int, slots: int, run: Callable[[], PromptState]) -> PromptState:
-        """The state with a cache of S slots.
-
-        Args:
-            key: whatever decides what `run` returns, but for S.
-            length: T, the slots of the cache that hold prompts; the others are zero.
-            slots: S.
-            run: makes the state where it is not kept.
-        """
-        if key in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(key)
-            return _with_slots(jax.tree.map(jnp.asarray, self._kept[key]), slots)
-        made = run()
-        kept = jax.device_get(_with_slots(made, length))
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
-        while self._kept and self._bytes + size > self._limit:
-            _, gone = self._kept.popitem(last=False)
-            self._bytes -= sum(leaf.nbytes for leaf in jax.tree.leaves(gone))
-        if size <= self._limit:
-            self._kept[key], self._bytes = kept, self._bytes + size
-        return made
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    if not lengths.all():
+        raise UserError("a prompt is empty: it needs at least one token")
+    if max_new_tokens < 1 or longest + max_new_tokens > limit:
+        raise UserError(
+            f"the prompt of {longest} tokens and {max_new_tokens} new ones do not fit the backbone's context of "
+            f"{limit}: shorten the prompt or change --max_new_tokens"
+        )
+    return lengths
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _with_slots(state: PromptState, slots: int) -> PromptState:
-    """The cache cut or filled with zeros to so many slots."""
+def pad_prompts(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "G T"]:
+    """Pads prompts with zeros on the right to a common length, one of few; int32."""
+    tokens = np.zeros((len(prompts), padded_length(max(map(len, prompts)), 32)), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens
 
-    def resized(leaf: jax.Array) -> jax.Array:
-        leaf = leaf[..., :slots]
-        return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, slots - leaf.shape[-1])])
 
-    return state._replace(cache=jax.tree.map(resized, state.cache))
+def longest_extensions(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, " G"]:
+    """Finds for each prompt the longest one that begins with it, by index, int32; mostly that is itself."""
+    extensions = np.arange(len(prompts), dtype=np.int32)
+    unextended: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        found = next((k for k in unextended if list(prompts[k][: len(prompts[i])]) == list(prompts[i])), None)
+        extensions[i] = i if found is None else found
+        unextended += [i] if found is None else []
+    return extensions

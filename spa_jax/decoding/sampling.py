@@ -1,4 +1,7 @@
-"""Choosing the next token: greedy, or by temperature within the top k and the top p."""
+"""Sampling: the next token greedily, or by temperature within the top k and the top p.
+
+Shape letters: B rows, G groups of one hypothesis each, V vocabulary.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +15,7 @@ from spa_jax.errors import UserError
 
 
 class Sampling(NamedTuple):
-    """How to choose.
+    """The parameters of sampling; they may be traced, so that changing them compiles nothing.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -25,8 +28,11 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
     def check(self) -> "Sampling":
-        """Raises:
-        UserError: a value out of range, by name."""
+        """Returns itself.
+
+        Raises:
+            UserError: a value out of range, by name.
+        """
         if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")
         if self.top_k < 0:
@@ -40,20 +46,19 @@ GREEDY = Sampling()
 
 
 def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """The logits with those outside the top k and the top p at -inf; the likeliest token always stays."""
+    """Sets logits outside the top k or the top p to -inf; the likeliest token always stays."""
     ranked = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     rank = jnp.arange(logits.shape[-1])[None, :]
     kept = ((before < top_p) | (top_p == 1)) & ((rank < top_k) | (top_k == 0))
     kept = kept.at[:, 0].set(True)
-    least = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    lowest_kept = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest_kept, logits, -jnp.inf)
 
 
 def sample(keys: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
-    """One token id a row, int32, each by its own key of `keys` `[B]`; the fields of `sampling` may be traced, so that
-    changing them compiles nothing."""
+    """Draws one token id a row, int32, each by its own key of `keys` `[B]`."""
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -66,7 +71,7 @@ def sample(keys: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) 
     return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, greedy, draw)
 
 
-def extend(
+def sample_step(
     sampling: Sampling,
     hypotheses: Hypotheses,
     logits: Float[Array, "G 1 V"],
@@ -74,25 +79,27 @@ def extend(
     active: Bool[Array, " G"],
     eos_ids: Sequence[int],
 ) -> tuple[Hypotheses, Int[Array, "G 1"]]:
-    """One more token for the active groups, which have one hypothesis each; arguments as of `beam.extend`."""
-    token = sample(token_keys(hypotheses.keys, hypotheses.made), logits[:, 0], sampling)
-    return append(hypotheses, token, consulted, active, eos_ids), jnp.zeros(consulted.shape, jnp.int32)
+    """Adds a sampled token to the active groups, which have one hypothesis each; arguments and results as for
+    `beam.search_step`."""
+    token = sample(token_keys(hypotheses.keys, hypotheses.num_generated), logits[:, 0], sampling)
+    return append_token(hypotheses, token, consulted, active, eos_ids), jnp.zeros(consulted.shape, jnp.int32)
 
 
-def append(
+def append_token(
     hypotheses: Hypotheses,
     token: Int[Array, " G"],
     consulted: Bool[Array, "G 1"],
     active: Bool[Array, " G"],
     eos_ids: Sequence[int],
 ) -> Hypotheses:
-    """With these tokens at the end of the active groups, which have one hypothesis each."""
-    at = jnp.arange(hypotheses.tokens.shape[2])[None, None, :] == hypotheses.made[:, None, None]
-    made = hypotheses.made + 1
+    """Adds given tokens to the active groups, which have one hypothesis each; arguments as for `sample_step`."""
+    max_new_tokens = hypotheses.tokens.shape[2]
+    is_next = jnp.arange(max_new_tokens)[None, None, :] == hypotheses.num_generated[:, None, None]
+    num_generated = hypotheses.num_generated + 1
     extended = hypotheses._replace(
-        tokens=jnp.where(at, token[:, None, None], hypotheses.tokens),
-        consulted=jnp.where(at, consulted[:, :, None], hypotheses.consulted),
-        made=made,
-        done=jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (made == hypotheses.tokens.shape[2]),
+        tokens=jnp.where(is_next, token[:, None, None], hypotheses.tokens),
+        consulted=jnp.where(is_next, consulted[:, :, None], hypotheses.consulted),
+        num_generated=num_generated,
+        is_done=jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (num_generated == max_new_tokens),
     )
     return select_active(active, extended, hypotheses)

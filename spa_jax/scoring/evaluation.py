@@ -21,7 +21,7 @@ from spa_jax.data.tasks import Split, Task, find_task, load_split, nested_subset
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.hypotheses import Generation
-from spa_jax.decoding.prompts import PromptStore
+from spa_jax.decoding.prompt_store import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting

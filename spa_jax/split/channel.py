@@ -1,7 +1,7 @@
-"""The channel between cloud and device, and what it cost.
+"""The channel between cloud and device, and the traffic over it.
 
-Messages are bytes of messages.proto. The cloud sends and asks; whatever lies between (nothing, a simulated network, a
-real one) implements `Channel`.
+Messages are bytes of messages.proto. The cloud sends and asks; a function call, a simulated network or a real one
+implements `Channel`.
 """
 
 import dataclasses
@@ -10,19 +10,19 @@ from collections.abc import Callable
 from typing import Protocol
 
 Answer = Callable[[bytes], bytes | None]
-"""The device's side of a channel: answers a message, or takes note of it and answers nothing."""
+"""The device's end of a channel: takes a message, and returns its reply, or None for a message that wants none."""
 
 
 @dataclasses.dataclass
 class Traffic:
-    """What a generation has cost.
+    """The traffic of a generation.
 
     Attributes:
         exchanges: questions the device was asked, answered or not.
-        lost: those whose answer did not come in time.
+        lost: questions whose reply did not come in time.
         bytes_down: bytes of questions, cloud to device.
-        bytes_up: bytes of answers, device to cloud.
-        prefill_bytes: bytes of messages that bring a prompt's taps and want no answer, and of opening.
+        bytes_up: bytes of replies, device to cloud.
+        prefill_bytes: bytes of messages that bring a prompt's taps and want no reply, and of opening.
         network_seconds: time on the wire.
         device_seconds: time in the device's program.
     """
@@ -37,15 +37,15 @@ class Traffic:
 
 
 class Channel(Protocol):
-    """How the cloud reaches one device."""
+    """The cloud's connection to one device."""
 
     traffic: Traffic
 
     def send(self, message: bytes) -> None:
-        """Sends what wants no answer."""
+        """Sends a message that wants no reply."""
 
     def exchange(self, message: bytes) -> bytes | None:
-        """Asks, and waits for the answer; None when it did not come in time."""
+        """Sends a question and waits for the reply; None when it did not come in time."""
 
 
 class InProcess:

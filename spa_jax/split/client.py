@@ -1,4 +1,4 @@
-"""The device on a network: it opens the stream, answers what the cloud asks, and comes back when the line breaks."""
+"""The device on a network: it opens the stream, answers the cloud's questions, and reconnects when the line breaks."""
 
 import asyncio
 import concurrent.futures
@@ -16,29 +16,29 @@ from spa_jax.errors import UserError
 from spa_jax.split import wire
 from spa_jax.split.channel import Traffic
 from spa_jax.split.device import Device
-from spa_jax.split.generation import device_for
 from spa_jax.split.grpc_channel import DEVICE_OPTIONS, METHOD, SERVICE, read_tokens, trusted_roots
 from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Open, Progress, Reopen, Taps
+from spa_jax.split.request import device_for
 from spa_jax.weights.plugin import Plugin
 
 log = logging.getLogger(__name__)
-Watch = Callable[[Progress], None]
-"""Is shown all that is generated so far."""
-UNREAD = 16
+OnProgress = Callable[[Progress], None]
+"""Called with all that is generated so far."""
+MAX_QUEUED = 16
 """Questions that may wait for the side network; while there are as many, nothing is read from the cloud."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Connection:
-    """How a device reaches its cloud.
+    """The address of a cloud, and how to reach it.
 
     Attributes:
         address: `host:port`.
         tls: whether to speak TLS.
         ca: PEM file of the authorities to trust; empty for the system's.
-        token: of this device; empty for none.
-        patience: seconds to try and reach a cloud that is gone.
+        token: that this device shows; empty for none.
+        patience: seconds to try to reconnect to a cloud that is gone.
     """
 
     address: str
@@ -48,8 +48,11 @@ class Connection:
     patience: float = 10.0
 
     def open(self) -> grpc.aio.Channel:
-        """Raises:
-        UserError: the file of authorities holds none."""
+        """Opens a channel, which connects when it is first used.
+
+        Raises:
+            UserError: the file of authorities holds none.
+        """
         if not self.tls:
             return grpc.aio.insecure_channel(self.address, DEVICE_OPTIONS)
         roots = trusted_roots(self.ca) if self.ca else None
@@ -66,7 +69,8 @@ class CloudGone(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class RemoteResult:
-    """What was generated, what crossed the network as this device saw it, and how many tokens went without it."""
+    """The generations of a request, with their texts, the traffic that this device saw, and the tokens that were chosen
+    without the reply they waited for."""
 
     generations: list[Generation]
     texts: list[str]
@@ -75,10 +79,10 @@ class RemoteResult:
 
 
 def read_token(path: str) -> str:
-    """The token in a file; of no file, none.
+    """Reads the one token in a file; an empty path gives an empty token.
 
     Raises:
-        UserError: as of `read_tokens`, or there are several.
+        UserError: the file cannot be read, or does not hold exactly one printable ASCII token.
     """
     if not path:
         return ""
@@ -89,16 +93,20 @@ def read_token(path: str) -> str:
 
 
 async def generate(
-    connection: Connection, plugin: Plugin, request: Open, watch: Watch | None = None, head: Head | None = None
+    connection: Connection,
+    plugin: Plugin,
+    request: Open,
+    on_progress: OnProgress | None = None,
+    head: Head | None = None,
 ) -> RemoteResult:
-    """Opens a generation at the cloud and answers its questions to the end; comes back when the line breaks.
+    """Opens a generation at the cloud and answers its questions to the end; reconnects when the line breaks.
 
     Args:
         connection: to the cloud.
         plugin: of this device.
-        request: what to generate, as of `open_message`.
-        watch: is called whenever there are new tokens.
-        head: the LM head, of reply mode `token`.
+        request: made by `open_message` for that plugin.
+        on_progress: called whenever there are new tokens.
+        head: the LM head, for reply mode `token`.
 
     Raises:
         UserError: the cloud refuses, does not know this device, or has a certificate that is not to be trusted.
@@ -106,51 +114,60 @@ async def generate(
     """
     metadata = [("authorization", f"Bearer {connection.token}")] if connection.token else []
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device") as programs:
-        generation = _Remote(plugin, request, watch, head, programs)
+        client = DeviceClient(plugin, request, on_progress, head, programs)
         async with connection.open() as channel:
             method = channel.stream_stream(f"/{SERVICE}/{METHOD}")
             while True:
-                reason = await generation.follow(lambda outbox: method(_drain(outbox), metadata=metadata), connection)
-                if generation.progress.done:
-                    return generation.result()
-                if time.monotonic() - generation.heard > connection.patience:
+                reason = await client.run_stream(lambda outbox: method(_drain(outbox), metadata=metadata), connection)
+                if client.progress.done:
+                    return client.result()
+                if time.monotonic() - client.last_message_at > connection.patience:
                     raise CloudGone(
                         f"the cloud at {connection.address} is gone ({reason}); "
-                        f"{sum(len(g.tokens) for g in generation.progress.generated)} tokens had been generated",
-                        generation.result().generations,
+                        f"{sum(len(g.tokens) for g in client.progress.generated)} tokens had been generated",
+                        client.result().generations,
                     )
                 await asyncio.sleep(0.2)
 
 
-class _Remote:
-    """A generation as its device sees it, over one connection after another."""
+class DeviceClient:
+    """A generation as its device sees it, over one stream after another.
+
+    Attributes:
+        progress: all that is generated so far.
+        last_message_at: seconds on `time.monotonic`'s clock.
+    """
 
     def __init__(
         self,
         plugin: Plugin,
         request: Open,
-        watch: Watch | None,
+        on_progress: OnProgress | None,
         head: Head | None,
         programs: concurrent.futures.Executor,
     ) -> None:
-        """`programs` runs one at a time: one that a lost connection has left behind ends before the next begins."""
-        self._plugin, self._request, self._watch, self._head, self._programs = plugin, request, watch, head, programs
+        """`programs` runs one at a time: one that a lost stream has left behind ends before the next begins."""
+        self._plugin, self._request, self._on_progress, self._head = plugin, request, on_progress, head
+        self._programs = programs
         self._traffic = Traffic(prefill_bytes=request.ByteSize())
         self._device: Device | None = None
-        self._session, self._answered = "", 0
-        self._inbox: asyncio.Queue[Taps] = asyncio.Queue(UNREAD)
+        self._session, self._answered_step = "", 0
+        self._questions: asyncio.Queue[Taps] = asyncio.Queue(MAX_QUEUED)
         self.progress = Progress()
-        self.heard = time.monotonic()
+        self.last_message_at = time.monotonic()
 
-    async def follow(self, connect: "Callable[[asyncio.Queue[bytes]], Any]", connection: Connection) -> str:
-        """Goes on over a new connection until it breaks, and says why; or until all is generated.
+    async def run_stream(self, connect: "Callable[[asyncio.Queue[bytes]], Any]", connection: Connection) -> str:
+        """Opens or reopens the session over a new stream, and answers until all is generated or the stream ends.
+
+        Returns:
+            Why it ended.
 
         Raises:
-            UserError: as of `generate`.
+            UserError: the cloud refuses, does not know this device, or has a certificate that is not to be trusted.
         """
-        self._inbox = asyncio.Queue(UNREAD)
+        self._questions = asyncio.Queue(MAX_QUEUED)
         outbox: asyncio.Queue[bytes] = asyncio.Queue()
-        outbox.put_nowait(self._first().SerializeToString())
+        outbox.put_nowait(self._first_message().SerializeToString())
         call = connect(outbox)
         tasks = [asyncio.create_task(self._listen(call)), asyncio.create_task(self._answer(outbox))]
         try:
@@ -159,7 +176,7 @@ class _Remote:
                 task.result()
             return "the stream ended"
         except grpc.aio.AioRpcError as error:
-            return self._why(error, connection)
+            return self._reason(error, connection)
         except BaseException:  # an interruption too: nobody waits for the answer any more
             outbox.put_nowait(FromDevice(cancel=Cancel()).SerializeToString())
             with contextlib.suppress(TimeoutError):
@@ -171,13 +188,18 @@ class _Remote:
             call.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _first(self) -> FromDevice:
-        """What a new connection begins with."""
+    def _first_message(self) -> FromDevice:
+        """Makes the message that a stream begins with."""
         if self._session:
-            return FromDevice(reopen=Reopen(session=self._session, step=self._answered))
+            return FromDevice(reopen=Reopen(session=self._session, step=self._answered_step))
         return FromDevice(open=self._request)
 
-    def _why(self, error: grpc.aio.AioRpcError, connection: Connection) -> str:
+    def _reason(self, error: grpc.aio.AioRpcError, connection: Connection) -> str:
+        """Says why a stream broke.
+
+        Raises:
+            UserError: for a reason that another stream would not change.
+        """
         reason = error.details() or error.code().name
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise UserError(f"the cloud does not know this device: {reason}") from error
@@ -193,20 +215,21 @@ class _Remote:
         return reason
 
     async def _listen(self, call: AsyncIterator[bytes]) -> None:
+        """Handles the cloud's messages until all is generated."""
         async for data in call:
-            taps = self.hear(data)
-            if taps is not None:
-                await self._inbox.put(taps)
+            question = self.handle_message(data)
+            if question is not None:
+                await self._questions.put(question)
             if self.progress.done:
                 return
 
-    def hear(self, data: bytes) -> Taps | None:
-        """Takes a message of the cloud, and returns what the side network is shown.
+    def handle_message(self, data: bytes) -> Taps | None:
+        """Takes a message of the cloud, and returns it if it is for the side network.
 
         Raises:
             UserError: it is a refusal, or no message.
         """
-        self.heard = time.monotonic()
+        self.last_message_at = time.monotonic()
         message = wire.parse(FromCloud, data)
         kind = message.WhichOneof("message")
         if kind == "opened":
@@ -216,19 +239,19 @@ class _Remote:
         elif kind == "taps":
             return message.taps
         elif kind == "progress":
-            self.progress = merged(self.progress, message.progress)
-            if self._watch is not None:
-                self._watch(self.progress)
+            self.progress = merge_progress(self.progress, message.progress)
+            if self._on_progress is not None:
+                self._on_progress(self.progress)
         elif kind == "refusal":
             raise UserError(f"the cloud refuses ({message.refusal.kind}): {message.refusal.reason}")
         return None
 
     async def _answer(self, outbox: "asyncio.Queue[bytes]") -> None:
-        """Answers the questions of a connection as long as it lasts; one that is senseless or out of date is left."""
-        inbox, loop = self._inbox, asyncio.get_running_loop()
+        """Answers questions as long as the stream lasts, but none that is senseless or out of date."""
+        questions, loop = self._questions, asyncio.get_running_loop()
         while True:
-            taps = await inbox.get()
-            if not taps.prompt and not inbox.empty():
+            taps = await questions.get()
+            if not taps.prompt and not questions.empty():
                 continue  # the cloud has gone on without an answer, and asks the next
             device, began = self._device, time.perf_counter()
             if device is None:
@@ -243,14 +266,14 @@ class _Remote:
                 self._traffic.prefill_bytes += taps.ByteSize()
                 continue
             data = FromDevice(reply=reply).SerializeToString()
-            self._answered = taps.step
+            self._answered_step = taps.step
             self._traffic.exchanges += 1
             self._traffic.bytes_down += taps.ByteSize()
             self._traffic.bytes_up += len(data)
             outbox.put_nowait(data)
 
     def result(self) -> RemoteResult:
-        """What has been generated so far."""
+        """Collects what has been generated so far."""
         generated = self.progress.generated
         return RemoteResult(
             [Generation(list(g.tokens), list(g.consulted), g.score or None) for g in generated],
@@ -260,16 +283,16 @@ class _Remote:
         )
 
 
-def merged(known: Progress, news: Progress) -> Progress:
-    """`news`, with the tokens before its own."""
-    for old, new in zip(known.generated, news.generated):
-        before = new.begin
-        new.begin = 0
+def merge_progress(previous: Progress, new: Progress) -> Progress:
+    """Returns `new` with the tokens before its own, which it leaves out, taken from `previous`."""
+    for old, generated in zip(previous.generated, new.generated):
+        begin = generated.begin
+        generated.begin = 0
         for name in ("tokens", "consulted", "pieces"):
-            whole = [*getattr(old, name)[:before], *getattr(new, name)]
-            del getattr(new, name)[:]
-            getattr(new, name).extend(whole)
-    return news
+            values = [*getattr(old, name)[:begin], *getattr(generated, name)]
+            del getattr(generated, name)[:]
+            getattr(generated, name).extend(values)
+    return new
 
 
 async def _drain(outbox: "asyncio.Queue[bytes]") -> AsyncIterator[bytes]:

@@ -1,8 +1,8 @@
-"""The cloud's half: backbone, router, LM head and what was chosen so far. It never holds a side parameter.
+"""The cloud's two jitted programs: backbone, router, LM head and the hypotheses. They never hold a side parameter.
 
-A session is one generation of G prompts with K hypotheses each, R = G K independent rows. A jitted program runs tokens
-and asks the router; while no token needs the device it goes on by itself. Where one does, its group *waits*: taps go
-down, g comes back, and the token is finished from both, or from f alone when nothing comes.
+A session is one generation of G prompts with K hypotheses each, R = G K independent rows. A program runs tokens and
+asks the router; while no token needs the device it goes on by itself. Where one does, its group *waits*: taps go down,
+g comes back, and the token is chosen from f and g, or from f alone when nothing comes.
 
 Shape letters: G groups (prompts), K hypotheses, R = G K rows, T prompt tokens, N most new tokens, D width, P taps,
 C positions whose taps are kept until they are sent (all new ones for a side network that attends, else the last).
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.cache import init_cache, place_newest, reorder, see_prompt
-from spa_jax.decoding.fused import choose_next_token
+from spa_jax.decoding.cache import init_cache, place_newest, prompt_slot_mask, take_rows
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, init_hypotheses, last_tokens, parent_rows
-from spa_jax.decoding.sampling import Sampling, append
+from spa_jax.decoding.next_token import choose_next_token
+from spa_jax.decoding.sampling import Sampling, append_token
 from spa_jax.models.combine import ROUTED, Setting, with_correction, without_correction
 from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps, place_by_position, positions_from_mask
 from spa_jax.models.router import consult
@@ -30,7 +30,17 @@ from spa_jax.split.wire import Codec, Encoded, ReplyMode
 
 @dataclasses.dataclass(frozen=True)
 class CloudConfig:
-    """What a cloud program is compiled for."""
+    """The static argument of the programs.
+
+    Attributes:
+        model: the backbone's program, with the taps that the side network reads.
+        setting: what enters the LM head.
+        codec: how numbers travel.
+        attends: whether the side network attends, and so reads the taps of all tokens.
+        reply: what the device answers with.
+        beams: how to search; None to sample.
+        eos_ids: tokens that end a generation.
+    """
 
     model: Llama
     setting: Setting
@@ -42,12 +52,12 @@ class CloudConfig:
 
     @property
     def width(self) -> int:
-        """K."""
+        """Hypotheses of each prompt, K."""
         return self.beams.width if self.beams else 1
 
 
 class RouterState(NamedTuple):
-    """The routers that devices brought; every group has its own."""
+    """The routers that devices sent; every group has its own."""
 
     kernel: Float[Array, "G D 2"]
     threshold: Float[Array, " G"]
@@ -59,29 +69,29 @@ class CloudState(NamedTuple):
     """Sessions under way; every leaf has the batch first."""
 
     cache: Cache
-    seen: Bool[Array, "R S"]
-    """The cache slots of the tokens that each hypothesis consists of."""
+    slot_mask: Bool[Array, "R S"]
+    """The cache slots that each hypothesis attends to."""
     position: Int[Array, " G"]
     """Where the newest token will be run."""
-    start: Int[Array, " G"]
-    """Position of the last prompt token, the first whose taps may be asked for."""
+    last_prompt_position: Int[Array, " G"]
+    """Position of the last prompt token, the first whose correction may be asked for."""
     hypotheses: Hypotheses
     router: RouterState
     hidden: Float[Array, "R D"]
-    """f of the token that is being chosen."""
+    """f, from which the next token is chosen."""
     consulted: Bool[Array, " R"]
-    """Whether the device is asked for it."""
+    """Whether the device is asked for that token."""
     waiting: Bool[Array, " G"]
     """Groups with a row that is consulted and not answered yet."""
     taps: Encoded
-    """`[R,C,P,D]`."""
+    """Normalised taps `[R,C,P,D]`."""
     unsent: Bool[Array, "R C"]
-    """Positions whose taps the device has not seen."""
+    """Positions whose taps the device has not got."""
     origin: Int[Array, " R"]
-    """The row each one descends from, among those that the device knows."""
+    """The row that each one descends from, at the last step whose reply has arrived."""
 
 
-@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("slots", "room"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
 def prefill(
     config: CloudConfig,
     frozen: Params,
@@ -92,9 +102,9 @@ def prefill(
     sampling: Sampling,
     *,
     slots: int,
-    room: int,
+    max_new_tokens: int,
 ) -> tuple[CloudState, Encoded | None]:
-    """Runs the prompts, and chooses the first tokens that need nobody.
+    """Runs the prompts, and chooses the first tokens of groups for which the device is not asked.
 
     Returns:
         The state, and the taps of all prompt positions `[G,T,P,D]` for a side network that attends.
@@ -113,154 +123,166 @@ def prefill(
     else:
         taps = _encode_taps(config, frozen, jnp.take_along_axis(out.taps, last[None], axis=2))
         taps = jax.tree.map(lambda leaf: leaf[:, 0], taps)
-    each = jnp.repeat(jnp.arange(groups), width)
-    hidden, taps = reorder((hidden, taps), each)
-    rows, kept = groups * width, room if config.attends else 1
-    empty = jax.tree.map(lambda leaf: jnp.zeros((rows, kept, *leaf.shape[1:]), leaf.dtype), taps)
+    group_of_row = jnp.repeat(jnp.arange(groups), width)
+    hidden, taps = take_rows((hidden, taps), group_of_row)
+    rows, kept = groups * width, max_new_tokens if config.attends else 1
+    no_taps = jax.tree.map(lambda leaf: jnp.zeros((rows, kept, *leaf.shape[1:]), leaf.dtype), taps)
     assert out.cache is not None
     state = CloudState(
         cache=out.cache,
-        seen=see_prompt(lengths, width, slots),
+        slot_mask=prompt_slot_mask(lengths, width, slots),
         position=lengths,
-        start=lengths - 1,
-        hypotheses=init_hypotheses(groups, width, room, seed, search=config.beams is not None),
+        last_prompt_position=lengths - 1,
+        hypotheses=init_hypotheses(groups, width, max_new_tokens, seed, search=config.beams is not None),
         router=router,
         hidden=jnp.zeros_like(hidden),
         consulted=jnp.zeros(rows, bool),
         waiting=jnp.zeros(groups, bool),
-        taps=empty,
+        taps=no_taps,
         unsent=jnp.zeros((rows, kept), bool),
-        origin=each * width,
+        origin=group_of_row * width,
     )
-    return _judge(config, frozen, state, jnp.ones(groups, bool), hidden, taps, sampling), prompt
+    return _route(config, frozen, state, jnp.ones(groups, bool), hidden, taps, sampling), prompt
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def advance(
     config: CloudConfig,
     frozen: Params,
     state: CloudState,
-    told: Encoded | Int[Array, " R"],
-    over: Bool[Array, " G"],
+    reply: Encoded | Int[Array, " R"],
+    resumed: Bool[Array, " G"],
     answered: Bool[Array, " G"],
     sampling: Sampling,
 ) -> CloudState:
-    """Finishes tokens whose wait is over, then runs on in one loop until every group waits or is done.
+    """Chooses the tokens of groups that need not wait any more, then loops until every group waits or is done.
 
     Args:
         config: what the program is compiled for.
-        frozen: the backbone.
+        frozen: the backbone's parameters.
         state: donated.
-        told: what the device says, g `[R,D]` or in reply mode `token` its tokens; read at consulted rows of answered
+        reply: the device's answer, g `[R,D]` or in reply mode `token` its tokens; read at consulted rows of answered
             groups.
-        over: waiting groups that do not wait any more.
-        answered: those that g is for; the others get their token from f alone.
-        sampling: how to choose where there is no beam search.
+        resumed: waiting groups that go on.
+        answered: those of them that `reply` is for; the others get their token from f alone.
+        sampling: how to sample where there is no beam search.
     """
-    width = config.width
-    known = jnp.repeat(answered, width)
-    use = state.consulted & known
-    arange = jnp.arange(use.shape[0], dtype=state.origin.dtype)
+    row_answered = jnp.repeat(answered, config.width)
+    corrected = state.consulted & row_answered
+    rows = jnp.arange(len(corrected), dtype=state.origin.dtype)
     state = state._replace(
-        waiting=state.waiting & ~over,
-        unsent=state.unsent & ~use[:, None],
-        origin=jnp.where(known, arange, state.origin),
+        waiting=state.waiting & ~resumed,
+        unsent=state.unsent & ~corrected[:, None],
+        origin=jnp.where(row_answered, rows, state.origin),
     )
-    if isinstance(told, Encoded):
-        g = wire.decode(told, state.hidden.dtype)
+    if isinstance(reply, Encoded):
+        g = wire.decode(reply, state.hidden.dtype)
     else:
-        given = append(state.hypotheses, told, use[:, None], answered, config.eos_ids)
-        state, over, use = state._replace(hypotheses=given), over & ~answered, jnp.zeros_like(use)
+        hypotheses = append_token(state.hypotheses, reply, corrected[:, None], answered, config.eos_ids)
+        state = state._replace(hypotheses=hypotheses)
+        resumed, corrected = resumed & ~answered, jnp.zeros_like(corrected)
         g = jnp.zeros_like(state.hidden)
-    state = _finish(config, frozen, state, over, use, g, sampling)
+    state = _choose(config, frozen, state, resumed, corrected, g, sampling)
 
-    def runs(s: CloudState) -> jax.Array:
-        return ~s.waiting & ~s.hypotheses.done
+    def is_active(s: CloudState) -> jax.Array:
+        return ~s.waiting & ~s.hypotheses.is_done
 
     def step(s: CloudState) -> CloudState:
-        run = runs(s)
+        active = is_active(s)
         tokens = last_tokens(s.hypotheses)
-        positions = jnp.broadcast_to(jnp.where(run, s.position, PADDING)[:, None], tokens.shape)
-        places, seen = place_newest(s.seen, s.position, s.hypotheses.made, run)
+        positions = jnp.broadcast_to(jnp.where(active, s.position, PADDING)[:, None], tokens.shape)
+        places, slot_mask = place_newest(s.slot_mask, s.position, s.hypotheses.num_generated, active)
         out = config.model.apply({"params": frozen}, tokens, positions, s.cache, places)
         assert out.cache is not None
-        s = s._replace(cache=out.cache, seen=seen, position=s.position + run)
+        s = s._replace(cache=out.cache, slot_mask=slot_mask, position=s.position + active)
         hidden, taps = jax.tree.map(
             lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (out.hidden, _encode_taps(config, frozen, out.taps))
         )
-        return _judge(config, frozen, s, run, hidden, taps, sampling)
+        return _route(config, frozen, s, active, hidden, taps, sampling)
 
-    return jax.lax.while_loop(lambda s: jnp.any(runs(s)), step, state)
+    return jax.lax.while_loop(lambda s: jnp.any(is_active(s)), step, state)
 
 
 def _encode_taps(config: CloudConfig, frozen: Params, taps: Float[Array, "P B T D"]) -> Encoded:
-    """Normalised and encoded, `[B,T,P,D]`."""
+    """Normalises and encodes taps, `[B,T,P,D]`."""
     taps = normalize_taps(frozen, config.model.config, config.model.taps, taps)
     return wire.encode(config.codec, jnp.moveaxis(taps, 0, 2))
 
 
-def _judge(
+def _route(
     config: CloudConfig,
     frozen: Params,
     state: CloudState,
-    run: Bool[Array, " G"],
+    active: Bool[Array, " G"],
     hidden: Float[Array, "R D"],
     taps: Encoded,
     sampling: Sampling,
 ) -> CloudState:
-    """Keeps what was just computed for the groups that ran, and finishes the tokens that need nobody."""
-    width, rows = config.width, hidden.shape[0]
-    row_runs = jnp.repeat(run, width)
-    live = state.hypotheses.scores.reshape(-1) > IMPOSSIBLE / 2  # before its first choice a search has one hypothesis
+    """Asks the router about the active groups, which have just run: those that consult the device wait with their
+    `hidden` and `taps`, and the others choose their next token."""
+    width, rows = config.width, jnp.arange(len(hidden))
+    row_active = jnp.repeat(active, width)
+    exists = state.hypotheses.scores.reshape(-1) > IMPOSSIBLE / 2  # before its first choice a search has one hypothesis
     if config.setting in ROUTED:
         logits = jnp.einsum("rd,rdk->rk", hidden.astype(jnp.float32), jnp.repeat(state.router.kernel, width, axis=0))
         sigma = consult(logits, jnp.repeat(state.router.threshold, width))
     else:
-        sigma = jnp.full(rows, config.setting != "base")
-    sigma &= live & row_runs
-    asks = jnp.any(sigma.reshape(-1, width), axis=1)
-    slot = jnp.repeat(state.position - 1 - state.start, width) if config.attends else jnp.zeros(rows, jnp.int32)
-    slot = jnp.where(row_runs, slot, PADDING)
-    each = jnp.arange(rows)
+        sigma = jnp.full(len(rows), config.setting != "base")
+    sigma &= exists & row_active
+    consults = jnp.any(sigma.reshape(-1, width), axis=1)
+    if config.attends:
+        slot = jnp.repeat(state.position - 1 - state.last_prompt_position, width)
+    else:
+        slot = jnp.zeros(len(rows), jnp.int32)
+    slot = jnp.where(row_active, slot, PADDING)
     state = state._replace(
-        hidden=jnp.where(row_runs[:, None], hidden, state.hidden),
-        consulted=jnp.where(row_runs, sigma, state.consulted),
-        waiting=state.waiting | asks,
-        taps=jax.tree.map(lambda kept, new: kept.at[each, slot].set(new, mode="drop"), state.taps, taps),
-        unsent=state.unsent.at[each, slot].set(True, mode="drop"),
+        hidden=jnp.where(row_active[:, None], hidden, state.hidden),
+        consulted=jnp.where(row_active, sigma, state.consulted),
+        waiting=state.waiting | consults,
+        taps=jax.tree.map(lambda kept, new: kept.at[rows, slot].set(new, mode="drop"), state.taps, taps),
+        unsent=state.unsent.at[rows, slot].set(True, mode="drop"),
     )
-    return _finish(config, frozen, state, run & ~asks, jnp.zeros_like(sigma), jnp.zeros_like(hidden), sampling)
+    no_g = jnp.zeros_like(hidden)
+    return _choose(config, frozen, state, active & ~consults, jnp.zeros_like(sigma), no_g, sampling)
 
 
-def _finish(
+def _choose(
     config: CloudConfig,
     frozen: Params,
     state: CloudState,
-    groups: Bool[Array, " G"],
-    use: Bool[Array, " R"],
+    active: Bool[Array, " G"],
+    corrected: Bool[Array, " R"],
     g: Float[Array, "R D"],
     sampling: Sampling,
 ) -> CloudState:
-    """Chooses the next token of these groups: with g at the rows in `use`, from f alone at the others."""
-    width = config.width
+    """Adds one token to the active groups: from f and g at `corrected` rows, from f alone at the others."""
+    width, f, any_active = config.width, state.hidden, jnp.any(active)
+    head_input = f
+    if config.setting in ROUTED:
+        head_input = without_correction(f, jnp.repeat(state.router.offset, width, axis=0))
+    head_input = jnp.where(corrected[:, None], with_correction(config.setting, f, g), head_input)
 
-    f, some = state.hidden, jnp.any(groups)
-    alone = without_correction(f, jnp.repeat(state.router.offset, width, axis=0)) if config.setting in ROUTED else f
-    entering = jnp.where(use[:, None], with_correction(config.setting, f, g), alone)
-
-    def chosen() -> tuple[Hypotheses, jax.Array]:
+    def choose() -> tuple[Hypotheses, jax.Array]:
         return choose_next_token(
-            config.model, frozen, entering, use, state.hypotheses, groups, sampling, config.beams, config.eos_ids
+            config.model,
+            frozen,
+            head_input,
+            corrected,
+            state.hypotheses,
+            active,
+            sampling,
+            config.beams,
+            config.eos_ids,
         )
 
-    def unchanged() -> tuple[Hypotheses, jax.Array]:
+    def keep() -> tuple[Hypotheses, jax.Array]:
         shape = state.hypotheses.scores.shape
         return state.hypotheses, jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], shape)
 
-    hypotheses, parents = jax.lax.cond(some, chosen, unchanged)
+    hypotheses, parents = jax.lax.cond(any_active, choose, keep)
     state = state._replace(hypotheses=hypotheses)
     if config.beams is None:
         return state
-    follow = (state.seen, state.taps, state.unsent, state.origin)
-    follow = jax.lax.cond(some, lambda: reorder(follow, parent_rows(parents)), lambda: follow)
-    return state._replace(**dict(zip(("seen", "taps", "unsent", "origin"), follow)))
+    by_row = (state.slot_mask, state.taps, state.unsent, state.origin)
+    by_row = jax.lax.cond(any_active, lambda: take_rows(by_row, parent_rows(parents)), lambda: by_row)
+    return state._replace(**dict(zip(("slot_mask", "taps", "unsent", "origin"), by_row)))

@@ -1,4 +1,4 @@
-"""What both ends of the gRPC connection agree on: method, limits, keepalive and credentials."""
+"""Settings that both ends of the gRPC connection share: method, limits, keepalive and credentials."""
 
 import dataclasses
 import ipaddress
@@ -11,7 +11,7 @@ from spa_jax.errors import UserError
 
 SERVICE, METHOD = "spa_jax.Cloud", "Generate"
 MAX_BYTES_DOWN, MAX_BYTES_UP = 64 * 2**20, 8 * 2**20
-"""Of a message from the cloud and from a device; a longer one ends its stream."""
+"""Most bytes of a message from the cloud and from a device; a longer one ends its stream."""
 KEEPALIVE: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -23,7 +23,7 @@ OLD_CONNECTION: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 10_000),
 )
-"""A connection is closed then, and the device comes back; nothing else ends a stream that is alive and never read."""
+"""Closes old connections, after which devices reconnect; nothing else ends a stream that is alive and never read."""
 CLOUD_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_BYTES_UP), ("grpc.max_send_message_length", MAX_BYTES_DOWN),
     ("grpc.so_reuseport", 0), *KEEPALIVE, *OLD_CONNECTION
@@ -35,7 +35,7 @@ DEVICE_OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class ServerSecurity:
-    """How a cloud proves itself, and whom it serves.
+    """The certificate of a cloud, and the devices that it serves.
 
     Attributes:
         cert: PEM file of the certificate chain; with `key`, TLS.
@@ -48,10 +48,10 @@ class ServerSecurity:
     tokens: str = ""
 
     def credentials(self) -> grpc.ServerCredentials | None:
-        """None without TLS.
+        """Reads the certificate and its key; None without TLS.
 
         Raises:
-            UserError: one file without the other, or what is in them is no certificate with its key.
+            UserError: one file without the other, or they hold no certificate with its key.
         """
         if bool(self.cert) != bool(self.key):
             raise UserError("TLS needs both --tls_cert and --tls_key")
@@ -68,19 +68,19 @@ class ServerSecurity:
         return grpc.ssl_server_credentials([(key, cert)])
 
     def device_tokens(self) -> frozenset[str] | None:
-        """None where everybody is served.
+        """Reads the tokens of the devices that are served; None if all are.
 
         Raises:
-            UserError: as of `read_tokens`.
+            UserError: the file cannot be read, is empty, or holds a token that is not printable ASCII.
         """
         return frozenset(read_tokens(self.tokens)) if self.tokens else None
 
 
 def check_address(address: str, tls: bool, insecure: bool) -> str:
-    """Refuses to speak in the clear with anything but this machine, unless told so.
+    """Returns the address, unless it would mean to speak in the clear with another machine.
 
     Raises:
-        UserError: not `host:port`, or no TLS to another machine.
+        UserError: it is not `host:port`, or another machine without TLS and without `insecure`.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 <= int(port) < 2**16:
@@ -101,10 +101,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def read_tokens(path: str) -> list[str]:
-    """The tokens in a file, of which every line that is not blank holds one.
+    """Reads the tokens in a file, one on each line that is not blank.
 
     Raises:
-        UserError: the file cannot be read, holds none, or one that no header can carry.
+        UserError: the file cannot be read, is empty, or holds a token that is not printable ASCII.
     """
     found = [line.strip() for line in read_file(path).decode(errors="replace").splitlines() if line.strip()]
     if not found:
@@ -115,7 +115,7 @@ def read_tokens(path: str) -> list[str]:
 
 
 def trusted_roots(path: str) -> bytes:
-    """The PEM file of the authorities to trust.
+    """Reads the PEM file of the authorities to trust.
 
     Raises:
         UserError: it cannot be read, or holds no certificate.
@@ -129,8 +129,11 @@ def trusted_roots(path: str) -> bytes:
 
 
 def read_file(path: str) -> bytes:
-    """Raises:
-    UserError: it cannot be read."""
+    """Reads a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The device's own copy of the frozen LM head, for reply mode `token`: it adds f and g, and says which token it chose.
+"""The device's own copy of the frozen LM head, with which it chooses tokens itself in reply mode `token`.
 
 Shape letters: R rows, V vocabulary, D width.
 """
@@ -20,14 +20,18 @@ from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
 
 Head = Encoded
-"""`[V,D]` as a codec has it: full precision, or int8 with a scale a token."""
+"""`[V,D]`, encoded by a codec: `int8` has one scale for each token."""
 
 BLOCK = 2048
-"""Rows of an int8 head that are decoded at once."""
+"""Rows of an int8 head that are decoded at a time."""
 
 
 def head_of(backbone: Backbone, codec: Codec | None = None) -> Head:
-    """The backbone's LM head, in a codec or as it is."""
+    """Copies the backbone's LM head, in the backbone's dtype or encoded by a codec.
+
+    Raises:
+        UserError: the backbone's weights are kept in 8 bits.
+    """
     need_floats(backbone.params, "a copy of the LM head")
     params = backbone.params
     tied = backbone.config.tie_word_embeddings
@@ -36,7 +40,7 @@ def head_of(backbone: Backbone, codec: Codec | None = None) -> Head:
 
 
 def logits(head: Head, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
-    """float32. An int8 head is decoded block by block, so that no whole one in float32 is ever there."""
+    """Applies the head, float32 out. An int8 head is decoded block by block, so that it is never whole in float32."""
     values, scales = head
     if scales is None:
         return (x.astype(values.dtype) @ values.T).astype(jnp.float32)
@@ -52,10 +56,10 @@ def logits(head: Head, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
 
 
 def save_head(path: Path, backbone: Backbone, codec: Codec) -> None:
-    """Writes the head as safetensors, with the backbone's fingerprint.
+    """Writes the backbone's head as safetensors, with its fingerprint.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the file cannot be written.
     """
     head = wire.to_host(head_of(backbone, codec))
     arrays = {"values": np.ascontiguousarray(head.values)}
@@ -65,10 +69,10 @@ def save_head(path: Path, backbone: Backbone, codec: Codec) -> None:
 
 
 def load_head(path: Path, fingerprint: str, hidden_size: int) -> Head:
-    """Reads a head of the backbone with that fingerprint.
+    """Reads the head of the backbone with that fingerprint and width.
 
     Raises:
-        UserError: no head there, a damaged one, or another backbone's.
+        UserError: the file is missing, damaged, or of another backbone.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -77,8 +81,8 @@ def load_head(path: Path, fingerprint: str, hidden_size: int) -> Head:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read the LM head '{path}': {error}") from error
     values, scales = arrays.get("values", np.zeros(0)), arrays.get("scales")
-    whole = values.ndim == 2 and values.shape[1] == hidden_size
-    if not whole or (values.dtype == np.int8) != (scales is not None and scales.shape == values.shape[:1]):
+    fits = values.ndim == 2 and values.shape[1] == hidden_size
+    if not fits or (values.dtype == np.int8) != (scales is not None and scales.shape == values.shape[:1]):
         raise UserError(f"'{path}' holds no LM head for this plugin: make one with python -m spa_jax.serve head")
     if found != fingerprint:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a generation takes: equations 4 to 6 of the paper, and their constants from measurements.
+"""The latency of a generation: equations 4 to 6 of the paper, and their constants from measurements.
 
 All times are in seconds, sizes in bytes, bandwidths in bits per second, and one FLOP is one addition or multiplication.
 """
@@ -38,20 +38,21 @@ def total_seconds(device: float, pretrained: float, network: float) -> float:
     return device + pretrained + network
 
 
-def side_flops(config: PluginConfig, seen: int = 1) -> int:
-    """FLOPs of one correction: two for each weight of a matrix, and for a side network that attends the products with
-    the keys and values of `seen` positions, itself included. Norms, gates and activations are left out."""
+def side_flops(config: PluginConfig, context_length: int = 1) -> int:
+    """Counts the FLOPs of one correction: two for each weight of a matrix, and for a side network that attends the
+    products with the keys and values of `context_length` positions, its own among them. Norms, gates and activations
+    are left out."""
     d, e, taps = config.hidden_size, config.side.width, len(config.side.taps)
     ends = taps * d * e + e * d
     if not config.side.attends:
         return 2 * (ends + 2 * (taps - 1) * d * e)
     block = config.side.block
     matrices = 4 * e * e + 3 * e * block.intermediate_size
-    return 2 * (ends + taps * matrices) + taps * 4 * e * seen
+    return 2 * (ends + taps * matrices) + taps * 4 * e * context_length
 
 
 def fit_network(sizes: Sequence[float], seconds: Sequence[float]) -> Network:
-    """(tau, bandwidth) of equation 6 by least squares over measured exchanges.
+    """Fits tau and bandwidth of equation 6 to measured exchanges by least squares.
 
     Args:
         sizes: bytes of each exchange, down and up together.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from spa_jax.data.pipeline import padded_length
+from spa_jax.data.padding import padded_length
 from spa_jax.decoding.cache import init_cache
 from spa_jax.errors import UserError
 from spa_jax.models.llama import (

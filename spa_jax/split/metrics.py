@@ -1,4 +1,4 @@
-"""What a cloud tells Prometheus. Neither prompts nor activations are among it."""
+"""The Prometheus metrics of a cloud; neither prompts nor activations are among them."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

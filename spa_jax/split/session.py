@@ -1,4 +1,4 @@
-"""The cloud's side of a generation: what it asks of the device, and what it makes of the answers."""
+"""The cloud's side of a generation: the questions it asks the device, and how it uses the replies."""
 
 import dataclasses
 import uuid
@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from spa_jax.data.encoding import Encoder, token_texts
-from spa_jax.data.pipeline import padded_length
+from spa_jax.data.padding import padded_length
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import cache_bytes, count_slots
-from spa_jax.decoding.fused import check_lengths, pad_prompts
 from spa_jax.decoding.hypotheses import Generation, to_generations
+from spa_jax.decoding.prompts import check_lengths, pad_prompts
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, SETTINGS
@@ -25,38 +25,40 @@ from spa_jax.split.wire import Encoded
 from spa_jax.weights.backbone import Backbone
 
 CHUNK_POSITIONS = 64
-"""Prompt positions a message brings to a side network that attends."""
-MOST_PROMPTS, LONGEST_REQUEST = 2**10, 2**18
-"""Of a generation: prompts, and their characters or tokens together; reading more would keep other sessions waiting."""
-MOST_PROGRAMS = 32
-"""Kinds of generations whose compiled programs are kept; some ten MiB each."""
+"""Most prompt positions in one message to a side network that attends."""
+MAX_PROMPTS, MAX_PROMPT_SIZE = 2**10, 2**18
+"""Limits of a request: prompts, and their characters or tokens together; reading more would keep other sessions
+waiting."""
+MAX_COMPILED = 32
+"""Shapes of generations whose compiled programs are kept; some ten MiB each."""
 
 
 @jax.jit
-def _select(taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, " M"]) -> Encoded:
+def gather_taps(taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, " M"]) -> Encoded:
+    """Gathers `[M,P,D]` of the taps `[R,C,P,D]` that are kept."""
     return jax.tree.map(lambda leaf: leaf[rows, slots], taps)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A generation that may begin.
+class GenerationPlan:
+    """A checked request, with all that its generation needs.
 
     Attributes:
-        config: what the cloud's programs are compiled for.
+        config: the static argument of the cloud's programs.
         prompts: token ids.
-        lengths: of the prompts.
-        room: most new tokens N.
-        sampling: how to choose.
+        lengths: tokens of each prompt.
+        max_new_tokens: N.
+        sampling: how to sample.
         seed: of sampling.
-        kernel: of the router `[D,2]`.
-        offset: of the router `[D]`.
-        threshold: of the router.
+        kernel: the router's `[D,2]`.
+        offset: the router's `[D]`.
+        threshold: p(consult) above which the device is asked.
     """
 
     config: CloudConfig
     prompts: list[list[int]]
     lengths: Int[np.ndarray, " G"]
-    room: int
+    max_new_tokens: int
     sampling: Sampling
     seed: int
     kernel: np.ndarray
@@ -66,27 +68,28 @@ class Plan:
     @property
     def slots(self) -> int:
         """Cache slots of each prompt."""
-        return count_slots(int(self.lengths.max()), self.room, self.config.width)
+        return count_slots(int(self.lengths.max()), self.max_new_tokens, self.config.width)
 
     @property
     def bytes(self) -> int:
-        """Memory that it takes, nearly: cache, taps that are kept, and of each row logits and vectors of its width."""
+        """Estimated memory: the cache, kept taps, and for each row its logits and some vectors of width D."""
         model, groups, width = self.config.model, len(self.prompts), self.config.width
         size = model.config
         taps = wire.bytes_per_position(self.config.codec, len(model.taps), size.hidden_size)
         vectors = 4 * (size.vocab_size + 8 * size.hidden_size)
-        kept = taps * (int(self.lengths.max()) + self.room if self.config.attends else 1)
+        kept = taps * (int(self.lengths.max()) + self.max_new_tokens if self.config.attends else 1)
         return cache_bytes(size, groups, self.slots, model.dtype) + groups * width * (kept + vectors)
 
 
 class Session:
-    """One generation in the cloud: `wanted` says what the device is asked, `resume` takes its answer."""
+    """One generation in the cloud. As long as `next_question` returns one, `apply_reply` must follow."""
 
-    def __init__(self, plan: Plan, frozen: Params) -> None:
+    def __init__(self, plan: GenerationPlan, frozen: Params) -> None:
+        """Runs the prompts, and on until the device is needed or all is generated."""
         self.id = uuid.uuid4().hex
         self.config = config = plan.config
         self.degraded = 0
-        """How often a prompt's next token was chosen without an answer that was wanted."""
+        """Tokens that were chosen without the reply they waited for."""
         self._frozen = frozen
         groups, d = len(plan.prompts), config.model.config.hidden_size
         self._lengths, self._sampling = plan.lengths, plan.sampling
@@ -104,16 +107,16 @@ class Session:
             plan.seed,
             plan.sampling,
             slots=plan.slots,
-            room=plan.room,
+            max_new_tokens=plan.max_new_tokens,
         )
         self._step = self._base = 0
         rows = groups * config.width
-        self._takes_tokens = config.reply == "token"
+        self._expects_tokens = config.reply == "token"
         no_g = wire.to_host(wire.encode(config.codec, jnp.zeros((rows, d))))
-        self._nothing: Encoded | np.ndarray = np.zeros(rows, np.int32) if self._takes_tokens else no_g
-        self._asked: np.ndarray = np.array([], np.int64)
+        self._no_reply: Encoded | np.ndarray = np.zeros(rows, np.int32) if self._expects_tokens else no_g
+        self._asked_rows: np.ndarray = np.array([], np.int64)
         self._waiting = np.zeros(groups, bool)
-        self._go_on(self._nothing, self._waiting)
+        self._advance(self._no_reply, self._waiting)
 
     @property
     def lengths(self) -> list[int]:
@@ -121,14 +124,14 @@ class Session:
         return self._lengths.tolist()
 
     def prompt_messages(self) -> list[Taps]:
-        """The taps of all prompt positions but the last, in chunks; none for a side network without attention."""
+        """Takes the taps of all prompt positions but the last, in chunks; none for a side network without attention."""
         if self._prompt is None:
             return []
         prompt, self._prompt = wire.to_host(self._prompt), None
         messages = []
         for group, length in enumerate(self._lengths):
-            for begin_at in range(0, int(length) - 1, CHUNK_POSITIONS):
-                chunk = slice(begin_at, min(begin_at + CHUNK_POSITIONS, int(length) - 1))
+            for begin in range(0, int(length) - 1, CHUNK_POSITIONS):
+                chunk = slice(begin, min(begin + CHUNK_POSITIONS, int(length) - 1))
                 positions = range(chunk.start, chunk.stop)
                 part = jax.tree.map(lambda leaf, at=(group, chunk): leaf[at], prompt)
                 row = group * self.config.width
@@ -137,79 +140,93 @@ class Session:
                 )
         return messages
 
-    def wanted(self) -> Taps | None:
-        """What the device is asked now; None when the generation is over."""
+    def next_question(self) -> Taps | None:
+        """Makes the message that asks the device about the waiting groups; None when the generation is over."""
         s = self._state
-        waiting, consulted, unsent, origin, start, position, f = jax.device_get(
-            (s.waiting, s.consulted, s.unsent, s.origin, s.start, s.position, s.hidden if self._takes_tokens else None)
+        waiting, consulted, unsent, origin, prompt_end, position, f = jax.device_get(
+            (
+                s.waiting,
+                s.consulted,
+                s.unsent,
+                s.origin,
+                s.last_prompt_position,
+                s.position,
+                s.hidden if self._expects_tokens else None,
+            )
         )
         if not waiting.any():
             return None
         width = self.config.width
-        self._asked = np.flatnonzero(consulted & np.repeat(waiting, width))
+        self._asked_rows = np.flatnonzero(consulted & np.repeat(waiting, width))
         self._waiting = waiting
-        chosen = np.zeros_like(unsent)
-        chosen[self._asked] = unsent[self._asked]
-        rows, slots = np.nonzero(chosen)
-        first = np.repeat(start, width) if self.config.attends else np.repeat(position - 1, width)
+        to_send = np.zeros_like(unsent)
+        to_send[self._asked_rows] = unsent[self._asked_rows]
+        rows, slots = np.nonzero(to_send)
+        first_position = np.repeat(prompt_end if self.config.attends else position - 1, width)
         padded = np.zeros((2, padded_length(len(rows), len(origin))), np.int32)
         padded[:, : len(rows)] = rows, slots
-        taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(_select(s.taps, *padded)))
+        taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(gather_taps(s.taps, *padded)))
         self._step += 1
-        moved = self.config.attends and not np.array_equal(origin, np.arange(len(origin)))
+        is_reordered = self.config.attends and not np.array_equal(origin, np.arange(len(origin)))
         return Taps(
             step=self._step,
             base=self._base,
             rows=rows.tolist(),
-            positions=(first[rows] + slots).tolist(),
-            origins=origin.tolist() if moved else [],
+            positions=(first_position[rows] + slots).tolist(),
+            origins=origin.tolist() if is_reordered else [],
             taps=wire.pack(taps),
-            f=wire.pack(Encoded(f[self._asked].astype(np.float32), None)) if self._takes_tokens else None,
+            f=wire.pack(Encoded(f[self._asked_rows].astype(np.float32), None)) if self._expects_tokens else None,
         )
 
-    def resume(self, reply: Reply | None) -> None:
-        """Goes on with the device's answer, or without one; then `wanted` says what is next.
+    def apply_reply(self, reply: Reply | None) -> None:
+        """Goes on with the device's reply to the last question, or without one.
 
         Raises:
-            WireError: the answer is not one to the last question; the session still waits for one.
+            WireError: the reply is not one to that question; the session still waits for one.
         """
-        told, answered = self._nothing, np.zeros_like(self._waiting)
+        values, answered = self._no_reply, np.zeros_like(self._waiting)
         if reply is None:
             self.degraded += int(self._waiting.sum())
         else:
             if reply.step != self._step:
                 raise wire.WireError(f"a correction of step {reply.step} came where one of step {self._step} is due")
             rows = len(self._waiting) * self.config.width
-            said = self._tokens_of(reply) if self._takes_tokens else self._g_of(reply)
-            told, answered = jax.tree.map(lambda part: _scatter(part, self._asked, rows), said), self._waiting
-            self._base = self._step
-        self._go_on(told, answered)
+            received = self.read_reply(reply)
+            values = jax.tree.map(lambda part: _scatter(part, self._asked_rows, rows), received)
+            answered, self._base = self._waiting, self._step
+        self._advance(values, answered)
 
-    def _g_of(self, reply: Reply) -> Encoded:
-        return wire.unpack(self.config.codec, reply.g, (len(self._asked), self.config.model.config.hidden_size))
+    def read_reply(self, reply: Reply) -> Encoded | np.ndarray:
+        """Reads g `[M,D]`, or in reply mode `token` the tokens `[M]`, of the M rows of the last question.
 
-    def _tokens_of(self, reply: Reply) -> np.ndarray:
-        tokens, vocabulary = np.array(reply.tokens, np.int64), self.config.model.config.vocab_size
-        if len(tokens) != len(self._asked) or (tokens >= vocabulary).any():
-            raise wire.WireError(f"{len(tokens)} tokens came where {len(self._asked)} below {vocabulary} are due")
+        Raises:
+            WireError: they are not for that many rows, or not valid.
+        """
+        rows, size = len(self._asked_rows), self.config.model.config
+        if not self._expects_tokens:
+            return wire.unpack(self.config.codec, reply.g, (rows, size.hidden_size))
+        tokens = np.array(reply.tokens, np.int64)
+        if len(tokens) != rows or (tokens >= size.vocab_size).any():
+            raise wire.WireError(f"{len(tokens)} tokens came where {rows} below {size.vocab_size} are due")
         return tokens.astype(np.int32)
 
-    def _go_on(self, told: Encoded | np.ndarray, answered: np.ndarray) -> None:
-        self._state = advance(self.config, self._frozen, self._state, told, self._waiting, answered, self._sampling)
+    def _advance(self, reply: Encoded | np.ndarray, answered: np.ndarray) -> None:
+        self._state = advance(self.config, self._frozen, self._state, reply, self._waiting, answered, self._sampling)
 
     def result(self) -> list[Generation]:
-        """What was generated so far."""
+        """Fetches what is generated so far."""
         return to_generations(self._state.hypotheses, self.config.eos_ids)
 
-    def forget(self) -> None:
-        """Gives the state's memory back; the session is over."""
+    def free(self) -> None:
+        """Frees the memory of a session that is over."""
         del self._state
 
 
 def _scatter(part: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    whole = np.zeros((count, *part.shape[1:]), part.dtype)
-    whole[rows] = part
-    return whole
+    """Puts values `[M,...]` at these of `count` rows, with zeros at the others."""
+    scattered = np.zeros((count, *part.shape[1:]), part.dtype)
+    scattered[rows] = part
+    return scattered
 
 
 class Cloud:
@@ -223,22 +240,22 @@ class Cloud:
         """Begins a generation: runs the prompts, and on until the device is needed.
 
         Raises:
-            UserError: as of `plan`.
+            UserError: another protocol version, backbone, or a request that makes no sense, each by name.
         """
         return self.begin(self.plan(request))
 
-    def begin(self, plan: Plan) -> Session:
-        """`open` of what was planned; when there are too many programs, all are compiled anew as they are needed."""
-        kind = (plan.config, plan.slots, plan.room, pad_prompts(plan.prompts).shape)
-        if kind not in self._compiled and len(self._compiled) >= MOST_PROGRAMS:
-            for program in (prefill, advance, _select):
+    def begin(self, plan: GenerationPlan) -> Session:
+        """Opens the session of a plan; beyond `MAX_COMPILED` shapes, all compiled programs are dropped first."""
+        shape = (plan.config, plan.slots, plan.max_new_tokens, pad_prompts(plan.prompts).shape)
+        if shape not in self._compiled and len(self._compiled) >= MAX_COMPILED:
+            for program in (prefill, advance, gather_taps):
                 program.clear_cache()  # type: ignore[attr-defined]
             self._compiled.clear()
-        self._compiled.add(kind)
+        self._compiled.add(shape)
         return Session(plan, self._backbone.params)
 
-    def plan(self, request: Open) -> Plan:
-        """What a generation will take, before anything is computed.
+    def plan(self, request: Open) -> GenerationPlan:
+        """Checks a request and says what its generation takes, before anything is computed.
 
         Raises:
             UserError: another protocol version, backbone, or a request that makes no sense, each by name.
@@ -257,37 +274,18 @@ class Cloud:
         if request.setting not in SETTINGS or not request.prompts or not 0 <= request.threshold <= 1:
             raise UserError("the device asks for an unknown setting, a threshold out of range, or without a prompt")
         taps = tuple(request.taps)
-        most = backbone.config.num_layers + 1
-        if not 0 < len(taps) <= most or list(taps) != sorted(set(taps)) or taps[-1] >= most:
-            raise UserError(f"the device asks for taps {taps[:most]}, which this backbone has not")
-        size = sum(len(prompt.text) + len(prompt.tokens) for prompt in request.prompts)
-        if len(request.prompts) > MOST_PROMPTS or size > LONGEST_REQUEST:
-            raise UserError(
-                f"{len(request.prompts)} prompts of {size} characters or tokens are more than the cloud takes at once, "
-                f"{MOST_PROMPTS} and {LONGEST_REQUEST}: ask for them in turn"
-            )
-        encoder = None
-        if any(prompt.text for prompt in request.prompts):
-            encoder = Encoder(backbone.tokenizer, request.template, backbone.config.max_position_embeddings)
-        prompts = [
-            encoder.prompt(prompt.text) if encoder is not None and prompt.text else list(prompt.tokens)
-            for prompt in request.prompts
-        ]
-        if any(token >= backbone.config.vocab_size for prompt in prompts for token in prompt):
-            raise UserError("the prompt holds tokens that this backbone has not")
-        beams = None
-        if request.HasField("beams"):
-            early: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
-            if request.beams.early_stopping not in early:
-                raise UserError(f"early_stopping is '{request.beams.early_stopping}'; choices are {', '.join(early)}")
-            stopping = early[request.beams.early_stopping]
-            beams = Beams(request.beams.width, request.beams.length_penalty, stopping).check()  # type: ignore[arg-type]
-        model = backbone.model(taps)
+        states = backbone.config.num_layers + 1
+        if not 0 < len(taps) <= states or list(taps) != sorted(set(taps)) or taps[-1] >= states:
+            raise UserError(f"the device asks for taps {taps[:states]}, which this backbone has not")
+        prompts = self._tokenize(request)
+        beams = _beams(request) if request.HasField("beams") else None
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None)
-        config = CloudConfig(model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids)
+        config = CloudConfig(
+            backbone.model(taps), request.setting, codec, request.attends, reply, beams, backbone.eos_ids
+        )
         lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
         d, s = backbone.config.hidden_size, request.sampling
-        return Plan(
+        return GenerationPlan(
             config,
             prompts,
             lengths,
@@ -299,12 +297,54 @@ class Cloud:
             request.threshold,
         )
 
-    def pieces(self, generation: Generation) -> list[str]:
-        """The text of each of its tokens."""
+    def token_texts(self, generation: Generation) -> list[str]:
+        """Decodes each token by itself; a character of several tokens comes with the last of them."""
         return token_texts(self._backbone.tokenizer, generation.tokens)
+
+    def _tokenize(self, request: Open) -> list[list[int]]:
+        """Returns the token ids of the prompts.
+
+        Raises:
+            UserError: too many or too long prompts, or ids that are not the backbone's.
+        """
+        backbone = self._backbone
+        size = sum(len(prompt.text) + len(prompt.tokens) for prompt in request.prompts)
+        if len(request.prompts) > MAX_PROMPTS or size > MAX_PROMPT_SIZE:
+            raise UserError(
+                f"{len(request.prompts)} prompts of {size} characters or tokens are more than the cloud takes at once, "
+                f"{MAX_PROMPTS} and {MAX_PROMPT_SIZE}: ask for them in turn"
+            )
+        encoder = None
+        if any(prompt.text for prompt in request.prompts):
+            encoder = Encoder(backbone.tokenizer, request.template, backbone.config.max_position_embeddings)
+        prompts = [
+            encoder.prompt(prompt.text) if encoder is not None and prompt.text else list(prompt.tokens)
+            for prompt in request.prompts
+        ]
+        if any(token >= backbone.config.vocab_size for prompt in prompts for token in prompt):
+            raise UserError("the prompt holds tokens that this backbone has not")
+        return prompts
+
+
+def _beams(request: Open) -> Beams:
+    """Reads the beam search of a request.
+
+    Raises:
+        UserError: a width or a way to stop that does not exist.
+    """
+    early: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+    if request.beams.early_stopping not in early:
+        raise UserError(f"early_stopping is '{request.beams.early_stopping}'; choices are {', '.join(early)}")
+    stopping = early[request.beams.early_stopping]
+    return Beams(request.beams.width, request.beams.length_penalty, stopping).check()  # type: ignore[arg-type]
 
 
 def _floats(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Reads a float32 array of that shape.
+
+    Raises:
+        WireError: the bytes are not of that many numbers, or not all of them are finite.
+    """
     if len(data) != 4 * int(np.prod(shape)):
         raise wire.WireError(f"the {name} has {len(data)} bytes, but one for this backbone has {4 * np.prod(shape)}")
     array = np.frombuffer(data, "<f4").reshape(shape)

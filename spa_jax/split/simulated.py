@@ -1,4 +1,4 @@
-"""A network that is not there, on a clock that costs no time."""
+"""A simulated network, on a virtual clock."""
 
 import dataclasses
 
@@ -16,10 +16,10 @@ class Network:
         tau: seconds of a round trip, the paper's TCP/IP connection latency.
         down: bandwidth from cloud to device in bits per second.
         up: bandwidth from device to cloud in bits per second.
-        jitter: mean seconds of an exponentially distributed delay that each message suffers on top.
+        jitter: mean seconds of an exponentially distributed delay of each message.
         loss: probability that a message does not arrive, below 1.
-        deadline: seconds on the network after which an answer is not waited for; those in the device's program are
-            real ones and depend on the machine.
+        deadline: seconds on the network after which a reply is lost; time in the device's program does not count, since
+            it is real and depends on the machine.
         seed: of jitter and loss.
     """
 
@@ -41,7 +41,7 @@ class Network:
 
 
 class Simulated(InProcess):
-    """The device a function call away, and a virtual clock: `traffic.network_seconds` is what the link would take."""
+    """Calls the device as a function, and adds the time that the link would take to `traffic.network_seconds`."""
 
     def __init__(self, answer: Answer, network: Network) -> None:
         super().__init__(answer)
@@ -49,7 +49,7 @@ class Simulated(InProcess):
         self._random = np.random.default_rng(network.seed)
 
     def send(self, message: bytes) -> None:
-        """Sends what wants no answer; it is sent again until it arrives, as TCP does."""
+        """Sends a message that wants no reply, again and again until it arrives, as TCP does."""
         n = self._network
         while True:
             self.traffic.network_seconds += n.tau / 2 + 8 * len(message) / n.down + self._random.exponential(n.jitter)

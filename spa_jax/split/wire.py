@@ -18,13 +18,13 @@ from spa_jax.split.messages_pb2 import Tensor
 Parsed = TypeVar("Parsed", bound=Message)
 
 VERSION = 3
-"""Of the protocol; either side refuses another one by name."""
+"""The version of the protocol; either side refuses another one by name."""
 
 Codec = Literal["float32", "bfloat16", "float16", "int8"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
 ReplyMode = Literal["correction", "token"]
 REPLIES: tuple[ReplyMode, ...] = get_args(ReplyMode)
-"""What a device answers with: g, as in the paper, or the id of the token that it chose itself."""
+"""The contents of a reply: g, as in the paper, or the id of the token that the device chose itself."""
 DTYPES = {
     "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16), "int8": np.dtype(np.int8),
@@ -33,21 +33,21 @@ LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class WireError(UserError):
-    """A message that is not what the protocol says: nothing in it is used."""
+    """A message does not follow the protocol; nothing in it is used."""
 
 
 class Encoded(NamedTuple):
-    """Vectors as a codec has them."""
+    """Vectors encoded by a codec."""
 
     values: Array
     """`[..., D]` in the codec's dtype."""
     scales: Float[Array, "..."] | None
-    """float32, one a vector; of `int8` only."""
+    """float32, one for each vector; `int8` only."""
 
 
 def encode(codec: Codec, x: Float[Array, "... D"]) -> Encoded:
-    """`int8` rounds to the 255 steps between minus and plus the largest magnitude of each vector; `float16` clips at
-    65504."""
+    """Encodes vectors: `int8` rounds to the 255 steps between minus and plus the largest magnitude of each vector, and
+    `float16` clips at 65504."""
     if codec == "float16":
         x = jnp.clip(x, -LARGEST_FLOAT16, LARGEST_FLOAT16)
     if codec != "int8":
@@ -59,30 +59,30 @@ def encode(codec: Codec, x: Float[Array, "... D"]) -> Encoded:
 
 
 def decode(encoded: Encoded, dtype: jnp.dtype) -> Float[Array, "... D"]:
-    """What `encode` was given, as nearly as the codec has it."""
+    """Restores what `encode` was given, as nearly as the codec can."""
     x = encoded.values.astype(dtype if encoded.scales is None else jnp.float32)
     return x if encoded.scales is None else (x * encoded.scales[..., None]).astype(dtype)
 
 
 def pack(encoded: Encoded) -> Tensor:
-    """The bytes of fetched arrays."""
+    """Puts arrays on the host into a message."""
     scales = b"" if encoded.scales is None else np.asarray(encoded.scales, "<f4").tobytes()
     return Tensor(values=np.ascontiguousarray(np.asarray(encoded.values)).tobytes(), scales=scales)
 
 
 def unpack(codec: Codec, tensor: Tensor, shape: tuple[int, ...]) -> Encoded:
-    """NumPy arrays `[*shape]` of a message.
+    """Reads NumPy arrays `[*shape]` from a message.
 
     Raises:
         WireError: the bytes are not of that many numbers, or not all of them are finite.
     """
     dtype = DTYPES[codec]
-    want = int(np.prod(shape)) * dtype.itemsize
-    want_scales = int(np.prod(shape[:-1])) * 4 if codec == "int8" else 0
-    if len(tensor.values) != want or len(tensor.scales) != want_scales:
+    expected = int(np.prod(shape)) * dtype.itemsize
+    expected_scales = int(np.prod(shape[:-1])) * 4 if codec == "int8" else 0
+    if len(tensor.values) != expected or len(tensor.scales) != expected_scales:
         raise WireError(
             f"an array of {len(tensor.values)} bytes and {len(tensor.scales)} of scales came where {codec} of shape "
-            f"{shape} has {want} and {want_scales}"
+            f"{shape} has {expected} and {expected_scales}"
         )
     values = np.frombuffer(tensor.values, dtype).reshape(shape)
     scales = np.frombuffer(tensor.scales, "<f4").reshape(shape[:-1]) if codec == "int8" else None
@@ -95,16 +95,22 @@ def unpack(codec: Codec, tensor: Tensor, shape: tuple[int, ...]) -> Encoded:
 
 
 def check_codec(codec: str) -> Codec:
-    """Raises:
-    UserError: no such codec."""
+    """Returns the name of a codec.
+
+    Raises:
+        UserError: there is no such codec.
+    """
     if codec not in CODECS:
         raise UserError(f"codec '{codec}' is unknown; choices are {', '.join(CODECS)}")
     return codec
 
 
 def check_reply(reply: str, search: bool) -> ReplyMode:
-    """Raises:
-    UserError: no such mode, or `token` in beam search."""
+    """Returns the name of a reply mode.
+
+    Raises:
+        UserError: there is no such mode, or it is `token` in a beam search.
+    """
     if reply not in REPLIES:
         raise UserError(f"reply mode '{reply}' is unknown; choices are {', '.join(REPLIES)}")
     if search and reply == "token":
@@ -116,10 +122,10 @@ def check_reply(reply: str, search: bool) -> ReplyMode:
 
 
 def parse(kind: type[Parsed], data: bytes) -> Parsed:
-    """A message from its bytes.
+    """Parses a message.
 
     Raises:
-        WireError: they are none.
+        WireError: the bytes are no such message.
     """
     try:
         return kind.FromString(data)
@@ -128,10 +134,10 @@ def parse(kind: type[Parsed], data: bytes) -> Parsed:
 
 
 def bytes_per_position(codec: Codec, vectors: int, width: int) -> int:
-    """Bytes of the arrays of one position: P taps down, or one g up; the envelope is apart."""
+    """Counts the bytes of one position's arrays, P taps down or one g up, without the rest of the message."""
     return vectors * (width * DTYPES[codec].itemsize + (4 if codec == "int8" else 0))
 
 
 def to_host(encoded: Encoded) -> Encoded:
-    """The arrays fetched."""
+    """Fetches the arrays to the host."""
     return cast(Encoded, jax.device_get(encoded))

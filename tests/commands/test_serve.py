@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from spa_jax.split.local import cloud_process
+from spa_jax.split.cloud_process import cloud_process
 
 SERVE, GENERATE = "spa_jax.serve", "spa_jax.generate"
 ASK = ["--prompt=What is thing 1?", "--max_new_tokens=12"]

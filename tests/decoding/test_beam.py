@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spa_jax.decoding.beam import Beams, extend
+from spa_jax.decoding.beam import Beams, search_step
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.hypotheses import init_hypotheses, last_tokens, parent_rows, to_generations
 from spa_jax.errors import UserError
@@ -90,23 +90,23 @@ def test_a_prompt_in_a_batch_gives_what_it_gives_alone(fused):
 def test_as_wide_as_the_tree_it_finds_the_best_of_all_sequences():
     """A Markov chain over 4 tokens, of which 3 ends: 3 ** 4 ways to go on after 4 tokens, and a beam for each."""
     transitions = np.log(np.random.default_rng(0).dirichlet(np.ones(4), size=4)).astype(np.float32)
-    beams, room, end = Beams(81, 0.7), 4, 3
+    beams, new, end = Beams(81, 0.7), 4, 3
 
     def score(sequence):
         logs = [transitions[before, after] for before, after in itertools.pairwise((0, *sequence))]
         return sum(logs) / len(sequence) ** 0.7
 
-    ended = [(*body, end) for n in range(room) for body in itertools.product(range(end), repeat=n)]
-    unended = list(itertools.product(range(end), repeat=room))
+    ended = [(*body, end) for n in range(new) for body in itertools.product(range(end), repeat=n)]
+    unended = list(itertools.product(range(end), repeat=new))
     best = max(ended + unended, key=score)
 
     @jax.jit
     def step(hypotheses, tokens):
         logits = jnp.asarray(transitions)[tokens]
-        return extend(beams, hypotheses, logits, tokens == 1, ~hypotheses.done, (end,))
+        return search_step(beams, hypotheses, logits, tokens == 1, ~hypotheses.is_done, (end,))
 
-    hypotheses, tokens = init_hypotheses(1, 81, room, 0, search=True), jnp.zeros((1, 81), jnp.int32)
-    for _ in range(room):
+    hypotheses, tokens = init_hypotheses(1, 81, new, 0, search=True), jnp.zeros((1, 81), jnp.int32)
+    for _ in range(new):
         hypotheses, parents = step(hypotheses, tokens)
         assert parent_rows(parents).shape == (81,)
         tokens = last_tokens(hypotheses)
@@ -120,10 +120,10 @@ def test_groups_that_are_not_active_stay_as_they_are():
     hypotheses = init_hypotheses(2, 3, 5, 0, search=True)
     logits = jax.random.normal(jax.random.key(0), (2, 3, 20))
     asked = jnp.ones((2, 3), bool)
-    first, _ = extend(Beams(3), hypotheses, logits, asked, jnp.array([True, True]), (19,))
-    second, parents = extend(Beams(3), first, logits, asked, jnp.array([False, True]), (19,))
+    first, _ = search_step(Beams(3), hypotheses, logits, asked, jnp.array([True, True]), (19,))
+    second, parents = search_step(Beams(3), first, logits, asked, jnp.array([False, True]), (19,))
     np.testing.assert_array_equal(parents[0], [0, 1, 2])
-    assert second.made.tolist() == [1, 2]
+    assert second.num_generated.tolist() == [1, 2]
     for before, after in ((first.tokens, second.tokens), (first.scores, second.scores)):
         np.testing.assert_array_equal(before[0], after[0])
 

@@ -1,51 +1,33 @@
-"""Prompts that have run once serve other plugins on the same backbone."""
+"""Prompts are counted, padded, and refused by name."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_fused import NEW, PROMPTS, backbone, make_plugin  # noqa: F401 (a fixture)
 
-from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.fused import FusedModel
-from spa_jax.decoding.prompts import PromptState, PromptStore
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+from spa_jax.decoding.prompts import check_lengths, longest_extensions, pad_prompts
+from spa_jax.errors import UserError
 
 
-@pytest.mark.parametrize("kind", ["tokenwise", pytest.param("transformer", marks=pytest.mark.slow)])
-def test_another_model_goes_on_from_what_the_first_one_left(backbone, kind):  # noqa: F811
-    store, batch = PromptStore(1.0), [*PROMPTS, PROMPTS[3][:5]]
-    first = FusedModel(backbone, make_plugin("spa", kind=kind), "spa", prompts=store)
-    first.generate(batch, NEW)
-    assert store.hits == 0
-    for setting, trained_as, width in (("s1", "spa", None), ("s2", "s2", Beams(3))):  # a beam search has other slots
-        plugin = make_plugin(trained_as, kind=kind)
-        expected = FusedModel(backbone, plugin, setting).generate(batch, NEW, beams=width)
-        found = FusedModel(backbone, plugin, setting, prompts=store).generate(batch, NEW, beams=width)
-        assert [(g.tokens, g.consulted) for g in found] == [(g.tokens, g.consulted) for g in expected]
-    assert store.hits == 2
+@pytest.mark.parametrize(
+    ("prompts", "max_new_tokens", "says"),
+    [
+        ([[1, 2], []], 2, "a prompt is empty"),
+        ([[1, 2], [1] * 7], 2, "7 tokens and 2 new ones do not fit the backbone's context of 8"),
+        ([[1, 2]], 0, "max_new_tokens"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused_by_name(prompts, max_new_tokens, says):
+    with pytest.raises(UserError, match=says):
+        check_lengths(prompts, max_new_tokens, limit=8)
 
 
-def test_what_decides_a_state_decides_where_it_is_kept(backbone):  # noqa: F811
-    """No taps, other taps of other tokens, other beginnings of the same prompts: each runs by itself."""
-    store = PromptStore(1.0)
-    for plugin in (None, make_plugin("spa"), make_plugin("spa", kind="transformer")):
-        FusedModel(backbone, plugin, prompts=store).generate(PROMPTS, 2)
-    FusedModel(backbone, None, prompts=store).generate([*PROMPTS, PROMPTS[3][:5]], 2)
-    assert store.hits == 0
+def test_prompts_are_counted_and_padded_to_one_length():
+    prompts = [[3], [1] * 33, [5, 6]]
+    assert check_lengths(prompts, 2, limit=35).tolist() == [1, 33, 2]
+    tokens = pad_prompts(prompts)
+    assert (tokens.shape, tokens.dtype) == ((3, 48), np.int32)
+    assert [row.tolist()[: len(prompt)] for row, prompt in zip(tokens, prompts)] == prompts
+    assert not any(row[len(prompt) :].any() for row, prompt in zip(tokens, prompts))
 
 
-def test_the_least_recently_used_go():
-    def state(fill):
-        return lambda: PromptState(jnp.zeros((0, 1)), jnp.zeros((0, 0, 1, 1)), {"k": jnp.full((1, 64, 4), fill)})
-
-    store = PromptStore(2.5 * 64 * 4 * 4 / 2**30)  # room for two
-    store.get("a", 4, 4, state(1.0)), store.get("b", 4, 4, state(2.0))
-    kept = store.get("a", 4, 6, state(9.0))
-    np.testing.assert_array_equal(kept.cache["k"][0, 0], [1, 1, 1, 1, 0, 0])
-    store.get("c", 4, 4, state(3.0))
-    assert store.get("b", 4, 4, state(4.0)).cache["k"][0, 0, 0] == 4  # was gone, and is back
-    assert store.get("c", 4, 4, state(9.0)).cache["k"][0, 0, 0] == 3
-    assert store.hits == 2
-    assert jax.tree.leaves(PromptStore(0.0).get("a", 4, 4, state(1.0)))  # too large to keep, but there
+def test_prompts_begin_the_longest_that_goes_on_as_they_do():
+    assert longest_extensions([[1, 2], [1, 2, 3], [1], [2], [1, 2, 4], [1, 2, 3]]).tolist() == [1, 1, 1, 3, 4, 1]

@@ -11,9 +11,9 @@ import atheris
 
 with atheris.instrument_imports(include=["spa_jax.split"]):
     from spa_jax.split import client, wire
-    from spa_jax.split.generation import device_for, open_message
     from spa_jax.split.head import head_of
     from spa_jax.split.messages_pb2 import FromDevice, Open, Reply, Taps
+    from spa_jax.split.request import device_for, open_message
     from spa_jax.split.session import Cloud
 
 import dataclasses
@@ -46,7 +46,7 @@ class Reading:
             device = device_for(self.plugins[kind], request, session.lengths, head_of(backbone))
             for part in session.prompt_messages():
                 device.receive(part)
-            question = session.wanted()
+            question = session.next_question()
             self.pairs.append((session, device, question, device.receive(question)))
 
     def seeds(self) -> list[bytes]:
@@ -69,12 +69,10 @@ class Reading:
             if who % 2:
                 device.receive(wire.parse(Taps, data))
             else:
-                reply = wire.parse(Reply, data)
-                session._takes_tokens and session._tokens_of(reply)
-                session._takes_tokens or session._g_of(reply)
+                session.read_reply(wire.parse(Reply, data))
         elif who == 7:
             request = self.requests["tokenwise", "correction"]
-            client._Remote(self.plugins["tokenwise"], request, None, None, None).hear(data)
+            client.DeviceClient(self.plugins["tokenwise"], request, None, None, None).handle_message(data)
         else:
             wire.parse(FromDevice, data)
 

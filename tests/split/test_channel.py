@@ -9,7 +9,8 @@ from tiny_split import NEW, make_plugin, make_prompts
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.split.channel import InProcess, Traffic
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.generation import generate
+from spa_jax.split.request import open_message
 from spa_jax.split.simulated import Network, Simulated
 
 PERFECT = Network(tau=0.01, down=1e6, up=2e5, deadline=1e9)

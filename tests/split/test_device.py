@@ -4,14 +4,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from tiny_split import NEW, SIDES, TIE, generate_over_line, judge, make_plugin, make_prompts, tokens_asked
+from tiny_split import NEW, SIDES, TIE, generate_and_record, judge, make_plugin, make_prompts, tokens_asked
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.split import device as device_module
 from spa_jax.split import session as session_module
 from spa_jax.split.device import Device
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.generation import generate
 from spa_jax.split.messages_pb2 import Reply, Taps
+from spa_jax.split.request import open_message
 from spa_jax.split.session import CHUNK_POSITIONS
 from spa_jax.split.wire import WireError
 
@@ -34,8 +35,10 @@ def _some_lost(exchange):
 
 def test_every_position_is_sent_once_and_none_is_left_out(cloud):
     plugin, request = _request("transformer", None)
-    result, line = generate_over_line(cloud, plugin, request)
-    sent, asked = ([Taps.FromString(message) for message in part] for part in (line.sent, next(zip(*line.asked))))
+    result, channel = generate_and_record(cloud, plugin, request)
+    sent, asked = (
+        [Taps.FromString(message) for message in part] for part in (channel.sent, next(zip(*channel.exchanged)))
+    )
     before = [(group, position) for taps in sent for group, position in zip(taps.rows, taps.positions)]
     assert before == [(group, position) for group, prompt in enumerate(PROMPTS) for position in range(len(prompt) - 1)]
     assert all(taps.prompt and (taps.step, taps.base, len(taps.origins)) == (0, 0, 0) for taps in sent)
@@ -51,10 +54,10 @@ def test_every_position_is_sent_once_and_none_is_left_out(cloud):
 
 def test_the_token_wise_kind_is_sent_what_is_asked_for(cloud):
     plugin, request = _request("tokenwise", None)
-    result, line = generate_over_line(cloud, plugin, request)
-    asked = [which for message, _ in line.asked for which in tokens_asked(message, PROMPTS, 1)]
-    assert not line.sent
-    assert sum(len(Taps.FromString(message).rows) for message, _ in line.asked) == len(asked) == len(set(asked))
+    result, channel = generate_and_record(cloud, plugin, request)
+    asked = [which for message, _ in channel.exchanged for which in tokens_asked(message, PROMPTS, 1)]
+    assert not channel.sent
+    assert sum(len(Taps.FromString(message).rows) for message, _ in channel.exchanged) == len(asked) == len(set(asked))
     for group, generation in enumerate(result.generations):
         tokens = [token for row, _, token in asked if row == group]
         assert tokens == np.flatnonzero(generation.consulted).tolist()
@@ -62,21 +65,21 @@ def test_the_token_wise_kind_is_sent_what_is_asked_for(cloud):
 
 def test_a_search_asks_for_its_first_token_once(cloud):
     plugin, request = _request("transformer", 4, threshold=0)
-    _, line = generate_over_line(cloud, plugin, request)
-    first, second = (tokens_asked(message, PROMPTS, 4) for message, _ in line.asked[:2])
+    _, channel = generate_and_record(cloud, plugin, request)
+    first, second = (tokens_asked(message, PROMPTS, 4) for message, _ in channel.exchanged[:2])
     assert first == [(group, 4 * group, 0) for group in range(4)]
     assert second == [(row // 4, row, 1) for row in range(16)]
 
 
 def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
     plugin, request = _request("transformer", None)
-    whole, line = generate_over_line(cloud, plugin, request)
+    whole, channel = generate_and_record(cloud, plugin, request)
     assert max(len(prompt) for prompt in PROMPTS) < CHUNK_POSITIONS
-    assert len(line.sent) == len(PROMPTS)
+    assert len(channel.sent) == len(PROMPTS)
     monkeypatch.setattr(session_module, "CHUNK_POSITIONS", 7)
-    parts, line = generate_over_line(cloud, plugin, request)
+    parts, channel = generate_and_record(cloud, plugin, request)
     assert _said(parts) == _said(whole)
-    assert [len(Taps.FromString(message).rows) for message in line.sent] == [
+    assert [len(Taps.FromString(message).rows) for message in channel.sent] == [
         min(7, len(prompt) - 1 - begin) for prompt in PROMPTS for begin in range(0, len(prompt) - 1, 7)
     ]
 
@@ -84,27 +87,27 @@ def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
 @pytest.mark.parametrize(("kind", "width"), KINDS)
 def test_messages_that_come_twice_mean_what_they_mean_once(kind, width, cloud):
     plugin, request = _request(kind, width)
-    once, line = generate_over_line(cloud, plugin, request)
-    twice, again = generate_over_line(cloud, plugin, request, times=2)
+    once, channel = generate_and_record(cloud, plugin, request)
+    twice, again = generate_and_record(cloud, plugin, request, times=2)
     assert twice.generations == once.generations
-    assert again.asked == line.asked
+    assert again.exchanged == channel.exchanged
 
 
 @pytest.mark.parametrize(("kind", "width"), KINDS)
 def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, backbone, cloud):
     plugin, request = _request(kind, width)
-    result, line = generate_over_line(cloud, plugin, request, _some_lost)
-    assert result.degraded == len(line.lost) > 3
+    result, channel = generate_and_record(cloud, plugin, request, _some_lost)
+    assert result.degraded == len(channel.lost) > 3
     beams = Beams(width) if width else None
     verdicts = []
     for group, prompt in enumerate(PROMPTS):
-        verdicts.append(judge(backbone, plugin, "spa", prompt, beams, lost={t for g, t in line.lost if g == group}))
+        verdicts.append(judge(backbone, plugin, "spa", prompt, beams, lost={t for g, t in channel.lost if g == group}))
         assert min(verdicts[-1].gaps) > TIE, "float noise could decide this case: choose another seed"
     assert _said(result) == [(verdict.generation.tokens, verdict.generation.consulted) for verdict in verdicts]
     undisturbed = generate(cloud, plugin, request)
     assert _said(undisturbed) != _said(result)
     compared = 0
-    for message, answer in line.asked:
+    for message, answer in channel.exchanged:
         asked = tokens_asked(message, PROMPTS, width or 1)
         if answer is None:
             continue
@@ -118,10 +121,10 @@ def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, back
 @pytest.mark.parametrize(("kind", "width"), KINDS)
 def test_a_device_that_never_answers_is_one_that_is_never_asked(kind, width, cloud):
     plugin, request = _request(kind, width)
-    silent, line = generate_over_line(cloud, plugin, request, lambda exchange: "question lost")
+    silent, channel = generate_and_record(cloud, plugin, request, lambda exchange: "question lost")
     never = generate(cloud, plugin, _request(kind, width, threshold=1.0)[1])
     assert silent.generations == never.generations
-    assert silent.degraded == len(line.lost) > 0
+    assert silent.degraded == len(channel.lost) > 0
     assert (never.degraded, never.traffic.exchanges) == (0, 0)
 
 
@@ -177,16 +180,16 @@ def test_a_wrong_answer_is_refused_and_the_right_one_still_taken(cloud):
     plugin, request = _request("tokenwise", None)
     device = Device(plugin.config, plugin.params["side"], "float32", 4, CHUNK_POSITIONS)
     session = cloud.open(request)
-    right = device.receive(session.wanted())
+    right = device.receive(session.next_question())
     for wrong, says in [
         (Reply(step=7, g=right.g), "step 7 came where one of step 1 is due"),
         (Reply(step=1, g={"values": right.g.values[4:]}), "bytes"),
         (Reply(step=1, g={"values": b"\xff" * len(right.g.values)}), "not finite"),
     ]:
         with pytest.raises(WireError, match=says):
-            session.resume(wrong)
-    session.resume(right)
-    while (question := session.wanted()) is not None:
-        session.resume(device.receive(question))
+            session.apply_reply(wrong)
+    session.apply_reply(right)
+    while (question := session.next_question()) is not None:
+        session.apply_reply(device.receive(question))
     assert session.result() == generate(cloud, plugin, request).generations
     assert session.degraded == 0

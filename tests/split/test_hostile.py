@@ -13,9 +13,9 @@ from tiny_split import NEW, make_plugin, make_prompts
 
 from spa_jax.errors import UserError
 from spa_jax.split import messages_pb2, wire
-from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.head import head_of
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Open, Reply, Taps
+from spa_jax.split.request import device_for, open_message
 
 PROMPTS = make_prompts(8)
 KINDS = [
@@ -89,12 +89,12 @@ def pair(request, cloud, backbone):
     device = device_for(plugin, asked, session.lengths, head_of(backbone))
     for part in session.prompt_messages():
         device.receive(part)
-    question = session.wanted()
+    question = session.next_question()
     return session, device, question, device.receive(question)
 
 
 def test_no_question_upsets_a_device(pair):
-    _, device, question, honest = pair
+    session, device, question, honest = pair
 
     @settings(max_examples=150, deadline=None)
     @given(message=messages(Taps, ARRAYS), field=st.sampled_from(list(Taps.DESCRIPTOR.fields_by_name)))
@@ -109,7 +109,7 @@ def test_no_question_upsets_a_device(pair):
             except wire.WireError:
                 continue
             assert reply is None or reply.step == taps.step
-        if not device._config.side.attends:  # that one keeps what it is told, and a lie may make sense
+        if not session.config.attends:  # that kind keeps what it receives, and a lie may be valid
             assert device.receive(question) == honest
 
     check()
@@ -124,17 +124,17 @@ def test_no_reply_upsets_a_session(pair):
         if message.step == question.step:
             message.step += 1
         with pytest.raises(wire.WireError, match="is due"):
-            session.resume(message)
+            session.apply_reply(message)
         wrong = Reply(step=question.step, g=message.g, tokens=message.tokens)
         asked = len(set(question.rows))
         fits = len(wrong.tokens) == asked if session.config.reply == "token" else len(wrong.g.values) == asked * 128
         if not fits:
             with pytest.raises(wire.WireError):
-                session.resume(wrong)
+                session.apply_reply(wrong)
 
     check()
-    session.resume(honest)
-    assert session.wanted().step == question.step + 1
+    session.apply_reply(honest)
+    assert session.next_question().step == question.step + 1
 
 
 @settings(max_examples=300, deadline=None)

@@ -36,8 +36,8 @@ def test_flops_are_two_for_each_weight_of_a_matrix():
     attending = PluginConfig("s1", SideConfig("transformer", 8, (0, 2, 3), 2), 32)
     shapes = jax.tree.leaves(init_plugin(attending, abstract=True))
     matrices = sum(leaf.size for leaf in shapes if leaf.ndim > 1 and leaf.shape != (3, 8))  # norms
-    assert side_flops(attending, seen=5) - side_flops(attending, seen=4) == 3 * 4 * 8
-    assert side_flops(attending, seen=0) == 2 * matrices
+    assert side_flops(attending, context_length=5) - side_flops(attending, context_length=4) == 3 * 4 * 8
+    assert side_flops(attending, context_length=0) == 2 * matrices
 
 
 def test_the_fit_finds_the_network_that_made_the_measurements():

@@ -8,10 +8,10 @@ import psutil
 import pytest
 from tiny_split import random_plugin
 
-from spa_jax.split.generation import open_message
+from spa_jax.split.cloud_process import cloud_process
 from spa_jax.split.grpc_channel import DEVICE_OPTIONS, METHOD, SERVICE
-from spa_jax.split.local import cloud_process
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice
+from spa_jax.split.request import open_message
 from spa_jax.weights.registry import load_backbone
 
 AT_ONCE, FEW, SOME, MANY = 10, 50, 200, 500

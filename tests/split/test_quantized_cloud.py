@@ -12,9 +12,10 @@ from spa_jax.models.compute import Compute
 from spa_jax.models.peft import PeftConfig
 from spa_jax.models.quantized import quantize
 from spa_jax.split.channel import InProcess
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.generation import generate
 from spa_jax.split.head import head_of
 from spa_jax.split.layerwise import LayerwiseCloud
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 
 PROMPTS = [[3, 7, 11, 2], [90, 14, 33, 8, 21, 60], [1, 2]]

@@ -11,8 +11,8 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.split.client import generate as over_grpc
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
 from spa_jax.split.head import head_of
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.training.config import parse
 from spa_jax.training.run import train

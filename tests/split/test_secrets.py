@@ -5,11 +5,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from google.protobuf.unknown_fields import UnknownFieldSet
-from tiny_split import NEW, generate_over_line, make_plugin, make_prompts
+from tiny_split import NEW, generate_and_record, make_plugin, make_prompts
 
 from spa_jax.decoding.beam import Beams
-from spa_jax.split.generation import open_message
 from spa_jax.split.messages_pb2 import Open, Reply
+from spa_jax.split.request import open_message
 
 DTYPES = [np.dtype("<f4"), np.dtype(ml_dtypes.bfloat16), np.dtype("<f2")]
 
@@ -39,10 +39,10 @@ def test_no_side_parameter_crosses(kind, width, cloud):
     side = [np.asarray(leaf) for leaf in jax.tree.leaves(plugin.params["side"])]
     assert all(np.all(leaf != 0) for leaf in side)
     request = open_message(plugin, make_prompts(10), NEW, beams=beams)
-    _, line = generate_over_line(cloud, plugin, request)
-    crossed = [request.SerializeToString(), *(answer for _, answer in line.asked)]
+    _, channel = generate_and_record(cloud, plugin, request)
+    crossed = [request.SerializeToString(), *(answer for _, answer in channel.exchanged)]
     assert len(crossed) > 3
-    for data, kind_of in zip(crossed, [Open, *[Reply] * len(line.asked)]):
+    for data, kind_of in zip(crossed, [Open, *[Reply] * len(channel.exchanged)]):
         message = kind_of.FromString(data)
         _assert_nothing_unknown(message)
         assert message.SerializeToString() == data

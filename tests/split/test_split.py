@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_split import NEW, TIE, explained, generate_over_line, judge, make_plugin, make_prompts
+from tiny_split import NEW, TIE, explained, generate_and_record, judge, make_plugin, make_prompts
 
 from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.beam import Beams
@@ -14,8 +14,9 @@ from spa_jax.models.combine import ROUTED
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.split import wire
-from spa_jax.split.generation import generate, open_message
+from spa_jax.split.generation import generate
 from spa_jax.split.messages_pb2 import Reply
+from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.weights.plugin import Plugin
 
@@ -35,28 +36,13 @@ THRESHOLDS = (0.5, 0.2, 0.8, 0.5, 0.95, 0.5, 0.4, 0.6)
 
 
 @pytest.fixture(scope="module")
-def fused(backbone):
-    """(setting, plugin) -> the model in one process, which compiles once for plugins that differ in numbers only."""
-    made = {}
-
-    def get(setting, plugin):
-        model = made.setdefault((setting, plugin.config), FusedModel(backbone, plugin, setting))
-        model.plugin = plugin
-        return model
-
-    return get
-
-
-@pytest.fixture(scope="module")
 def divergences():
     """Of all comparisons, those that parted at a tie."""
     return []
 
 
-def _both(cloud, fused, setting, plugin, prompts, threshold=0.5, beams=None, **how):
-    model = fused(setting, plugin)
-    model.threshold = threshold
-    one = model.generate(prompts, NEW, beams=beams, **how)
+def _both(cloud, backbone, setting, plugin, prompts, threshold=0.5, beams=None, **how):
+    one = FusedModel(backbone, plugin, setting, threshold).generate(prompts, NEW, beams=beams, **how)
     request = open_message(plugin, prompts, NEW, setting=setting, threshold=threshold, beams=beams, **how)
     return one, generate(cloud, plugin, request)
 
@@ -65,13 +51,13 @@ def _both(cloud, fused, setting, plugin, prompts, threshold=0.5, beams=None, **h
     ("setting", "kind", "width"),
     [*COMBINATIONS, *(pytest.param(*which, marks=pytest.mark.slow) for which in OTHERS)],
 )
-def test_the_split_result_is_the_fused_one(setting, kind, width, backbone, cloud, fused, divergences):
+def test_the_split_result_is_the_fused_one(setting, kind, width, backbone, cloud, divergences):
     beams = Beams(width) if width else None
     shares = []
     for number, threshold in enumerate(THRESHOLDS):
         seed = 100 * number + (width or 0)
         plugin, prompts = make_plugin(TRAINED_AS[setting], kind, seed), make_prompts(seed)
-        one, split = _both(cloud, fused, setting, plugin, prompts, threshold, beams)
+        one, split = _both(cloud, backbone, setting, plugin, prompts, threshold, beams)
         assert (split.degraded, split.traffic.lost) == (0, 0)
         for prompt, a, b in zip(prompts, one, split.generations):
             shares.append(b.consulted_share)
@@ -98,11 +84,11 @@ def test_the_judge_of_divergences_agrees_where_there_is_none(backbone, cloud):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=20, top_p=0.95)], ids=["free", "filtered"])
-def test_a_seed_draws_what_it_draws_in_one_process(sampling, cloud, fused):
+def test_a_seed_draws_what_it_draws_in_one_process(sampling, cloud, backbone):
     plugin, prompts = make_plugin("spa"), make_prompts(5)
     said = []
     for seed in (0, 7):
-        one, split = _both(cloud, fused, "spa", plugin, prompts, sampling=sampling, seed=seed)
+        one, split = _both(cloud, backbone, "spa", plugin, prompts, sampling=sampling, seed=seed)
         assert split.generations == one
         said.append([generation.tokens for generation in one])
     assert said[0] != said[1]
@@ -122,8 +108,8 @@ def test_a_prompt_in_a_batch_gives_what_it_gives_alone(kind, width, cloud):
 def test_int8_changes_g_a_little_and_bytes_a_lot(cloud):
     plugin, prompts, sizes, first = make_plugin("spa"), make_prompts(6), [], []
     for codec in ("float32", "int8"):
-        _, line = generate_over_line(cloud, plugin, open_message(plugin, prompts, NEW, codec, threshold=0))
-        question, answer = line.asked[0]
+        _, channel = generate_and_record(cloud, plugin, open_message(plugin, prompts, NEW, codec, threshold=0))
+        question, answer = channel.exchanged[0]
         g = Reply.FromString(answer).g
         sizes.append(len(question))
         first.append(np.asarray(wire.decode(wire.unpack(codec, g, (4, 32)), np.float32)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny_split import NEW, explained, generate_over_line, make_plugin, make_prompts
+from tiny_split import NEW, explained, generate_and_record, make_plugin, make_prompts
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
@@ -15,9 +15,10 @@ from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.llama import Llama, init_params
 from spa_jax.split import wire
-from spa_jax.split.generation import device_for, generate, open_message
+from spa_jax.split.generation import generate
 from spa_jax.split.head import BLOCK, head_of, load_head, logits, save_head
 from spa_jax.split.messages_pb2 import Reply, Taps
+from spa_jax.split.request import device_for, open_message
 from spa_jax.split.wire import WireError
 
 PROMPTS = make_prompts(5)
@@ -58,7 +59,7 @@ def test_what_goes_back_are_tokens_and_nothing_else(cloud, head):
         fates.append(result.traffic.bytes_up)
     assert fates[0] < fates[1] / 10
     session = cloud.open(_request(plugin, threshold=0.0))
-    reply = device_for(plugin, _request(plugin), session.lengths, head).receive(session.wanted())
+    reply = device_for(plugin, _request(plugin), session.lengths, head).receive(session.next_question())
     assert {field.name for field, _ in reply.ListFields()} == {"step", "tokens"}
 
 
@@ -76,20 +77,20 @@ def test_f_travels_in_full_whatever_the_codec(cloud, head):
 def test_a_device_that_is_silent_is_one_that_is_never_asked(cloud, head):
     plugin = make_plugin("spa")
     never = generate(cloud, plugin, _request(plugin, threshold=1.0), head=head)
-    silent, line = generate_over_line(cloud, plugin, _request(plugin), lambda exchange: "question lost", head=head)
+    silent, channel = generate_and_record(cloud, plugin, _request(plugin), lambda exchange: "question lost", head=head)
     assert silent.generations == never.generations
-    assert silent.degraded == len(line.lost) > 0
+    assert silent.degraded == len(channel.lost) > 0
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3, 97], [2**32 - 1] * 4, [1] * 5])
 def test_tokens_that_make_no_sense_are_refused_and_the_right_ones_still_taken(tokens, cloud, head):
     plugin = make_plugin("s1")
     session = cloud.open(_request(plugin))
-    question = session.wanted()
+    question = session.next_question()
     with pytest.raises(WireError, match=rf"^{len(tokens)} tokens came where 4 below 97 are due"):
-        session.resume(Reply(step=1, tokens=tokens))
-    session.resume(device_for(plugin, _request(plugin), session.lengths, head).receive(question))
-    assert session.wanted().step == 2
+        session.apply_reply(Reply(step=1, tokens=tokens))
+    session.apply_reply(device_for(plugin, _request(plugin), session.lengths, head).receive(question))
+    assert session.next_question().step == 2
 
 
 def test_beam_search_with_it_and_a_device_without_a_head_are_refused_by_name(cloud):
@@ -104,7 +105,7 @@ def test_a_question_without_f_is_refused(cloud, head):
     plugin = make_plugin("s1")
     session = cloud.open(_request(plugin))
     question = Taps()
-    question.CopyFrom(session.wanted())
+    question.CopyFrom(session.next_question())
     question.ClearField("f")
     with pytest.raises(WireError, match="0 bytes"):
         device_for(plugin, _request(plugin), session.lengths, head).receive(question)

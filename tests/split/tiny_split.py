@@ -1,4 +1,4 @@
-"""What the tests of cloud and device share: random plugins and prompts, a channel that listens, and the judge, which
+"""Helpers of the tests of cloud and device: random plugins and prompts, a channel that records, and the judge, which
 reruns backbone and side network over the whole text for every token."""
 
 import functools
@@ -56,19 +56,19 @@ def make_prompts(seed):
     return [rng.integers(0, 97, length).tolist() for length in rng.choice(30, 4, replace=False) + 1]
 
 
-class Line(InProcess):
-    """The device a function call away; every message is kept, and some are lost or come twice.
+class RecordingChannel(InProcess):
+    """Calls the device as a function and keeps every message, of which some are lost or come twice.
 
     Attributes:
-        sent: messages that want no answer.
-        asked: questions, with the answers that came back.
-        lost: (group, token) pairs that were asked for in vain.
+        sent: messages that want no reply.
+        exchanged: questions, with the replies that came back.
+        lost: (group, token) pairs whose reply was lost.
     """
 
-    def __init__(self, answer, prompts, width, fate, times):
+    def __init__(self, answer, prompts, width, outcome, times):
         super().__init__(answer)
-        self.sent, self.asked, self.lost = [], [], set()
-        self._prompts, self._width, self._fate, self._times = prompts, width, fate, times
+        self.sent, self.exchanged, self.lost = [], [], set()
+        self._prompts, self._width, self._outcome, self._times = prompts, width, outcome, times
 
     def send(self, message):
         self.sent.append(message)
@@ -76,14 +76,14 @@ class Line(InProcess):
             super().send(message)
 
     def exchange(self, message):
-        """The fate of an exchange, counted from 0, is `arrives`, `question lost` or `answer lost`."""
-        fate = self._fate(self.traffic.exchanges)
+        """The outcome of an exchange, counted from 0, is `arrives`, `question lost` or `answer lost`."""
+        outcome = self._outcome(self.traffic.exchanges)
         self.traffic.exchanges += 1
-        reply = None if fate == "question lost" else [self._call(message) for _ in range(self._times)][-1]
-        if fate != "arrives":
+        reply = None if outcome == "question lost" else [self._call(message) for _ in range(self._times)][-1]
+        if outcome != "arrives":
             reply = None
             self.lost |= {(group, token) for group, _, token in tokens_asked(message, self._prompts, self._width)}
-        self.asked.append((message, reply))
+        self.exchanged.append((message, reply))
         return reply
 
 
@@ -94,16 +94,16 @@ def tokens_asked(message, prompts, width):
     return [(row // width, row, position - len(prompts[row // width]) + 1) for row, position in last.items()]
 
 
-def generate_over_line(cloud, plugin, request, fate=lambda exchange: "arrives", times=1, head=None):
-    """What comes of a request over a `Line`, and the line."""
-    lines = []
+def generate_and_record(cloud, plugin, request, outcome=lambda exchange: "arrives", times=1, head=None):
+    """The result of a request over a `RecordingChannel`, and the channel."""
+    channels = []
 
     def connect(answer):
         prompts = [list(prompt.tokens) for prompt in request.prompts]
-        lines.append(Line(answer, prompts, request.beams.width or 1, fate, times))
-        return lines[0]
+        channels.append(RecordingChannel(answer, prompts, request.beams.width or 1, outcome, times))
+        return channels[0]
 
-    return generate(cloud, plugin, request, connect, head), lines[0]
+    return generate(cloud, plugin, request, connect, head), channels[0]
 
 
 class Verdict(NamedTuple):
@@ -135,12 +135,12 @@ def _rerun(model, config, setting, frozen, params, tokens, lengths, threshold, a
     else:
         sigma, distance = jnp.full(len(f), setting != "base"), jnp.ones(len(f))
     sigma &= answered
-    alone = without_correction(f, offset_of(params)) if setting in ROUTED else f
-    state = jnp.where(sigma[:, None], with_correction(setting, f, g), alone)
+    uncorrected = without_correction(f, offset_of(params)) if setting in ROUTED else f
+    state = jnp.where(sigma[:, None], with_correction(setting, f, g), uncorrected)
     return model.apply({"params": frozen}, state, method="logits"), sigma, distance, g
 
 
-_extend = jax.jit(beam.extend, static_argnums=(0, 5))
+_search_step = jax.jit(beam.search_step, static_argnums=(0, 5))
 
 
 def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=()):
@@ -148,18 +148,26 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
     width = beams.width if beams else 1
     hypotheses = init_hypotheses(1, width, NEW, 0, search=beams is not None)
     texts, tokens, asked, gaps, corrections = [list(prompt)] * width, [], [], [], []
-    for made in range(NEW):
+    for num_generated in range(NEW):
         padded = np.zeros((width, 48), np.int32)
         for row, text in enumerate(texts):
             padded[row, : len(text)] = text
-        lengths = np.full(width, len(prompt) + made)
+        lengths = np.full(width, len(prompt) + num_generated)
         model = Llama(backbone.config, TAPS)
         logits, sigma, distance, g = _rerun(
-            model, plugin.config, setting, backbone.params, plugin.params, padded, lengths, threshold, made not in lost
+            model,
+            plugin.config,
+            setting,
+            backbone.params,
+            plugin.params,
+            padded,
+            lengths,
+            threshold,
+            num_generated not in lost,
         )
         corrections.append(np.asarray(g))
-        live = hypotheses.scores[0] > IMPOSSIBLE / 2
-        gap = float(distance[live].min())
+        exists = hypotheses.scores[0] > IMPOSSIBLE / 2
+        gap = float(distance[exists].min())
         if beams is None:
             first, second = np.sort(np.asarray(logits[0]))[[-1, -2]]
             gaps.append(min(gap, float(first - second)))
@@ -170,13 +178,13 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
                 break
             continue
         before = np.asarray(hypotheses.scores[0][:, None] + jax.nn.log_softmax(logits))
-        hypotheses, _ = _extend(beams, hypotheses, logits[None], sigma[None], jnp.ones(1, bool), EOS)
-        gaps.append(min(gap, _closest(before, width, made + 1 == NEW)))
-        if hypotheses.done[0]:
+        hypotheses, _ = _search_step(beams, hypotheses, logits[None], sigma[None], jnp.ones(1, bool), EOS)
+        gaps.append(min(gap, _closest(before, width, num_generated + 1 == NEW)))
+        if hypotheses.is_done[0]:
             best = hypotheses.finished.scores[0]
             gaps.append(float(best[0] - best[1]))
             return Verdict(to_generations(hypotheses, EOS)[0], gaps, corrections)
-        texts = [[*prompt, *new] for new in np.asarray(hypotheses.tokens[0, :, : made + 1]).tolist()]
+        texts = [[*prompt, *new] for new in np.asarray(hypotheses.tokens[0, :, : num_generated + 1]).tolist()]
     return Verdict(Generation(tokens, asked), gaps, corrections)
 
 

@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 
 import grpc
+from prometheus_client import REGISTRY
 
-from spa_jax.split.client import merged
-from spa_jax.split.generation import device_for
+from spa_jax.split.client import merge_progress
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress
+from spa_jax.split.request import device_for
 from spa_jax.split.server import Limits, serving
+
+metric = REGISTRY.get_sample_value
+"""Name of a sample -> its value."""
 
 
 def run(cloud, scenario, limits=None, security=None):
@@ -30,13 +34,13 @@ class Stream:
 
     def __init__(self, channel, first, metadata=None):
         self.outbox = asyncio.Queue()
-        self.say(first)
+        self.send(first)
         self.call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._drain(), metadata=metadata)
 
-    def say(self, message):
+    def send(self, message):
         self.outbox.put_nowait(message if isinstance(message, bytes) else message.SerializeToString())
 
-    async def hear(self):
+    async def receive(self):
         data = await self.call.read()
         return None if data is grpc.aio.EOF else FromCloud.FromString(data)
 
@@ -55,15 +59,15 @@ async def by_hand(port, plugin, request, answer, other=None):
     """Answers each question with what `answer(taps, honest correction)` makes of it; returns the last progress."""
     async with connected(port) as channel:
         stream, device, progress = Stream(channel, FromDevice(open=request)), None, Progress()
-        while (message := await stream.hear()) is not None:
+        while (message := await stream.receive()) is not None:
             if message.HasField("opened"):
                 device = device_for(plugin, request, list(message.opened.lengths))
             if message.HasField("taps"):
                 honest = device.receive(message.taps)
                 for reply in answer(message.taps, honest):
-                    stream.say(reply)
+                    stream.send(reply)
             if message.HasField("progress"):
-                progress = merged(progress, message.progress)
+                progress = merge_progress(progress, message.progress)
                 if progress.done:
                     return progress
             assert not message.HasField("refusal"), message.refusal.reason

@@ -7,20 +7,19 @@ import time
 import jax
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from streams import Stream, by_hand, connected, run, tokens_of
+from streams import Stream, by_hand, connected, metric, run, tokens_of
 from tiny_split import make_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
-from spa_jax.split import metrics
-from spa_jax.split.client import Connection, generate, merged
+from spa_jax.split.client import Connection, generate, merge_progress
 from spa_jax.split.device import Device
-from spa_jax.split.generation import device_for, open_message
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import SERVICE, ServerSecurity
-from spa_jax.split.live import Outbox
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
+from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
+from spa_jax.split.server_session import Outbox
 
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
 
@@ -42,7 +41,7 @@ def test_over_the_network_it_says_what_it_says_in_one_process(beams, cloud, plug
     assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
     assert [g.consulted for g in there.generations] == [g.consulted for g in here.generations]
     assert (there.degraded, there.traffic.exchanges) == (0, here.traffic.exchanges)
-    assert there.texts == ["".join(cloud.pieces(g)) for g in here.generations]
+    assert there.texts == ["".join(cloud.token_texts(g)) for g in here.generations]
     assert seen[-1].done
 
 
@@ -102,20 +101,20 @@ def test_a_device_that_lost_its_line_comes_back_and_goes_on(cloud, plugin, reque
         request = request_of()
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=request))
-            opened = (await stream.hear()).opened
+            opened = (await stream.receive()).opened
             device = device_for(plugin, request, list(opened.lengths))
             for _ in range(3):
-                while not (message := await stream.hear()).HasField("taps"):
+                while not (message := await stream.receive()).HasField("taps"):
                     pass
-                stream.say(FromDevice(reply=device.receive(message.taps)))
+                stream.send(FromDevice(reply=device.receive(message.taps)))
         async with connected(port) as channel:
             stream, progress = Stream(channel, FromDevice(reopen=Reopen(session=opened.session))), Progress()
             while True:
-                message = await stream.hear()
+                message = await stream.receive()
                 if message.HasField("taps"):
-                    stream.say(FromDevice(reply=device.receive(message.taps)))
+                    stream.send(FromDevice(reply=device.receive(message.taps)))
                 if message.HasField("progress"):
-                    progress = merged(progress, message.progress)
+                    progress = merge_progress(progress, message.progress)
                     if progress.done:
                         return progress
 
@@ -128,12 +127,12 @@ def test_cancelling_ends_the_session(cloud, plugin, request_of):
     async def scenario(port):
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=request_of()))
-            session = (await stream.hear()).opened.session
-            stream.say(FromDevice(cancel=Cancel()))
-            while await stream.hear() is not None:
+            session = (await stream.receive()).opened.session
+            stream.send(FromDevice(cancel=Cancel()))
+            while await stream.receive() is not None:
                 pass
             again = Stream(channel, FromDevice(reopen=Reopen(session=session)))
-            return await again.hear()
+            return await again.receive()
 
     assert run(cloud, scenario).refusal.kind == "unknown-session"
 
@@ -142,9 +141,9 @@ def test_more_sessions_than_there_is_room_for_are_refused_by_kind(cloud, plugin,
     async def scenario(port):
         async with connected(port) as channel:
             first = Stream(channel, FromDevice(open=request_of()))
-            assert (await first.hear()).HasField("opened")
-            second = await Stream(channel, FromDevice(open=request_of())).hear()
-            first.say(FromDevice(cancel=Cancel()))
+            assert (await first.receive()).HasField("opened")
+            second = await Stream(channel, FromDevice(open=request_of())).receive()
+            first.send(FromDevice(cancel=Cancel()))
             return second
 
     assert run(cloud, scenario, Limits(sessions=1, deadline=30)).refusal.kind == "overloaded"
@@ -163,13 +162,13 @@ def test_a_second_stream_of_a_session_takes_the_place_of_the_first(cloud, reques
     async def scenario(port):
         async with connected(port) as channel:
             first = Stream(channel, FromDevice(open=request_of()))
-            session = (await first.hear()).opened.session
+            session = (await first.receive()).opened.session
             second = Stream(channel, FromDevice(reopen=Reopen(session=session)))
-            assert (await second.hear()).opened.session == session
-            while await first.hear() is not None:
+            assert (await second.receive()).opened.session == session
+            while await first.receive() is not None:
                 pass
-            assert (await second.hear()).HasField("taps")
-            second.say(FromDevice(cancel=Cancel()))
+            assert (await second.receive()).HasField("taps")
+            second.send(FromDevice(cancel=Cancel()))
 
     run(cloud, scenario)
 
@@ -180,10 +179,10 @@ def test_memory_is_bounded_and_one_generation_that_needs_more_is_told_so(cloud, 
     async def scenario(port):
         async with connected(port) as channel:
             first = Stream(channel, FromDevice(open=request_of()))
-            assert (await first.hear()).HasField("opened")
-            second = await Stream(channel, FromDevice(open=request_of())).hear()
-            large = await Stream(channel, FromDevice(open=request_of(Beams(4)))).hear()
-            first.say(FromDevice(cancel=Cancel()))
+            assert (await first.receive()).HasField("opened")
+            second = await Stream(channel, FromDevice(open=request_of())).receive()
+            large = await Stream(channel, FromDevice(open=request_of(Beams(4)))).receive()
+            first.send(FromDevice(cancel=Cancel()))
             return second.refusal, large.refusal
 
     second, large = run(cloud, scenario, Limits(memory=int(1.5 * need), deadline=30))
@@ -211,7 +210,7 @@ def test_a_token_has_its_share_of_sessions(cloud, request_of, tmp_path):
         async with connected(port) as channel:
             for token in ("one", "one", "two"):
                 stream = Stream(channel, FromDevice(open=request_of()), [("authorization", f"Bearer {token}")])
-                kinds.append((await stream.hear()).WhichOneof("message"))
+                kinds.append((await stream.receive()).WhichOneof("message"))
         return kinds
 
     limits = Limits(sessions_per_token=1, deadline=30)
@@ -248,19 +247,19 @@ def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(c
     async def scenario(port):
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=request))
-            session = (await stream.hear()).opened.session
-            assert (await stream.hear()).taps.prompt
+            session = (await stream.receive()).opened.session
+            assert (await stream.receive()).taps.prompt
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(reopen=Reopen(session=session)))
             device, progress = None, Progress()
             while not progress.done:
-                message = await stream.hear()
+                message = await stream.receive()
                 if message.HasField("opened"):
                     device = device_for(attending, request, list(message.opened.lengths))
                 if message.HasField("taps") and (reply := device.receive(message.taps)) is not None:
-                    stream.say(FromDevice(reply=reply))
+                    stream.send(FromDevice(reply=reply))
                 if message.HasField("progress"):
-                    progress = merged(progress, message.progress)
+                    progress = merge_progress(progress, message.progress)
             return progress
 
     progress = run(cloud, scenario)
@@ -274,12 +273,12 @@ def test_a_device_that_is_too_slow_skips_to_the_newest_question(cloud, plugin, r
 
     def slow(self, taps):
         seen.append(taps.step)
-        while len(seen) == 2 and metrics.EXCHANGES._value.get() < asked + 6:
+        while len(seen) == 2 and metric("spa_exchanges_total") < asked + 6:
             time.sleep(0.01)
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)
-    asked = metrics.EXCHANGES._value.get()
+    asked = metric("spa_exchanges_total")
 
     async def scenario(port):
         return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
@@ -293,7 +292,7 @@ def test_a_device_that_is_too_slow_skips_to_the_newest_question(cloud, plugin, r
 def test_a_stream_that_begins_with_something_else_is_refused(first, cloud):
     async def scenario(port):
         async with connected(port) as channel:
-            return await Stream(channel, first).hear()
+            return await Stream(channel, first).receive()
 
     assert run(cloud, scenario).refusal.kind == "refused"
 

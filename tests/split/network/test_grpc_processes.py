@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from streams import tokens_of
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.cloud_process import cloud_process
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import check_address
-from spa_jax.split.local import cloud_process
+from spa_jax.split.request import open_message
 
 ROOT = Path(__file__).parents[3]
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
@@ -25,10 +26,6 @@ PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
 @pytest.fixture(scope="module")
 def request_of(plugin):
     return lambda beams=None, new=NEW: open_message(plugin, PROMPTS, new, beams=beams)
-
-
-def tokens_of(progress):
-    return [list(generated.tokens) for generated in progress.generated]
 
 
 @pytest.mark.parametrize(

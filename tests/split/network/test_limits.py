@@ -1,17 +1,21 @@
 """What a cloud lets devices use, and what it will not start with."""
 
+import dataclasses
+import threading
+
 import pytest
-from streams import Stream, connected, run, tokens_of
+from streams import Stream, connected, metric, run, tokens_of
+from tiny_split import make_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import cloud as programs
-from spa_jax.split import metrics, session
+from spa_jax.split import session
 from spa_jax.split.client import Connection, generate, read_token
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
 from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
 from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
+from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
 
@@ -30,9 +34,9 @@ def test_sessions_that_are_opened_at_once_count_for_their_token(cloud, request_,
         async with connected(port) as channel:
             header = [("authorization", "Bearer one")]
             streams = [Stream(channel, FromDevice(open=request_), header) for _ in range(6)]
-            firsts = [await stream.hear() for stream in streams]
+            firsts = [await stream.receive() for stream in streams]
             for stream in streams:
-                stream.say(FromDevice(cancel=Cancel()))
+                stream.send(FromDevice(cancel=Cancel()))
             return firsts
 
     firsts = run(
@@ -51,13 +55,13 @@ def test_a_finished_session_takes_no_room_and_its_result_can_be_had_again_for_a_
         async with connected(port) as channel:
             for _ in range(3):
                 device = Stream(channel, FromDevice(open=request_))
-                sessions.append((await device.hear()).opened.session)
-                while await device.hear() is not None:
+                sessions.append((await device.receive()).opened.session)
+                while await device.receive() is not None:
                     pass
             for name in sessions:
                 back = Stream(channel, FromDevice(reopen=Reopen(session=name)))
-                first = await back.hear()
-                again.append(await back.hear() if first.HasField("opened") else first)
+                first = await back.receive()
+                again.append(await back.receive() if first.HasField("opened") else first)
         return again
 
     limits = Limits(sessions=2, deadline=0.05, first_deadline=0)
@@ -71,24 +75,20 @@ def test_a_finished_session_takes_no_room_and_its_result_can_be_had_again_for_a_
         )
 
 
-def test_a_device_that_has_answered_is_not_told_the_prompt_again(cloud, backbone):
-    from dataclasses import replace
-
-    from tiny_split import make_plugin
-
-    plugin = replace(make_plugin("s1", "transformer"), fingerprint=backbone.fingerprint)
+def test_a_device_that_has_answered_is_not_sent_the_prompt_again(cloud, backbone):
+    plugin = dataclasses.replace(make_plugin("s1", "transformer"), fingerprint=backbone.fingerprint)
 
     async def scenario(port):
-        told = []
+        is_prompt = []
         async with connected(port) as channel:
             stream = Stream(channel, FromDevice(open=open_message(plugin, PROMPTS, NEW)))
-            name = (await stream.hear()).opened.session
+            name = (await stream.receive()).opened.session
             for step in (0, 1):
                 stream = Stream(channel, FromDevice(reopen=Reopen(session=name, step=step)))
-                assert (await stream.hear()).HasField("opened")
-                told.append((await stream.hear()).taps.prompt)
-            stream.say(FromDevice(cancel=Cancel()))
-        return told
+                assert (await stream.receive()).HasField("opened")
+                is_prompt.append((await stream.receive()).taps.prompt)
+            stream.send(FromDevice(cancel=Cancel()))
+        return is_prompt
 
     assert run(cloud, scenario) == [True, False]
 
@@ -98,15 +98,15 @@ def test_a_device_has_longer_for_its_first_answer(cloud, plugin, request_, monke
     receive = Device.receive
 
     async def scenario(port):
-        seen, asked = [], metrics.EXCHANGES._value.get()
+        seen, asked = [], metric("spa_exchanges_total")
 
         def slow(self, taps):
             if taps.step == 1:
                 waited.wait(1.0)
-                assert metrics.EXCHANGES._value.get() == asked + 1, "the cloud has gone on"
+                assert metric("spa_exchanges_total") == asked + 1, "the cloud has gone on"
             return receive(self, taps)
 
-        waited = __import__("threading").Event()
+        waited = threading.Event()
         monkeypatch.setattr(Device, "receive", slow)
         await generate(
             Connection(f"127.0.0.1:{port}"), plugin, request_, lambda progress: seen.append(progress.degraded)
@@ -122,8 +122,8 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
 
     monkeypatch.setattr(session, "Encoder", never)
     many, long = (open_message(plugin, PROMPTS, NEW) for _ in range(2))
-    many.prompts.extend([Prompt(text="a")] * session.MOST_PROMPTS)
-    long.prompts.extend([Prompt(text="a" * session.LONGEST_REQUEST)])
+    many.prompts.extend([Prompt(text="a")] * session.MAX_PROMPTS)
+    long.prompts.extend([Prompt(text="a" * session.MAX_PROMPT_SIZE)])
     for request in (many, long):
         with pytest.raises(UserError, match="more than the cloud takes at once"):
             cloud.plan(request)
@@ -133,7 +133,7 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
 def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugin, request_, monkeypatch):
     cloud = Cloud(backbone)
     here = in_process(cloud, plugin, request_)
-    monkeypatch.setattr(session, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(session, "MAX_COMPILED", 2)
     programs.prefill.clear_cache()
     cloud = Cloud(backbone)
     open_one, sizes = cloud.open(request_), []
@@ -141,10 +141,10 @@ def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugi
         cloud.open(open_message(plugin, PROMPTS, new))
         sizes.append(programs.prefill._cache_size())
     assert sizes == [2, 1, 2]
-    rest = open_one.wanted()
+    rest = open_one.next_question()
     assert rest.step == 1
-    while open_one.wanted() is not None:
-        open_one.resume(None)
+    while open_one.next_question() is not None:
+        open_one.apply_reply(None)
     base = in_process(cloud, plugin, open_message(plugin, PROMPTS, NEW, setting="base"))
     assert [g.tokens for g in open_one.result()] == [g.tokens for g in base.generations]
     assert here.generations != base.generations
@@ -152,7 +152,7 @@ def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugi
 
 def test_a_generation_without_a_question_has_its_first_token_counted(cloud, plugin):
     def counted():
-        return metrics.SECONDS_TO_FIRST_TOKEN._sum.get(), metrics.BYTES_UP._value.get()
+        return metric("spa_seconds_to_first_token_sum"), metric("spa_bytes_up_total")
 
     request = open_message(plugin, PROMPTS, NEW, setting="base")
     before = counted()

@@ -7,18 +7,18 @@ import threading
 import time
 
 import pytest
-from streams import Stream, connected, run
+from streams import Stream, connected, metric, run
 from tiny_split import make_plugin
 
 from spa_jax.errors import UserError
-from spa_jax.split import grpc_channel, metrics, server
+from spa_jax.split import grpc_channel, server
 from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
-from spa_jax.split.generation import open_message
-from spa_jax.split.live import LiveSession
 from spa_jax.split.messages_pb2 import FromDevice
+from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits
+from spa_jax.split.server_session import ServerSession
 
 PROMPTS, NEW = ["What is thing 1? " * 3, "And thing 2, if you please?"], 8
 
@@ -103,34 +103,34 @@ def test_a_connection_that_grows_old_is_closed_and_only_who_reads_comes_back(clo
     monkeypatch.setattr(server, "CLOUD_OPTIONS", tuple((dict(grpc_channel.CLOUD_OPTIONS) | dict(old)).items()))
     request = open_message(plugin, PROMPTS, NEW)
     here = in_process(cloud, plugin, request)
-    receive, attach, lives = Device.receive, LiveSession.attach, []
+    receive, attach, sessions = Device.receive, ServerSession.attach, []
 
     def slow(self, taps):
         time.sleep(0.5)
         return receive(self, taps)
 
     def attached(self):
-        lives.append(self)
+        sessions.append(self)
         return attach(self)
 
     monkeypatch.setattr(Device, "receive", slow)
-    monkeypatch.setattr(LiveSession, "attach", attached)
+    monkeypatch.setattr(ServerSession, "attach", attached)
 
     async def scenario(port):
         async with connected(port) as channel, Relay(port) as relay:
             deaf = Stream(channel, FromDevice(open=request))
-            while not lives:
+            while not sessions:
                 await asyncio.sleep(0.01)
             there = await generate(Connection(relay.address), plugin, request)
-            while lives[0].outbox is not None:
+            while sessions[0].outbox is not None:
                 await asyncio.sleep(0.01)
-            waits = lives[0].under_way
+            is_running = sessions[0].is_running
             deaf.call.cancel()
-            return there, waits, relay.connections
+            return there, is_running, relay.connections
 
-    there, waits, connections = run(cloud, scenario, Limits(deadline=600))
+    there, is_running, connections = run(cloud, scenario, Limits(deadline=600))
     assert connections >= 2
-    assert waits, "the session of the deaf device was over, and with it the stream"
+    assert is_running, "the session of the deaf device was over, and with it the stream"
     assert there.generations == here.generations
 
 
@@ -139,10 +139,10 @@ def test_what_ends_the_device_ends_the_work_of_the_cloud(how, cloud, plugin, mon
     request = open_message(plugin, PROMPTS, NEW)
 
     async def scenario(port):
-        before, task = metrics.SESSIONS._value.get(), None
+        before, task = metric("spa_sessions"), None
 
         def watch(progress):
-            assert metrics.SESSIONS._value.get() == before + 1
+            assert metric("spa_sessions") == before + 1
             if how == "interrupted":
                 task.cancel()
             else:
@@ -151,7 +151,7 @@ def test_what_ends_the_device_ends_the_work_of_the_cloud(how, cloud, plugin, mon
         task = asyncio.create_task(generate(Connection(f"127.0.0.1:{port}"), plugin, request, watch))
         with pytest.raises(asyncio.CancelledError if how == "interrupted" else OverflowError):
             await task
-        while metrics.SESSIONS._value.get() > before:
+        while metric("spa_sessions") > before:
             await asyncio.sleep(0.01)
 
     run(cloud, scenario, Limits(deadline=600))

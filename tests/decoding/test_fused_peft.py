@@ -79,12 +79,10 @@ def test_a_beam_search_of_lora_equals_that_of_merged_weights(backbone):
     assert [g.consulted_share for g in found] == [1.0] * 3
 
 
-def test_it_runs_as_itself_or_not_at_all(backbone):
+def test_it_runs_as_itself_or_as_base_on_its_own_backbone(backbone):
     plugin = make_plugin(LORA, backbone)
     assert FusedModel(backbone, plugin).setting == "lora"
     assert FusedModel(backbone, plugin, "base").setting == "base"
-    with pytest.raises(UserError, match="a 'lora' cannot run as 'spa', only as what it is, or as base"):
-        FusedModel(backbone, plugin, "spa")
     with pytest.raises(UserError, match="trained on the backbone 'tiny'"):
         FusedModel(backbone, dataclasses.replace(plugin, fingerprint="0" * 32))
     with pytest.raises(UserError, match="does not fit the backbone 'tiny'"):

@@ -12,14 +12,14 @@ from spa_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LocalCloud:
-    """A running cloud."""
+    """The process of a running cloud, and the port that it listens on."""
 
     process: "subprocess.Popen[str]"
     port: int
 
     @property
     def address(self) -> str:
-        """`host:port`."""
+        """Where a device reaches it, `host:port`."""
         return f"127.0.0.1:{self.port}"
 
 
@@ -27,12 +27,12 @@ class LocalCloud:
 def cloud_process(
     backbone: str, *flags: str, log: Path | None = None, inside: Sequence[str] = ()
 ) -> Iterator[LocalCloud]:
-    """A cloud that runs while this lasts, and no longer than this process, however that ends.
+    """Runs a cloud while this context lasts, and no longer than this process, however that ends.
 
     Args:
-        backbone: as of `--backbone`.
-        flags: others of `python -m spa_jax.serve cloud`.
-        log: where its log goes; by default to this process's stderr.
+        backbone: name, directory or .gguf file.
+        flags: more flags of `python -m spa_jax.serve cloud`.
+        log: file for its log; by default it goes to this process's stderr.
         inside: command that runs it, such as `ip netns exec NAME`.
 
     Raises:
