@@ -35,17 +35,33 @@ The slots come last because so the products of attention read them: XLA transpos
 
 Params = dict[str, Any]
 
-Adapt = Callable[[str, jax.Array, jax.Array], jax.Array]
-"""(place in a block, its input, its output) -> what the block goes on with in place of that output."""
+ForwardHook = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(name of a layer in a block, its input, its output) -> what the block uses in place of that output.
+
+The names are those of the linear maps, `q`, `k`, `v`, `o`, `gate`, `up` and `down`, and of the two outputs that are
+added to the residual stream, `attention` and `mlp`, whose input is given as the output itself.
+"""
 
 Remat = Literal["none", "full", "dots"]
-"""What a block keeps of its forward pass for the backward one: everything, its input alone, or products with weights
-too."""
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+"""What blocks keep of their forward pass for the backward one: everything, their input alone, or their input and the
+products with weights."""
 
 
-def unchanged(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The `Adapt` of the backbone alone."""
+def _keep_all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Saves every intermediate result except a block's weights as they are read out of the stack, whose copies would
+    together be a second backbone."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "convert_element_type")
+
+
+REMAT_POLICIES: dict[Remat, Callable[..., bool] | None] = {
+    "none": _keep_all_but_weights,
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def no_hook(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The `ForwardHook` that leaves every output as it is."""
     return y
 
 
@@ -89,17 +105,18 @@ class LlamaConfig:
         return sum(leaf.size for leaf in jax.tree.leaves(init_params(self, abstract=True)))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("slots", "mask"), meta_fields=("alone",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("slots", "mask"), meta_fields=("reads_cache",))
 @dataclasses.dataclass(frozen=True)
 class CachePlacement:
-    """Where tokens live in a cache and which slots they see."""
+    """Where tokens live in a cache, and which keys they see."""
 
     slots: Int[Array, "B T"]
-    """A token at or past the cache's S slots is not stored."""
+    """The slot that each token is written to; one at or past the cache's S slots is not stored."""
     mask: Bool[Array, "B 1 T S"]
-    """Its own slot among them."""
-    alone: bool = False
-    """The tokens see only each other, each those before it: the mask is over them, not over the cache."""
+    """The keys that each token sees, its own among them."""
+    reads_cache: bool = True
+    """Whether the keys are those of the cache. Otherwise they are those of the T tokens themselves, and each token sees
+    those before it: there is no cache, or it is empty."""
 
 
 class LlamaOutput(NamedTuple):
@@ -119,10 +136,20 @@ def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def place_by_position(positions: Int[Array, "B T"], cache: Cache | None) -> CachePlacement:
-    """Each token in the slot of its position, seeing all up to its own: of the cache, or without one of the tokens,
-    which is also how a prompt sees itself that goes into an empty cache."""
+    """Places each token in the slot of its position, where it sees all keys up to its own.
+
+    The keys are those of the cache; without one they are those of the tokens themselves. A prompt that goes into an
+    empty cache is placed without it, too: its tokens see only each other, and attention need not read the cache.
+    """
     keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[-1])[None, None, None, :]
-    return CachePlacement(positions, keys <= positions[:, None, :, None], alone=cache is None)
+    return CachePlacement(positions, keys <= positions[:, None, :, None], reads_cache=cache is not None)
+
+
+def take_layer(stack: Any, layer: int | Int[Array, ""]) -> Any:
+    """Reads one layer out of a tree whose leaves have the L layers first."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False, allow_negative_indices=False), stack
+    )
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
@@ -147,6 +174,11 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
+def rope_angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
+    """Angles in radians that `rotate` turns the rotary pairs of tokens at these positions by, float32."""
+    return positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
+
+
 def rotate(x: Float[Array, "B T heads H"], angles: Float[Array, "B T H/2"]) -> Float[Array, "B T heads H"]:
     """Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: pair i is (x[i], x[i + H/2])."""
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
@@ -158,7 +190,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
@@ -177,14 +209,14 @@ class Attention(nn.Module):
         angles: Float[Array, "B T H/2"],
         places: CachePlacement,
         cache: Cache | None,
-        layer: Int[Array, ""],
-        adapt: Adapt = unchanged,
+        layer: int | Int[Array, ""],
+        hook: ForwardHook = no_hook,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
 
         def heads(name: str, count: int) -> jax.Array:
             dense = nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)
-            return adapt(name, x, dense(x))
+            return hook(name, x, dense(x))
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -194,16 +226,16 @@ class Attention(nn.Module):
                 name: cache[name].at[rows, layer, :, :, places.slots].set(new.astype(cache[name].dtype), mode="drop")
                 for name, new in (("k", k), ("v", v))
             }
-            if not places.alone:
+            if places.reads_cache:
                 k, v = (
                     jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
                     for name in ("k", "v")
                 )
-        real = places.slots != PADDING if places.alone else None
+        real = None if places.reads_cache else places.slots != PADDING
         k, v = k.astype(self.dtype), v.astype(self.dtype)
         mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, real)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
-        return adapt("o", mixed, out(mixed)), cache
+        return hook("o", mixed, out(mixed)), cache
 
 
 class MLP(nn.Module):
@@ -213,46 +245,74 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], adapt: Adapt = unchanged) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
         c = self.config
 
         def dense(name: str, width: int, x: jax.Array) -> jax.Array:
-            return adapt(name, x, nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)(x))
+            return hook(name, x, nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)(x))
 
         gated = nn.silu(dense("gate", c.intermediate_size, x)) * dense("up", c.intermediate_size, x)
         return dense("down", c.hidden_size, gated)
 
 
 class Block(nn.Module):
-    """One pre-norm block; the scan carries (h, taps, cache) through all of them."""
+    """One pre-norm block: a pure function `(h, cache) -> (h, cache)` of its parameters."""
 
     config: LlamaConfig
     dtype: jnp.dtype
     partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm, self.mlp_norm = RMSNorm(c.rms_norm_eps), RMSNorm(c.rms_norm_eps)
+        self.attention = Attention(c, self.dtype, self.partitioner, self.kernel)
+        self.mlp = MLP(c, self.dtype)
+
     def __call__(
         self,
-        carry: tuple[jax.Array, jax.Array, Cache | None],
-        layer: Int[Array, ""],
-        tap_slot: Int[Array, ""],
+        h: Float[Array, "B T D"],
+        cache: Cache | None,
+        layer: int | Int[Array, ""],
         angles: Float[Array, "B T H/2"],
         places: CachePlacement,
-        peft: Adapt | None = None,
-    ) -> tuple[tuple[jax.Array, jax.Array, Cache | None], None]:
-        h, taps, cache = carry
-        eps, adapt = self.config.rms_norm_eps, peft or unchanged
-        x = RMSNorm(eps, name="attention_norm")(h)
-        attention = Attention(self.config, self.dtype, self.partitioner, self.kernel, name="attention")
-        x, cache = attention(x, angles, places, cache, layer, adapt)
-        h = h + adapt("attention", x, x)
-        x = MLP(self.config, self.dtype, name="mlp")(RMSNorm(eps, name="mlp_norm")(h), adapt)
-        h = h + adapt("mlp", x, x)
-        h = self.partitioner.constrain(h, "BTD")
-        if taps.shape[0]:
-            taps = taps.at[tap_slot].set(h, mode="drop")
-        return (h, taps, cache), None
+        hook: ForwardHook = no_hook,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Runs the block on the residual stream h.
+
+        Args:
+            h: the residual stream.
+            cache: of all L blocks, or None.
+            layer: which of the cache's L blocks this one is.
+            angles: of the rotary embedding at the tokens' positions, `rope_angles`.
+            places: of the tokens in the cache.
+            hook: called with "attention" and "mlp" for the outputs that are added to h, and with the names of the
+                linear maps for theirs.
+
+        Returns:
+            The residual stream after the block, and the cache with the tokens' keys and values in its `layer`.
+        """
+        x, cache = self.attend(h, cache, layer, angles, places, hook)
+        h = h + hook("attention", x, x)
+        x = self.feed_forward(h, hook)
+        h = h + hook("mlp", x, x)
+        return self.partitioner.constrain(h, "BTD"), cache
+
+    def attend(
+        self,
+        h: Float[Array, "B T D"],
+        cache: Cache | None,
+        layer: int | Int[Array, ""],
+        angles: Float[Array, "B T H/2"],
+        places: CachePlacement,
+        hook: ForwardHook = no_hook,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The attention's output, to be added to h, and the cache; arguments as for the whole block."""
+        return self.attention(self.attention_norm(h), angles, places, cache, layer, hook)
+
+    def feed_forward(self, h: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
+        """The feed-forward layer's output, to be added to h."""
+        return self.mlp(self.mlp_norm(h), hook)
 
 
 class Embedding(nn.Module):
@@ -295,22 +355,17 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
-        block, dense = Block, nn.Dense
-        if self.compute.weights == "int8":
-            block, dense = (nn.map_variables(each, "params", dequantize) for each in (block, dense))
-        if self.remat != "none":
-            block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        scanned = nn.scan(
-            block,
+        stacked = nn.scan(
+            Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, 0),
+            in_axes=nn.broadcast,
             length=c.num_layers,
-            unroll=min(self.compute.unroll, c.num_layers),
         )
-        self.blocks = scanned(c, self.dtype, self.partitioner, self.compute.attention)
+        self.blocks = stacked(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
+            dense = nn.Dense if self.compute.weights == "float" else nn.map_variables(nn.Dense, "params", dequantize)
             self.lm_head = dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
     def __call__(
@@ -319,7 +374,7 @@ class Llama(nn.Module):
         positions: Int[Array, "B T"],
         cache: Cache | None = None,
         places: CachePlacement | None = None,
-        peft: Adapt | None = None,
+        peft: ForwardHook | None = None,
     ) -> LlamaOutput:
         """Runs tokens at their positions: all of a sequence, a prompt into an empty cache, or the next tokens.
 
@@ -330,22 +385,74 @@ class Llama(nn.Module):
             places: of the tokens in it; by default `place_by_position`.
             peft: what adapts the blocks, a pytree whose leaves have the L blocks first (`spa_jax.models.peft.Peft`).
         """
-        c = self.config
+        h, taps, cache = self.run_blocks(self.embed_tokens(tokens), positions, cache, places, peft, taps=self.taps)
+        return LlamaOutput(self.final_norm(h), taps, cache)
+
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks up h_0, the residual stream in front of the first block."""
         h = self.partitioner.constrain(self.embed(self.partitioner.constrain(tokens, "bT")), "bTd")
-        h = self.partitioner.constrain(h, "BTD")
+        return self.partitioner.constrain(h, "BTD")
+
+    def run_blocks(
+        self,
+        h: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        places: CachePlacement | None = None,
+        peft: ForwardHook | None = None,
+        *,
+        first: int | Int[Array, ""] = 0,
+        last: int | Int[Array, ""] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"], Cache | None]:
+        """Runs the blocks `first`, ..., `last - 1` on the residual stream.
+
+        Each turn of the loop reads one block's parameters out of the stack, so a range copies none of them. Bounds may
+        be traced, except where a gradient is taken.
+
+        Args:
+            h: the residual stream in front of block `first`, h_first.
+            positions: as for the whole model, and so are `places` and `peft`.
+            cache: keys and values of all L blocks, of which those of the range are read and written.
+            places: where the tokens live in the cache.
+            peft: what adapts the blocks, with the leaves of all L of them.
+            first: the first block that runs.
+            last: the first block that does not run; by default there is none.
+            taps: which of h_first, ..., h_last to return, ascending; any other h is returned as zeros.
+
+        Returns:
+            h_last, the taps in the order asked for, and the cache, None when none was given.
+        """
+        c = self.config
+        last = c.num_layers if last is None else last
+        block = Block(c, self.dtype, self.partitioner, self.compute.attention, parent=None)
+        stack = self.get_variable("params", "blocks")
+        angles, places = rope_angles(c, positions), places or place_by_position(positions, cache)
         if cache is not None:
             cache = {name: self.partitioner.constrain(leaf, "BLKHS") for name, leaf in cache.items()}
-        slot_of = {tap: slot for slot, tap in enumerate(self.taps)}
-        unused = len(self.taps)
-        taps = self.partitioner.constrain(jnp.zeros((len(self.taps), *h.shape), h.dtype), "PBTD")
-        if 0 in slot_of:
-            taps = taps.at[slot_of[0]].set(h)
-        tap_slots = jnp.array([slot_of.get(layer + 1, unused) for layer in range(c.num_layers)], jnp.int32)
-        angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        places = places or place_by_position(positions, cache)
-        layers = jnp.arange(c.num_layers, dtype=jnp.int32)
-        (h, taps, cache), _ = self.blocks((h, taps, cache), layers, tap_slots, angles, places, peft)
-        return LlamaOutput(self.norm(h), taps, cache)
+        slots = [taps.index(layer) if layer in taps else len(taps) for layer in range(c.num_layers + 1)]
+
+        def keep_tap(tapped: jax.Array, layer: int | jax.Array, h: jax.Array) -> jax.Array:
+            return tapped.at[jnp.array(slots, jnp.int32)[layer]].set(h, mode="drop") if taps else tapped
+
+        @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        def run_block(layer: jax.Array, h: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+            params, hook = dequantize(take_layer(stack, layer)), take_layer(peft, layer) or no_hook
+            return block.apply({"params": params}, h, cache, layer, angles, places, hook)
+
+        def turn(layer: jax.Array, carry: tuple[jax.Array, jax.Array, Cache | None]) -> Any:
+            h, tapped, cache = carry
+            h, cache = run_block(layer, h, cache)
+            return h, keep_tap(tapped, layer + 1, h), cache
+
+        tapped = self.partitioner.constrain(jnp.zeros((len(taps), *h.shape), h.dtype), "PBTD")
+        static = isinstance(first, int) and isinstance(last, int)
+        unroll = min(self.compute.unroll, max(last - first, 1)) if static else None
+        return jax.lax.fori_loop(first, last, turn, (h, keep_tap(tapped, first, h), cache), unroll=unroll)
+
+    def final_norm(self, h: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalises h_L to f, the LM head's input."""
+        return self.norm(h)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The frozen LM head, float32 out."""
@@ -354,8 +461,10 @@ class Llama(nn.Module):
         return logits.astype(jnp.float32)
 
     def touch_every_parameter(self, tokens: Int[Array, "B T"]) -> jax.Array:
-        """What `init` runs, since Linen creates the parameters that a call uses."""
-        return self.logits(self(tokens, tokens).hidden)
+        """Uses every parameter once, which is how Linen creates them."""
+        h, angles = self.embed(tokens), jnp.zeros((*tokens.shape, self.config.head_dim // 2))
+        self.blocks(h, None, 0, angles, place_by_position(tokens, None))
+        return self.logits(self.norm(h))
 
 
 def normalize_taps(

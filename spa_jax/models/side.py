@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spa_jax.models.llama import Block, Cache, CachePlacement, LlamaConfig, RMSNorm, place_by_position, rope_frequencies
+from spa_jax.models.llama import Block, Cache, CachePlacement, LlamaConfig, RMSNorm, place_by_position, rope_angles
 
 GATE_TEMPERATURE = 0.1
 """Of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""
@@ -126,10 +126,8 @@ class Rung(nn.Module):
         alpha = self.param("gate", nn.initializers.zeros, ()).astype(self.dtype)
         mu = jnp.where(layer == 0, 0, jax.nn.sigmoid(alpha / GATE_TEMPERATURE)).astype(self.dtype)
         mixed = mu * s + (1 - mu) * state
-        no_taps = jnp.zeros((0, *mixed.shape), self.dtype)
         block = Block(self.config, self.dtype, kernel="xla", name="block")
-        (s, _, cache), _ = block((mixed, no_taps, cache), layer, layer, angles, places)
-        return (s, cache), None
+        return block(mixed, cache, layer, angles, places), None
 
 
 class TransformerSide(nn.Module):
@@ -159,8 +157,7 @@ class TransformerSide(nn.Module):
             "down", nn.initializers.lecun_normal(batch_axis=0), (c.num_layers, self.hidden_size, c.hidden_size)
         )
         states = jnp.einsum("pbtd,pde->pbte", taps.astype(self.dtype), down.astype(self.dtype))
-        angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        places = places or place_by_position(positions, cache)
+        angles, places = rope_angles(c, positions), places or place_by_position(positions, cache)
         ladder = nn.scan(
             Rung,
             variable_axes={"params": 0},

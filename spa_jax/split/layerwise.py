@@ -20,16 +20,15 @@ from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding.cache import init_cache
 from spa_jax.errors import UserError
 from spa_jax.models.llama import (
-    MLP,
     PADDING,
-    Attention,
+    Block,
     Cache,
     Llama,
     LlamaConfig,
     Params,
     place_by_position,
-    rms_norm,
-    rope_frequencies,
+    rope_angles,
+    take_layer,
 )
 from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
 from spa_jax.models.quantized import need_floats
@@ -109,16 +108,16 @@ class LayerwiseCloud:
     def _run(self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache) -> tuple[int, Cache]:
         c, frozen = self._backbone.config, self._backbone.params
         h = frozen["embed"]["embedding"][jnp.asarray(tokens)]
-        for layer in range(c.num_layers):
-            at = np.int32(layer)
+        for index in range(c.num_layers):
+            layer = np.int32(index)
             if self._config.setting == "lora":
-                told = self._ask(layer, 0, _normed(c, frozen, at, h), count)
-                h, cache = _lora_block(c, self._config.targets, frozen, at, h, told, positions, cache)
+                addition = self._ask(index, 0, _attention_input(c, frozen, layer, h), count)
+                h, cache = _lora_block(c, self._config.targets, frozen, layer, h, addition, positions, cache)
             else:
-                mixed, cache = _attention(c, frozen, at, h, positions, cache)
-                h = h + mixed + self._ask(layer, 0, mixed, count)
-                wide = _mlp(c, frozen, at, h)
-                h = h + wide + self._ask(layer, 1, wide, count)
+                x, cache = _attend(c, frozen, layer, h, positions, cache)
+                h = h + x + self._ask(index, 0, x, count)
+                x = _feed_forward(c, frozen, layer, h)
+                h = h + x + self._ask(index, 1, x, count)
         return int(_next_token(c, frozen, h, np.int32(count - 1))), cache
 
     def _ask(self, layer: int, place: int, x: Float[Array, "1 T D"], count: int) -> Float[Array, "1 T W"]:
@@ -134,62 +133,62 @@ class LayerwiseCloud:
         return jnp.pad(decoded, ((0, x.shape[1] - count), (0, 0)))[None]
 
 
-def _block(frozen: Params, layer: Int[Array, ""]) -> Params:
-    return jax.tree.map(lambda leaf: leaf[layer], frozen["blocks"])
+def _block(c: LlamaConfig, frozen: Params, layer: Int[Array, ""]) -> Block:
+    """One block of the backbone with its parameters."""
+    return Block(c, jnp.dtype(jnp.float32)).bind({"params": take_layer(frozen["blocks"], layer)})
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _normed(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
-    return rms_norm(h, frozen["blocks"]["attention_norm"]["scale"][layer], c.rms_norm_eps)
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_input(
+    c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]
+) -> Float[Array, "1 T D"]:
+    return _block(c, frozen, layer).attention_norm(h)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(5,))
-def _attention(
-    c: LlamaConfig,
-    frozen: Params,
-    layer: Int[Array, ""],
-    h: Float[Array, "1 T D"],
-    positions: Int[Array, "1 T"],
-    cache: Cache,
-    told: dict[str, Float[Array, "1 T W"]] | None = None,
-) -> tuple[Float[Array, "1 T D"], Cache]:
-    def adapt(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return y + told[name].reshape(y.shape) if told and name in told else y
-
-    params = _block(frozen, layer)
-    x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
-    angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-    attention, places = Attention(c, jnp.float32), place_by_position(positions, cache)
-    return attention.apply({"params": params["attention"]}, x, angles, places, cache, layer, adapt)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _mlp(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
-    params = _block(frozen, layer)
-    return MLP(c, jnp.float32).apply(
-        {"params": params["mlp"]}, rms_norm(h, params["mlp_norm"]["scale"], c.rms_norm_eps)
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(7,))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
 def _lora_block(
     c: LlamaConfig,
     targets: tuple[str, ...],
     frozen: Params,
     layer: Int[Array, ""],
     h: Float[Array, "1 T D"],
-    told: Float[Array, "1 T W"],
+    addition: Float[Array, "1 T W"],
     positions: Int[Array, "1 T"],
     cache: Cache,
 ) -> tuple[Float[Array, "1 T D"], Cache]:
+    """Runs a whole block; what the device adds to each of the targets lies side by side in `addition`."""
     ends = np.cumsum([widths(name, c)[1] for name in targets])
-    parts = dict(zip(targets, jnp.split(told, ends[:-1], axis=-1)))
-    mixed, cache = _attention(c, frozen, layer, h, positions, cache, parts)
-    h = h + mixed
-    return h + _mlp(c, frozen, layer, h), cache
+    additions = dict(zip(targets, jnp.split(addition, ends[:-1], axis=-1)))
+
+    def add(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return y + additions[name].reshape(y.shape) if name in additions else y
+
+    places = place_by_position(positions, cache)
+    return _block(c, frozen, layer)(h, cache, layer, rope_angles(c, positions), places, add)
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _attend(
+    c: LlamaConfig,
+    frozen: Params,
+    layer: Int[Array, ""],
+    h: Float[Array, "1 T D"],
+    positions: Int[Array, "1 T"],
+    cache: Cache,
+) -> tuple[Float[Array, "1 T D"], Cache]:
+    places = place_by_position(positions, cache)
+    return _block(c, frozen, layer).attend(h, cache, layer, rope_angles(c, positions), places)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _feed_forward(
+    c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]
+) -> Float[Array, "1 T D"]:
+    return _block(c, frozen, layer).feed_forward(h)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _next_token(c: LlamaConfig, frozen: Params, h: Float[Array, "1 T D"], last: Int[Array, ""]) -> Int[Array, ""]:
-    f = rms_norm(h[:, last], frozen["norm"]["scale"], c.rms_norm_eps)
-    return jnp.argmax(Llama(c).apply({"params": frozen}, f, method="logits")[0])
+    """The likeliest token after position index `last`."""
+    llama = Llama(c).bind({"params": frozen})
+    return jnp.argmax(llama.logits(llama.final_norm(h[:, last]))[0])

@@ -154,19 +154,19 @@ def test_a_kernel_on_four_devices_is_xla_on_one():
 class Elsewhere(Partitioner):
     """As many devices of another kind."""
 
-    platform, devices = "", 1
+    platform, num_devices = "", 1
 
-    def __init__(self, platform, devices=1):
+    def __init__(self, platform, num_devices=1):
         object.__setattr__(self, "platform", platform)
-        object.__setattr__(self, "devices", devices)
+        object.__setattr__(self, "num_devices", num_devices)
 
 
 def test_each_platform_has_its_kernel():
-    def auto(platform, dtype=jnp.float32, devices=1, width=64, scores=10**6, causal=True):
-        return select_kernel("auto", Elsewhere(platform, devices), jnp.dtype(dtype), width, scores, causal)
+    def auto(platform, dtype=jnp.float32, num_devices=1, width=64, scores=10**6, causal=True):
+        return select_kernel("auto", Elsewhere(platform, num_devices), jnp.dtype(dtype), width, scores, causal)
 
     assert (auto("cpu"), auto("tpu"), auto("gpu"), auto("gpu", jnp.bfloat16)) == ("blockwise", "splash", "xla", "cudnn")
-    assert auto("cpu", devices=8) == auto("cpu", scores=1000) == "xla"
+    assert auto("cpu", num_devices=8) == auto("cpu", scores=1000) == "xla"
     assert auto("gpu", jnp.bfloat16, width=12) == auto("gpu", jnp.bfloat16, width=256) == "xla"
     assert auto("cpu", causal=False) == "blockwise"
     assert {auto(platform, jnp.bfloat16, causal=False) for platform in ("tpu", "gpu")} == {"xla"}

@@ -38,11 +38,8 @@ def run_block(config, params, layer, x):
     positions = POSITIONS[:, : x.shape[1]]
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
     one = jax.tree.map(lambda leaf: leaf[layer], params)
-    carry = (x, jnp.zeros((0, *x.shape)), None)
-    (h, _, _), _ = Block(config, jnp.float32).apply(
-        {"params": one}, carry, 0, 0, angles, place_by_position(positions, None)
-    )
-    return h
+    places = place_by_position(positions, None)
+    return Block(config, jnp.float32).apply({"params": one}, x, None, 0, angles, places)[0]
 
 
 def test_pruned_to_full_size_a_rung_is_the_block_that_reads_its_tap(frozen):
