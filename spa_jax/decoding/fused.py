@@ -28,18 +28,15 @@ from spa_jax.decoding.hypotheses import (
 from spa_jax.decoding.prompts import PromptState, PromptStore
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
-from spa_jax.models.llama import (
+from spa_jax.models.block import (
     PADDING,
     Cache,
     CachePlacement,
-    Llama,
-    LlamaOutput,
-    Params,
-    normalize_taps,
     place_by_position,
     positions_from_mask,
 )
+from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, Setting, combine
+from spa_jax.models.llama import Llama, LlamaOutput, Params, normalize_taps
 from spa_jax.models.peft import Peft, PeftSetting
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from spa_jax.models.llama import Adapt, LlamaConfig, Params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import Adapt, Params
 
 if TYPE_CHECKING:
     from spa_jax.models.side import SideConfig

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spa_jax.models.llama import LlamaConfig, Params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import Params
 from spa_jax.models.method import Method
 from spa_jax.models.plugin import count_params
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, Params, rope_frequencies
+from spa_jax.models.block import LlamaConfig, rope_frequencies
+from spa_jax.models.llama import Params
 from spa_jax.models.side import SideConfig
 
 

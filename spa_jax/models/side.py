@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spa_jax.models.llama import Block, Cache, CachePlacement, LlamaConfig, RMSNorm, place_by_position, rope_angles
+from spa_jax.models.block import (
+    Block,
+    Cache,
+    CachePlacement,
+    LlamaConfig,
+    RMSNorm,
+    place_by_position,
+    rope_angles,
+)
 
 GATE_TEMPERATURE = 0.1
 """Of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""

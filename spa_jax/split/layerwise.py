@@ -19,17 +19,15 @@ from jaxtyping import Array, Float, Int
 from spa_jax.data.pipeline import padded_length
 from spa_jax.decoding.cache import init_cache
 from spa_jax.errors import UserError
-from spa_jax.models.llama import (
+from spa_jax.models.block import (
     PADDING,
     Block,
     Cache,
-    Llama,
     LlamaConfig,
-    Params,
     place_by_position,
     rope_angles,
-    take_layer,
 )
+from spa_jax.models.llama import Llama, Params, take_layer
 from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
 from spa_jax.models.quantized import need_floats
 from spa_jax.split import wire
@@ -105,7 +103,9 @@ class LayerwiseCloud:
         after = dataclasses.asdict(self._channel.traffic)
         return new, Traffic(**{name: value - getattr(before, name) for name, value in after.items()})
 
-    def _run(self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache) -> tuple[int, Cache]:
+    def _run(
+        self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache | None
+    ) -> tuple[int, Cache | None]:
         c, frozen = self._backbone.config, self._backbone.params
         h = frozen["embed"]["embedding"][jnp.asarray(tokens)]
         for index in range(c.num_layers):
@@ -154,8 +154,8 @@ def _lora_block(
     h: Float[Array, "1 T D"],
     addition: Float[Array, "1 T W"],
     positions: Int[Array, "1 T"],
-    cache: Cache,
-) -> tuple[Float[Array, "1 T D"], Cache]:
+    cache: Cache | None,
+) -> tuple[Float[Array, "1 T D"], Cache | None]:
     """Runs a whole block; what the device adds to each of the targets lies side by side in `addition`."""
     ends = np.cumsum([widths(name, c)[1] for name in targets])
     additions = dict(zip(targets, jnp.split(addition, ends[:-1], axis=-1)))
@@ -174,8 +174,8 @@ def _attend(
     layer: Int[Array, ""],
     h: Float[Array, "1 T D"],
     positions: Int[Array, "1 T"],
-    cache: Cache,
-) -> tuple[Float[Array, "1 T D"], Cache]:
+    cache: Cache | None,
+) -> tuple[Float[Array, "1 T D"], Cache | None]:
     places = place_by_position(positions, cache)
     return _block(c, frozen, layer).attend(h, cache, layer, rope_angles(c, positions), places)
 

@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 
 from spa_jax.decoding.cache import init_cache
+from spa_jax.models.block import PADDING, LlamaConfig, positions_from_mask, rope_frequencies
 from spa_jax.models.compute import Compute
-from spa_jax.models.llama import (
-    PADDING,
-    Llama,
-    LlamaConfig,
-    init_params,
-    normalize_taps,
-    positions_from_mask,
-    rope_frequencies,
-)
+from spa_jax.models.llama import Llama, init_params, normalize_taps
 from spa_jax.weights.hf_config import llama_config_from_hf
 from spa_jax.weights.mapping import convert
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import Block, LlamaConfig, init_params, place_by_position, rope_frequencies
+from spa_jax.models.block import Block, LlamaConfig, place_by_position, rope_frequencies
+from spa_jax.models.llama import init_params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig

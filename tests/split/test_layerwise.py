@@ -9,7 +9,13 @@ import pytest
 
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.llama import MLP, Attention, place_by_position, rms_norm, rope_frequencies
+from spa_jax.models.block import (
+    MLP,
+    Attention,
+    place_by_position,
+    rms_norm,
+    rope_frequencies,
+)
 from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.split.channel import InProcess
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice

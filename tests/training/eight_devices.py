@@ -17,8 +17,9 @@ from spa_jax.compiling.hlo import parse
 from spa_jax.data.pipeline import Batch
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.compute import Compute
-from spa_jax.models.llama import Llama, LlamaConfig, init_params
+from spa_jax.models.llama import Llama, init_params
 from spa_jax.models.peft import PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import quantize
