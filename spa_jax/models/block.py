@@ -102,12 +102,12 @@ class CachePlacement:
     mask: Bool[Array, "B 1 T S"]
     """The keys that each token sees, its own among them."""
     reads_cache: bool = True
-    """Whether the keys are those of the cache. Otherwise they are those of the T tokens themselves, and each token sees
-    those before it: there is no cache, or it is empty."""
+    """Whether the keys are those of the cache. Otherwise they are those of the T tokens themselves, each of which
+    sees all up to itself: there is no cache, or it is empty."""
 
 
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions 0, 1, ... of the true entries of each row, `PADDING` for the others, on whichever side they stand."""
+    """Numbers the true entries of each row 0, 1, ..., wherever they stand; the others get `PADDING`."""
     return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, PADDING)
 
 
@@ -122,7 +122,7 @@ def place_by_position(positions: Int[Array, "B T"], cache: Cache | None) -> Cach
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
-    """x / rms(x) * scale, computed in float32 and returned in the dtype of x."""
+    """Computes x / rms(x) * scale in float32; returns the dtype of x."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (normed * jnp.broadcast_to(scale, x.shape).astype(jnp.float32)).astype(x.dtype)
@@ -156,6 +156,8 @@ def rotate(x: Float[Array, "B T heads H"], angles: Float[Array, "B T H/2"]) -> F
 
 
 class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale."""
+
     eps: float
 
     @nn.compact
@@ -200,9 +202,9 @@ class Attention(nn.Module):
                     jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
                     for name in ("k", "v")
                 )
-        real = None if places.reads_cache else places.slots != PADDING
+        not_padding = None if places.reads_cache else places.slots != PADDING
         k, v = k.astype(self.dtype), v.astype(self.dtype)
-        mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, real)
+        mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
         return hook("o", mixed, out(mixed)), cache
 

@@ -31,8 +31,8 @@ from spa_jax.models.quantized import dequantize, take_embeddings
 Params = dict[str, Any]
 
 Remat = Literal["none", "full", "dots"]
-"""What blocks keep of their forward pass for the backward one: everything, their input alone, or their input and the
-products with weights."""
+"""Rematerialisation: for the backward pass blocks keep everything, their input alone (`full`), or their input and the
+products with weights (`dots`)."""
 
 
 def _keep_all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -49,7 +49,7 @@ REMAT_POLICIES: dict[Remat, Callable[..., bool] | None] = {
 
 
 class LlamaOutput(NamedTuple):
-    """What the backbone computes for `[B,T]` tokens."""
+    """The backbone's outputs for `[B,T]` tokens."""
 
     hidden: Float[Array, "B T D"]
     """f: the state after the final norm, the LM head's input."""
@@ -89,11 +89,11 @@ class Llama(nn.Module):
 
     Attributes:
         config: the architecture.
-        taps: which of h_0 ... h_L to return, ascending.
-        dtype: of activations; parameters are cast to it where they are used.
-        remat: what is kept for the gradient of a `peft`.
-        partitioner: how activations lie on devices.
-        compute: how it computes.
+        taps: which of h_0 ... h_L the whole model returns, ascending.
+        dtype: dtype of activations; parameters are cast to it where they are used.
+        remat: what blocks keep for a gradient.
+        partitioner: where activations lie on devices.
+        compute: kernels, unrolling, and the precision of weights.
     """
 
     config: LlamaConfig
@@ -133,8 +133,8 @@ class Llama(nn.Module):
             tokens: token ids, int32.
             positions: absolute position of each token, int32, `PADDING` for padding.
             cache: keys and values of the tokens before.
-            places: of the tokens in it; by default `place_by_position`.
-            peft: what adapts the blocks, a pytree whose leaves have the L blocks first (`spa_jax.models.peft.Peft`).
+            places: where the tokens live in the cache and what they see; by default `place_by_position`.
+            peft: adapts the blocks' outputs: a pytree whose leaves have the L blocks first, `spa_jax.models.peft.Peft`.
         """
         h, taps, cache = self.run_blocks(self.embed_tokens(tokens), positions, cache, places, peft, taps=self.taps)
         return LlamaOutput(self.final_norm(h), taps, cache)
@@ -165,8 +165,8 @@ class Llama(nn.Module):
             h: the residual stream in front of the block `first`, h_first.
             positions: absolute position of each token, int32, `PADDING` for padding.
             cache: keys and values of the tokens before, of all L blocks; those of the range are read and written.
-            places: of the tokens in the cache; by default `place_by_position`.
-            peft: what adapts the blocks, a pytree whose leaves have all L blocks first.
+            places: where the tokens live in the cache and what they see; by default `place_by_position`.
+            peft: adapts the blocks' outputs: a pytree whose leaves have all L blocks first.
             first: the first block that runs.
             last: the first block after it that does not run; by default L.
             taps: which of h_0 ... h_L to return, ascending; those outside h_first ... h_last are returned as zeros.
@@ -207,7 +207,7 @@ class Llama(nn.Module):
         return self.norm(h)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """The frozen LM head, float32 out."""
+        """Applies the frozen LM head; float32."""
         hidden = hidden.astype(self.dtype)
         logits = self.embed.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
         return logits.astype(jnp.float32)
@@ -222,7 +222,7 @@ class Llama(nn.Module):
 def normalize_taps(
     params: Params, config: LlamaConfig, tap_list: tuple[int, ...], taps: Float[Array, "P B T D"]
 ) -> Float[Array, "P B T D"]:
-    """Each tap by its RMS and the frozen norm weight of the block that reads it (the final norm for h_L).
+    """Normalises each tap by its RMS and the frozen norm weight of the block that reads it (the final norm for h_L).
 
     Raw taps grow 300-fold over the depth of SmolLM2; normalised they are what the next block itself works on.
     """
@@ -231,7 +231,7 @@ def normalize_taps(
 
 
 def init_params(config: LlamaConfig, seed: int = 0, abstract: bool = False) -> Params:
-    """Random float32 parameters for tests and benchmarks; with `abstract`, their shapes and dtypes only."""
+    """Makes random float32 parameters for tests and benchmarks; with `abstract`, their shapes and dtypes only."""
     model = Llama(config)
 
     def init() -> Params:

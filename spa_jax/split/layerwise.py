@@ -1,8 +1,8 @@
-"""LoRA and Adapter as the paper's Table 2 has them: their parameters on the device, the layers in the cloud.
+"""LoRA and Adapter as in the paper's Table 2: their parameters on the device, the layers in the cloud.
 
-Every layer then is an exchange: one for LoRA (Hu et al. 2022), where the attention's input goes down and what the
-device adds to queries and values comes up; two for Adapter (Houlsby et al. 2019), where the output of attention and of
-the feed-forward layer each goes down and what the device adds to it comes up. Greedy, one prompt.
+Every layer takes exchanges: one for LoRA (Hu et al. 2022), where the attention's input goes down to the device and what
+it adds to queries and values comes up; two for Adapter (Houlsby et al. 2019), where the outputs of attention and of the
+feed-forward layer go down in turn and what the device adds to each comes up. Greedy decoding of one prompt.
 
 Shape letters: T query length, D width, W numbers that an exchange adds to a position.
 """
@@ -37,8 +37,8 @@ from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
 
 
-def places(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
-    """The places of a block that are served by each exchange.
+def exchanged_outputs(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
+    """Names the outputs in a block that the device adds to, for each exchange of a layer.
 
     Raises:
         UserError: a LoRA on more than the attention's input, which would take more exchanges than are made.
@@ -54,10 +54,10 @@ def places(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
 def answer_layer(
     config: PeftConfig, codec: Codec, place: int, params: Params, layer: Int[Array, ""], x: Encoded
 ) -> Encoded:
-    """The device's part of an exchange: what is added at its places, side by side, for x `[T,D]`."""
+    """Computes the device's part of an exchange from x `[T,D]`: what it adds to each output, side by side."""
     decoded = wire.decode(x, jnp.float32)
-    of_layer = jax.tree.map(lambda leaf: leaf[layer], params)
-    parts = [added(config, of_layer[name], decoded) for name in places(config)[place]]
+    adapters = take_layer(params, layer)
+    parts = [added(config, adapters[name], decoded) for name in exchanged_outputs(config)[place]]
     return wire.encode(codec, jnp.concatenate(parts, axis=-1))
 
 
@@ -68,15 +68,18 @@ class LayerwiseDevice:
         self._peft, self._backbone, self._codec = peft, backbone, codec
 
     def answer(self, message: bytes) -> bytes:
-        """Raises:
-        WireError: the bytes are no such message."""
-        asked = Layer.FromString(message)
+        """Answers a `Layer` message with a `Reply`.
+
+        Raises:
+            WireError: the bytes are no such message.
+        """
+        request = Layer.FromString(message)
         config = self._peft.config
-        if asked.layer >= self._backbone.num_layers or asked.place >= len(places(config)):
-            raise wire.WireError(f"there is no adapter {asked.place} in layer {asked.layer}")
-        x = wire.unpack(self._codec, asked.x, (asked.count, self._backbone.hidden_size))
-        told = answer_layer(config, self._codec, asked.place, self._peft.params, np.int32(asked.layer), x)
-        return Reply(step=asked.step, g=wire.pack(wire.to_host(told))).SerializeToString()
+        if request.layer >= self._backbone.num_layers or request.place >= len(exchanged_outputs(config)):
+            raise wire.WireError(f"there is no adapter {request.place} in layer {request.layer}")
+        x = wire.unpack(self._codec, request.x, (request.count, self._backbone.hidden_size))
+        addition = answer_layer(config, self._codec, request.place, self._peft.params, np.int32(request.layer), x)
+        return Reply(step=request.step, g=wire.pack(wire.to_host(addition))).SerializeToString()
 
 
 class LayerwiseCloud:
@@ -88,7 +91,7 @@ class LayerwiseCloud:
         self._step = 0
 
     def generate(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], Traffic]:
-        """Greedy tokens, EOS not heeded, and the traffic of the steps after the prompt."""
+        """Generates greedily, past any EOS; returns the new tokens and the traffic of the steps after the prompt."""
         c = self._backbone.config
         cache = init_cache(c, 1, padded_length(len(prompt) + max_new_tokens, 64), jnp.dtype(jnp.float32))
         width = padded_length(len(prompt), 32)
@@ -125,16 +128,16 @@ class LayerwiseCloud:
         encoded = wire.to_host(wire.encode(self._codec, x[0, :count]))
         message = Layer(step=self._step, layer=layer, place=place, count=count, x=wire.pack(encoded))
         reply = self._channel.exchange(message.SerializeToString())
-        width = sum(widths(name, self._backbone.config)[1] for name in places(self._config)[place])
-        if reply is None:  # a layer cannot do without
+        width = sum(widths(name, self._backbone.config)[1] for name in exchanged_outputs(self._config)[place])
+        if reply is None:  # what is lost adds nothing
             return jnp.zeros((1, x.shape[1], width))
-        told = wire.unpack(self._codec, Reply.FromString(reply).g, (count, width))
-        decoded = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, told)), jnp.dtype(jnp.float32))
+        addition = wire.unpack(self._codec, Reply.FromString(reply).g, (count, width))
+        decoded = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, addition)), jnp.dtype(jnp.float32))
         return jnp.pad(decoded, ((0, x.shape[1] - count), (0, 0)))[None]
 
 
 def _block(c: LlamaConfig, frozen: Params, layer: Int[Array, ""]) -> Block:
-    """One block of the backbone with its parameters."""
+    """Binds a block of the backbone to its parameters."""
     return Block(c, jnp.dtype(jnp.float32)).bind({"params": take_layer(frozen["blocks"], layer)})
 
 
@@ -189,6 +192,6 @@ def _feed_forward(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _next_token(c: LlamaConfig, frozen: Params, h: Float[Array, "1 T D"], last: Int[Array, ""]) -> Int[Array, ""]:
-    """The likeliest token after position index `last`."""
+    """Returns the likeliest token after the one at index `last`."""
     llama = Llama(c).bind({"params": frozen})
     return jnp.argmax(llama.logits(llama.final_norm(h[:, last]))[0])

@@ -75,7 +75,7 @@ def test_adapters_follow_both_halves_of_every_block(backbone):
 
     @jax.jit
     def logits(text):
-        """Of the last position, nothing cached."""
+        """Logits of every position, without a cache."""
         positions = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
         places = place_by_position(positions, None)

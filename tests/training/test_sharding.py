@@ -114,7 +114,7 @@ def test_a_copy_of_the_backbone_does_not_reach_over_slices():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What `make_mesh` looks at."""
+    """The attributes of a device that `make_mesh` reads."""
 
     id: int
     slice_index: int
