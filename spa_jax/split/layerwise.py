@@ -93,7 +93,8 @@ class LayerwiseCloud:
     def generate(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], Traffic]:
         """Generates greedily, past any EOS; returns the new tokens and the traffic of the steps after the prompt."""
         c = self._backbone.config
-        cache = init_cache(c, 1, padded_length(len(prompt) + max_new_tokens, 64), jnp.dtype(jnp.float32))
+        slots = padded_length(len(prompt) + max_new_tokens, 64)
+        cache: Cache | None = init_cache(c, 1, slots, jnp.dtype(jnp.float32))
         width = padded_length(len(prompt), 32)
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(prompt)] = prompt
