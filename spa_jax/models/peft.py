@@ -65,7 +65,7 @@ class PeftConfig(Method):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class Peft:
-    """A LoRA or Adapter with its parameters, a pytree that `Llama` scans: leaves have the L blocks first."""
+    """A LoRA or Adapter with its parameters, a `ForwardHook` and a pytree: its leaves have the L blocks first."""
 
     config: PeftConfig
     params: Params
