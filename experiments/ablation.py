@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from spa_jax.training.evaluation import Evaluator, threshold_for
 
 from configs import default
 from spa_jax.data.pairs import Pair, read_json_lines
@@ -20,7 +21,6 @@ from spa_jax.files import write_bytes, write_json
 from spa_jax.models.plugin import PluginConfig, count_params, init_plugin
 from spa_jax.training import loop
 from spa_jax.training.config import RunConfig, parse
-from spa_jax.training.evaluation import Evaluator, threshold_for
 from spa_jax.training.rows import make_encoder
 from spa_jax.training.run import open_tap_cache, plugin_config, train
 from spa_jax.training.step import make_eval_step

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from spa_jax import command
 from spa_jax.files import write_json
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.combine import Setting
-from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.llama import init_params
 from spa_jax.models.peft import Peft, PeftConfig, PeftSetting, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig

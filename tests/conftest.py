@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from configs import default
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import init_params
 from spa_jax.training.config import RunConfig, parse
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone

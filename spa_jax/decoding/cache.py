@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from spa_jax.data.padding import padded_length
-from spa_jax.models.llama import PADDING, Cache, CachePlacement, LlamaConfig
+from spa_jax.models.block import PADDING, Cache, CachePlacement, LlamaConfig
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:

@@ -23,18 +23,9 @@ from spa_jax.decoding.hypotheses import Hypotheses, init_hypotheses, last_tokens
 from spa_jax.decoding.next_token import choose_next_token
 from spa_jax.decoding.prompt_store import PromptState
 from spa_jax.decoding.sampling import Sampling
+from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, positions_from_mask
 from spa_jax.models.combine import ROUTED, Setting, combine
-from spa_jax.models.llama import (
-    PADDING,
-    Cache,
-    CachePlacement,
-    Llama,
-    LlamaOutput,
-    Params,
-    normalize_taps,
-    place_by_position,
-    positions_from_mask,
-)
+from spa_jax.models.llama import Llama, LlamaOutput, Params, normalize_taps
 from spa_jax.models.method import Method
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spa_jax.models.llama import Cache
+from spa_jax.models.block import Cache
 
 
 class PromptState(NamedTuple):

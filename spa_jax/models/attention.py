@@ -22,13 +22,13 @@ from spa_jax.models.compute import Kernel
 from spa_jax.models.partitioner import Partitioner
 
 BLOCK_SCORES = 2**20
-"""Scores of one block of `blockwise`: 4 MiB of float32."""
-FEW_SCORES = 2**16
-"""Of one row: with fewer, `xla` is as fast on a processor."""
-PARTS = 4
-"""Of the queries in `blockwise`, where causality hides keys: each sees the keys up to its own end."""
+"""Attention scores in one block of `blockwise`: 4 MiB of float32."""
+MIN_BLOCKWISE_SCORES = 2**16
+"""Attention scores of a row below which `xla` is as fast as `blockwise` on a processor."""
+CAUSAL_PARTS = 4
+"""Parts into which `blockwise` divides causal queries; each part reads the keys up to its own end."""
 LANES = 128
-"""Splash attention works on multiples of so many tokens."""
+"""Splash attention works on multiples of this many tokens."""
 
 
 def attend(
@@ -38,28 +38,27 @@ def attend(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B 1 T S"],
-    real: Bool[Array, "B T"] | None,
+    not_padding: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v over the keys that the mask shows to each query; a query that sees none gets anything
-    finite.
+    """Computes softmax(q k^T / sqrt(H)) v over the keys that each query sees; one that sees none gets anything finite.
 
     Args:
-        kernel: to use.
-        partitioner: how the arrays lie on devices.
-        q, k, v: after the rotary embedding.
-        mask: which keys a query sees.
-        real: where the keys are the queries' own tokens and causality alone hides them, which of these are no padding;
-            else None.
+        kernel: the kernel to use; `auto` is the best one of the platform.
+        partitioner: where the arrays lie on devices.
+        q, k, v: queries, keys and values, after the rotary embedding.
+        mask: the keys that each query sees.
+        not_padding: the tokens that are no padding, where the keys are those of the queries' own tokens and a query
+            sees all of these up to its own. None where the mask hides keys in any other way.
 
     Raises:
         UserError: the kernel cannot run here.
     """
     scores = q.shape[1] * q.shape[2] * k.shape[1] if q.shape[1] > 1 else 0
-    chosen = select_kernel(kernel, partitioner, q.dtype, q.shape[3], scores, causal=real is not None)
-    if chosen == "splash" and real is not None:
-        return _splash(partitioner, q, k, v, real)
+    chosen = select_kernel(kernel, partitioner, q.dtype, q.shape[3], scores, causal=not_padding is not None)
+    if chosen == "splash" and not_padding is not None:
+        return _splash(partitioner, q, k, v, not_padding)
     if chosen == "blockwise":
-        return _blockwise(q, k, v, mask, causal=real is not None)
+        return _blockwise(q, k, v, mask, causal=not_padding is not None)
     if chosen == "cudnn":
         return _on_each_device(partitioner, _cudnn_part, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
@@ -68,14 +67,15 @@ def attend(
 def select_kernel(
     kernel: Kernel, partitioner: Partitioner, dtype: jnp.dtype, width: int, scores: int, causal: bool
 ) -> Kernel:
-    """The kernel to use.
+    """Selects the kernel to use.
 
     Args:
-        kernel: that was asked for.
-        partitioner, dtype: of the arrays.
+        kernel: the kernel that was asked for.
+        partitioner: where the arrays lie, and on which platform.
+        dtype: dtype of queries, keys and values.
         width: H.
-        scores: of one row, 0 for a single query.
-        causal: whether causality alone hides keys, as of `attend`.
+        scores: attention scores of one row, 0 for a single query.
+        causal: whether padding and causality alone hide keys.
 
     Raises:
         UserError: one was asked for that cannot run on this platform or in this dtype.
@@ -84,7 +84,7 @@ def select_kernel(
     best: dict[str, Kernel] = {"cpu": "blockwise", "tpu": "splash", "gpu": "cudnn" if fused else "xla"}
     if kernel == "auto":
         kernel = best.get(partitioner.platform, "xla")
-        if kernel == "blockwise" and (partitioner.num_devices > 1 or scores < FEW_SCORES):
+        if kernel == "blockwise" and (partitioner.num_devices > 1 or scores < MIN_BLOCKWISE_SCORES):
             kernel = "xla"  # a loop over rows would leave all but one device idle
     elif kernel == "splash" and partitioner.platform != "tpu":
         raise UserError(f"compute.attention=splash needs a TPU, and this is a {partitioner.platform}: leave it at auto")
@@ -99,7 +99,7 @@ def select_kernel(
 
 
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
-    """Of the keys that causality hides, most are not touched; a gradient computes scores again and stores none."""
+    """Reads few of the keys that causality hides; a gradient computes scores again and stores none."""
     rows, length, heads, width = q.shape
     keys, groups = k.shape[1:3]
     shared = heads // groups  # G query heads that share a key head
@@ -131,7 +131,7 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal
         q, k, v, mask = each
         if not causal:
             return part(k, v, q, mask)
-        step = -(-length // PARTS)
+        step = -(-length // CAUSAL_PARTS)
         bounds = [(at, min(at + step, length)) for at in range(0, length, step)]
         return jnp.concatenate([part(k[..., :end], v[:, :end], q[at:end], mask[at:end, :end]) for at, end in bounds])
 
@@ -146,7 +146,7 @@ def _on_each_device(
     v: jax.Array,
     rows: jax.Array,
 ) -> jax.Array:
-    """A kernel that the compiler cannot split: every device runs it on its own rows and heads; `rows` is an array with
+    """Runs a kernel that the compiler cannot split, on every device for its own rows and heads; `rows` is an array with
     the batch first that says what they see."""
     if k.shape[2] % partitioner.axis_size("K"):  # copied to all devices, each of which has some of the query heads
         k, v = (jnp.repeat(each, q.shape[2] // k.shape[2], axis=2) for each in (k, v))
@@ -157,18 +157,18 @@ def _cudnn_part(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> ja
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-def _splash(partitioner: Partitioner, q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array) -> jax.Array:
-    """Padding belongs to a segment of its own, which no real token sees."""
+def _splash(partitioner: Partitioner, q: jax.Array, k: jax.Array, v: jax.Array, not_padding: jax.Array) -> jax.Array:
+    """Pads to whole `LANES`; padding is a segment of its own, which no other token sees."""
     length, width = q.shape[1], q.shape[3]
     ((q, k, v), segments) = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, -length % LANES), *[(0, 0)] * (x.ndim - 2))),
-        ((q * width**-0.5, k, v), real.astype(jnp.int32)),
+        ((q * width**-0.5, k, v), not_padding.astype(jnp.int32)),
     )
     return _on_each_device(partitioner, _splash_part, q, k, v, segments)[:, :length]
 
 
 def _splash_part(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, interpret: bool = False) -> jax.Array:
-    """On one device."""
+    """Runs splash attention on one device's rows and heads."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash  # half a second
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

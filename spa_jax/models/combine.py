@@ -1,4 +1,4 @@
-"""What enters the frozen LM head, by setting (equation 1 and section 5.4 of the paper)."""
+"""The input of the frozen LM head in each setting: f, corrected by g (equation 1 and section 5.4 of the paper)."""
 
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ ADDED: tuple[Setting, ...] = ("spa", "s1")
 
 
 def with_correction(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """What enters the LM head where the device is asked."""
+    """Computes the LM head's input where the device is asked."""
     return f + g.astype(f.dtype) if setting in ADDED else g.astype(f.dtype)
 
 
@@ -25,7 +25,10 @@ def combine(
     sigma: Bool[Array, "..."],
     offset: Float[Array, " D"] | None = None,
 ) -> Float[Array, "... D"]:
-    """f and g by sigma, which `base`, `s1` and `s3` ignore; `offset` as of `skipped`."""
+    """Computes the LM head's input: corrected by g where sigma is true, and `without_correction` elsewhere.
+
+    `base` ignores g and sigma; `s1` and `s3` are corrected everywhere.
+    """
     if setting == "base":
         return f
     consulted = with_correction(setting, f, g)
@@ -33,11 +36,11 @@ def combine(
 
 
 def without_correction(f: Float[Array, "... D"], offset: Float[Array, " D"] | None) -> Float[Array, "... D"]:
-    """What enters the LM head where the device is not asked: f, or f and the router's learned constant."""
+    """Computes the LM head's input where the device is not asked: f, or f plus the router's learned `offset`."""
     return f if offset is None else f + jnp.broadcast_to(offset, f.shape).astype(f.dtype)
 
 
 def mix(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"], share: Float[Array, "..."]) -> Array:
-    """`combine` of a routed setting with a real number from 0 to 1 in place of sigma, `[..., D]`."""
+    """Computes `combine` of a routed setting with a number from 0 to 1 in place of sigma; `[..., D]`."""
     share = share[..., None].astype(f.dtype)
     return f + share * g.astype(f.dtype) if setting in ADDED else (1 - share) * f + share * g.astype(f.dtype)

@@ -1,4 +1,4 @@
-"""How a backbone computes what it does: choices of speed and memory."""
+"""How a backbone computes: attention kernel, unrolling, and precision of weights."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """`compute.*`
+    """Choices of speed and memory, the config keys `compute.*`.
 
     Attributes:
         attention: the kernel that runs many tokens at once, see `spa_jax.models.attention`; `auto` is the best of the

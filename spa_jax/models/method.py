@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from spa_jax.models.llama import Adapt, LlamaConfig, Params
+from spa_jax.models.block import ForwardHook, LlamaConfig
+from spa_jax.models.llama import Params
 
 if TYPE_CHECKING:
     from spa_jax.models.side import SideConfig
@@ -42,7 +43,7 @@ class Method(abc.ABC):
     def runs_as(self, setting: str) -> bool:
         """Tells whether parameters trained by this method can run in another setting, such as `s1` of a `spa`."""
 
-    def block_adapter(self, params: Params) -> Adapt | None:
+    def block_adapter(self, params: Params) -> ForwardHook | None:
         """Returns what the backbone's blocks add to their outputs, a pytree; None where they stay as they are."""
         return None
 

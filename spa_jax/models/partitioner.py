@@ -1,5 +1,5 @@
-"""How arrays lie on devices, as far as a model needs to know: it names the axes of what it computes by the letters of
-its shapes. What a letter means on a mesh is said in `spa_jax.training.sharding`."""
+"""Where arrays lie on devices, as far as a model needs to know: it names the axes of what it computes by the letters of
+its shapes. `spa_jax.training.sharding` says how a mesh splits them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,63 +14,69 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Partitioner:
-    """Of one device, where there is nothing to say: everything is returned as it is."""
+    """Places arrays on a single device: every method returns its arrays as they are.
+
+    `spa_jax.training.sharding.MeshPartitioner` overrides the methods for a mesh.
+    """
 
     @property
     def batch_parts(self) -> int:
-        """Equal parts that the batch is split into."""
+        """Number of equal parts that a batch is split into."""
         return 1
 
     @property
     def num_devices(self) -> int:
-        """How many there are."""
+        """Number of devices."""
         return 1
 
     @property
     def platform(self) -> str:
-        """`cpu`, `gpu` or `tpu`."""
+        """Platform of the devices: `cpu`, `gpu` or `tpu`."""
         return jax.default_backend()
 
     def axis_size(self, letter: str) -> int:
-        """Parts that an axis of activations is split into where it divides, see `__call__`."""
+        """Returns the parts into which `constrain` splits an axis whose size they divide."""
         return 1
 
     def shard_map(self, part: Callable[..., jax.Array], arguments: Sequence[str]) -> Callable[..., jax.Array]:
-        """A function that does on every device, with what lies there, what `part` does; axes of its arguments are
-        named as for `__call__`, and the result lies as the first of them."""
+        """Makes a function that runs `part` on every device for the parts of its arguments that lie there.
+
+        The arguments' axes are named as for `constrain`, and the result is split as the first argument is.
+        """
         return part
 
     def constrain(self, x: jax.Array, axes: str) -> jax.Array:
-        """An activation, or the matrix that makes it, with its leading axes named by letters; `.` is never split.
+        """Constrains where an activation, or a matrix that makes one, lies.
 
-        B is split with the batch, and N, K, F and V with the parameters that have them; b is a batch split no further
-        than to the copies of the model, and d a width split as in parameters, for rows looked up where they lie. Where
-        a size does not divide, the axis is whole everywhere.
+        `axes` names its leading axes by letters. B is split with the batch, and N, K, F and V with the parameters that
+        have them; b is a batch split only between copies of the model, and d a width split as in parameters, for
+        embeddings looked up where they lie. Any other letter, and `.`, is an axis that is not split, and so is one
+        whose size does not divide.
         """
         return x
 
     def param_sharding(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
-        """Where a parameter lies; see `spa_jax.weights.mapping.Shardings`."""
+        """Returns the sharding of the parameter at a path such as `blocks/mlp/up/kernel`, None on a single device."""
         return None
 
     def shard_batch(self, batch: Tree) -> Tree:
-        """The global batch for a jitted program, of which this process brings its `rows` as NumPy arrays."""
+        """Makes the global batch of a jitted program from NumPy arrays of this process's `local_rows`."""
         return batch
 
     def local_rows(self, count: int) -> Int[np.ndarray, " b"]:
-        """Which of `count` rows of a batch this process has to load, in their order."""
+        """Returns the indices, ascending, of the rows that this process loads of a batch of `count`."""
         return np.arange(count)
 
     def to_local(self, batch: Tree) -> Tree:
-        """`put` undone: this process's rows of a batch on the devices, as NumPy arrays."""
+        """Undoes `shard_batch`: returns this process's rows of a batch on the devices, as NumPy arrays."""
         return jax.device_get(batch)
 
     def constrain_params(self, tree: Tree) -> Tree:
-        """Parameters, or a state that holds some, each where the table of parameters says."""
+        """Constrains where parameters, or the parameters within a training state, lie: as `param_sharding` says."""
         return tree
 
     def gather(self, tree: Tree) -> Tree:
-        """Parameters as a program uses them: small ones whole everywhere; a backbone fetches its own by the block."""
+        """Gathers trainable parameters whole on every device; the backbone's stay split, and are gathered by block."""
         return tree
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from spa_jax.models.llama import LlamaConfig, Params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import Params
 from spa_jax.models.method import Method
 from spa_jax.models.plugin import count_params
 
@@ -64,7 +65,7 @@ class PeftConfig(Method):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class Peft:
-    """A LoRA or Adapter with its parameters, a pytree that `Llama` scans: leaves have the L blocks first."""
+    """A LoRA or Adapter with its parameters, a `ForwardHook` and a pytree: its leaves have the L blocks first."""
 
     config: PeftConfig
     params: Params

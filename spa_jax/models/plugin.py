@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
+from spa_jax.models.block import Cache, CachePlacement, LlamaConfig
 from spa_jax.models.combine import ADDED, ROUTED, Setting
-from spa_jax.models.llama import Cache, CachePlacement, LlamaConfig, Params
+from spa_jax.models.llama import Params
 from spa_jax.models.method import Method
 from spa_jax.models.router import Router
 from spa_jax.models.side import SideConfig, TokenwiseSide, TransformerSide

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, Params, rope_frequencies
+from spa_jax.models.block import LlamaConfig, rope_frequencies
+from spa_jax.models.llama import Params
 from spa_jax.models.side import SideConfig
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prune(side: SideConfig, config: LlamaConfig, frozen: Params, fresh: Params) -> Params:
-    """The side network's parameters with its blocks and down-projections taken from the backbone.
+    """Takes a side network's blocks and down-projections from the backbone.
 
     The rung of tap h_t starts as block t, which reads h_t (the last block for h_L). All rungs keep the same E of the D
     directions of the residual stream, and `down` starts by picking them; each rung keeps its own heads, value
@@ -28,7 +29,7 @@ def prune(side: SideConfig, config: LlamaConfig, frozen: Params, fresh: Params) 
 
     Args:
         side: shape of the side network, of the transformer kind.
-        config: of the backbone.
+        config: architecture of the backbone.
         frozen: parameters of the backbone.
         fresh: parameters of the side network, float32.
 
@@ -88,19 +89,19 @@ def _weights(blocks: Params) -> dict[str, Float[Array, "L ..."]]:
 
 
 def _channel_sizes(weights: dict[str, Float[Array, "L ..."]]) -> Float[Array, " D"]:
-    """Summed absolute weights of all blocks that read or write each direction of the residual stream."""
+    """Sums the absolute weights of all blocks that read or write each direction of the residual stream."""
     written = [jnp.abs(weights[name]).sum(range(weights[name].ndim - 1)) for name in ("o", "down")]
     read = [jnp.abs(weights[name]).sum((0, *range(2, weights[name].ndim))) for name in ("q", "k", "v", "gate", "up")]
     return sum(written + read, jnp.float32(0))
 
 
 def _largest(sizes: Float[Array, "... n"], count: int) -> Int[Array, "... count"]:
-    """Indices of the largest, ascending."""
+    """Returns the indices of the `count` largest sizes, ascending."""
     return jnp.sort(jax.lax.top_k(sizes, count)[1], axis=-1)
 
 
 def _nearest_pairs(small: LlamaConfig, config: LlamaConfig) -> Int[Array, " h"]:
-    """Which components of a wide head make up the small one, in the half-split layout."""
+    """Selects the components of a backbone's head that make up a small one, in the half-split layout."""
     unscaled = dataclasses.replace(config, rope_scaling=None)
     wide, narrow = (jnp.log(rope_frequencies(c)) for c in (unscaled, small))
     nearest = jnp.argmin(jnp.abs(narrow[:, None] - wide[None, :]), axis=1)

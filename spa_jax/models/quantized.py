@@ -29,8 +29,10 @@ CHANNELS = {
 
 
 def quantize(path: str, leaf: jax.Array) -> Matrix:
-    """A parameter in 8 bits, round(w / scale) with scale = max |w| / 127.5 of each output channel; those that are no
-    matrix stay as they are. Blocks are worked through one by one."""
+    """Quantises a parameter to round(w / scale), with scale = max |w| / 127.5 of each output channel.
+
+    Parameters that are no matrix stay as they are. Stacked blocks are quantised one by one, which saves memory.
+    """
     axes = next((axes for pattern, axes in CHANNELS.items() if re.fullmatch(pattern, path)), None)
     if axes is None:
         return leaf
@@ -42,23 +44,28 @@ def quantize(path: str, leaf: jax.Array) -> Matrix:
 
 
 def dequantize(tree: Any) -> Any:
-    """Parameters with every matrix as floats."""
-    return jax.tree.map(lambda leaf: qwix.dequantize(leaf) if _quantized(leaf) else leaf, tree, is_leaf=_quantized)
+    """Turns every quantised matrix of a tree into floats."""
+    return jax.tree.map(
+        lambda leaf: qwix.dequantize(leaf) if _is_quantized(leaf) else leaf, tree, is_leaf=_is_quantized
+    )
 
 
 def take_embeddings(embedding: Matrix, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
-    """The embeddings of these tokens out of `[V,D]`, and no others as floats."""
+    """Looks up the tokens' rows of an embedding `[V,D]`; no other rows become floats."""
     if isinstance(embedding, qwix.QArray):
         return embedding.qvalue[tokens].astype(jnp.float32) * embedding.scale[tokens]
     return embedding[tokens]
 
 
 def need_floats(params: Any, what: str) -> None:
-    """Raises:
-    UserError: the parameters are quantised, and `what` does not work on such."""
-    if any(map(_quantized, jax.tree.leaves(params, is_leaf=_quantized))):
+    """Refuses quantised parameters on behalf of `what`, which does not work on such.
+
+    Raises:
+        UserError: some parameter is quantised.
+    """
+    if any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
         raise UserError(f"{what} needs a backbone whose weights are floats: leave weights at 'float'")
 
 
-def _quantized(leaf: Any) -> bool:
+def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, qwix.QArray)

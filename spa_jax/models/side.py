@@ -11,10 +11,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from spa_jax.models.llama import Block, Cache, CachePlacement, LlamaConfig, RMSNorm, place_by_position, rope_frequencies
+from spa_jax.models.block import (
+    Block,
+    Cache,
+    CachePlacement,
+    LlamaConfig,
+    RMSNorm,
+    place_by_position,
+    rope_angles,
+)
 
 GATE_TEMPERATURE = 0.1
-"""Of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""
+"""Temperature of the ladder's gates, mu = sigmoid(alpha / temperature) (Sung et al. 2022, section 3)."""
 
 SideKind = Literal["tokenwise", "transformer"]
 
@@ -25,7 +33,7 @@ class SideConfig:
 
     Attributes:
         kind: `tokenwise` has no attention, so the device keeps no state; `transformer` attends over the prompt.
-        width: E.
+        width: E, the width of the ladder.
         taps: which of h_0 ... h_L it reads, ascending; at least one.
         heads: attention heads of the `transformer` kind, each of width E / heads; the other kind has none.
     """
@@ -60,13 +68,13 @@ class TokenwiseSide(nn.Module):
     s_0 = down_0(tap_0), then for each further tap
     s <- mu * s + (1 - mu) * down_p(tap_p) and s <- s + out_p(relu(in_p(s))), with `in_p` an expansion E -> D,
     and g = output(s). The gate mu is a learned scalar per tap and starts at 0.5: without one the chain learns little
-    more than a constant vector (DESIGN.md, trial 1).
+    more than a constant vector.
 
     Attributes:
         config: width and taps.
         hidden_size: D.
         zero_output: start `output` at zero, so that g = 0 (settings where g is added to f).
-        dtype: of activations; parameters are float32.
+        dtype: dtype of activations; parameters are float32.
     """
 
     config: SideConfig
@@ -126,10 +134,8 @@ class Rung(nn.Module):
         alpha = self.param("gate", nn.initializers.zeros, ()).astype(self.dtype)
         mu = jnp.where(layer == 0, 0, jax.nn.sigmoid(alpha / GATE_TEMPERATURE)).astype(self.dtype)
         mixed = mu * s + (1 - mu) * state
-        no_taps = jnp.zeros((0, *mixed.shape), self.dtype)
         block = Block(self.config, self.dtype, kernel="xla", name="block")
-        (s, _, cache), _ = block((mixed, no_taps, cache), layer, layer, angles, places)
-        return (s, cache), None
+        return block(mixed, cache, layer, angles, places), None
 
 
 class TransformerSide(nn.Module):
@@ -138,7 +144,11 @@ class TransformerSide(nn.Module):
     s_p = block_p(mu_p * s_{p-1} + (1 - mu_p) * down_p(tap_p)) with mu_0 = 0, and g = output(norm(s_P)). It attends over
     all earlier positions, by the same rule as the backbone: a token at position p lives in cache slot p.
 
-    Attributes: as of `TokenwiseSide`.
+    Attributes:
+        config: width, taps and heads.
+        hidden_size: D.
+        zero_output: start `output` at zero, so that g = 0 (settings where g is added to f).
+        dtype: dtype of activations; parameters are float32.
     """
 
     config: SideConfig
@@ -159,8 +169,7 @@ class TransformerSide(nn.Module):
             "down", nn.initializers.lecun_normal(batch_axis=0), (c.num_layers, self.hidden_size, c.hidden_size)
         )
         states = jnp.einsum("pbtd,pde->pbte", taps.astype(self.dtype), down.astype(self.dtype))
-        angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-        places = places or place_by_position(positions, cache)
+        angles, places = rope_angles(c, positions), places or place_by_position(positions, cache)
         ladder = nn.scan(
             Rung,
             variable_axes={"params": 0},

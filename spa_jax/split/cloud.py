@@ -21,8 +21,9 @@ from spa_jax.decoding.cache import init_cache, place_newest, prompt_slot_mask, t
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, init_hypotheses, last_tokens, parent_rows
 from spa_jax.decoding.next_token import choose_next_token
 from spa_jax.decoding.sampling import Sampling, append_token
+from spa_jax.models.block import PADDING, Cache, place_by_position, positions_from_mask
 from spa_jax.models.combine import ROUTED, Setting, with_correction, without_correction
-from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps, place_by_position, positions_from_mask
+from spa_jax.models.llama import Llama, Params, normalize_taps
 from spa_jax.models.router import consult
 from spa_jax.split import wire
 from spa_jax.split.wire import Codec, Encoded, ReplyMode

@@ -20,8 +20,9 @@ from spa_jax.data.padding import padded_length
 from spa_jax.decoding.cache import init_cache, take_rows
 from spa_jax.decoding.hypotheses import group_keys, token_keys
 from spa_jax.decoding.sampling import Sampling, sample
+from spa_jax.models.block import PADDING, Cache
 from spa_jax.models.combine import Setting, with_correction
-from spa_jax.models.llama import PADDING, Cache, Params
+from spa_jax.models.llama import Params
 from spa_jax.models.plugin import PluginConfig, correction
 from spa_jax.split import wire
 from spa_jax.split.head import Head, logits

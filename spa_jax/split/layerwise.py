@@ -1,8 +1,8 @@
-"""LoRA and Adapter as the paper's Table 2 has them: their parameters on the device, the layers in the cloud.
+"""LoRA and Adapter as in the paper's Table 2: their parameters on the device, the layers in the cloud.
 
-Every layer then is an exchange: one for LoRA (Hu et al. 2022), where the attention's input goes down and what the
-device adds to queries and values comes up; two for Adapter (Houlsby et al. 2019), where the output of attention and of
-the feed-forward layer each goes down and what the device adds to it comes up. Greedy, one prompt.
+Every layer takes exchanges: one for LoRA (Hu et al. 2022), where the attention's input goes down to the device and what
+it adds to queries and values comes up; two for Adapter (Houlsby et al. 2019), where the outputs of attention and of the
+feed-forward layer go down in turn and what the device adds to each comes up. Greedy decoding of one prompt.
 
 Shape letters: T query length, D width, W numbers that an exchange adds to a position.
 """
@@ -19,18 +19,15 @@ from jaxtyping import Array, Float, Int
 from spa_jax.data.padding import padded_length
 from spa_jax.decoding.cache import init_cache
 from spa_jax.errors import UserError
-from spa_jax.models.llama import (
-    MLP,
+from spa_jax.models.block import (
     PADDING,
-    Attention,
+    Block,
     Cache,
-    Llama,
     LlamaConfig,
-    Params,
     place_by_position,
-    rms_norm,
-    rope_frequencies,
+    rope_angles,
 )
+from spa_jax.models.llama import Llama, Params, take_layer
 from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
 from spa_jax.models.quantized import need_floats
 from spa_jax.split import wire
@@ -40,8 +37,8 @@ from spa_jax.split.wire import Codec, Encoded
 from spa_jax.weights.backbone import Backbone
 
 
-def places(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
-    """The places of a block that are served by each exchange.
+def exchanged_outputs(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
+    """Names the outputs in a block that the device adds to, for each exchange of a layer.
 
     Raises:
         UserError: a LoRA on more than the attention's input, which would take more exchanges than are made.
@@ -57,10 +54,10 @@ def places(config: PeftConfig) -> tuple[tuple[str, ...], ...]:
 def answer_layer(
     config: PeftConfig, codec: Codec, place: int, params: Params, layer: Int[Array, ""], x: Encoded
 ) -> Encoded:
-    """The device's part of an exchange: what is added at its places, side by side, for x `[T,D]`."""
+    """Computes the device's part of an exchange from x `[T,D]`: what it adds to each output, side by side."""
     decoded = wire.decode(x, jnp.float32)
-    of_layer = jax.tree.map(lambda leaf: leaf[layer], params)
-    parts = [added(config, of_layer[name], decoded) for name in places(config)[place]]
+    adapters = take_layer(params, layer)
+    parts = [added(config, adapters[name], decoded) for name in exchanged_outputs(config)[place]]
     return wire.encode(codec, jnp.concatenate(parts, axis=-1))
 
 
@@ -71,15 +68,18 @@ class LayerwiseDevice:
         self._peft, self._backbone, self._codec = peft, backbone, codec
 
     def answer(self, message: bytes) -> bytes:
-        """Raises:
-        WireError: the bytes are no such message."""
-        asked = Layer.FromString(message)
+        """Answers a `Layer` message with a `Reply`.
+
+        Raises:
+            WireError: the bytes are no such message.
+        """
+        request = Layer.FromString(message)
         config = self._peft.config
-        if asked.layer >= self._backbone.num_layers or asked.place >= len(places(config)):
-            raise wire.WireError(f"there is no adapter {asked.place} in layer {asked.layer}")
-        x = wire.unpack(self._codec, asked.x, (asked.count, self._backbone.hidden_size))
-        told = answer_layer(config, self._codec, asked.place, self._peft.params, np.int32(asked.layer), x)
-        return Reply(step=asked.step, g=wire.pack(wire.to_host(told))).SerializeToString()
+        if request.layer >= self._backbone.num_layers or request.place >= len(exchanged_outputs(config)):
+            raise wire.WireError(f"there is no adapter {request.place} in layer {request.layer}")
+        x = wire.unpack(self._codec, request.x, (request.count, self._backbone.hidden_size))
+        addition = answer_layer(config, self._codec, request.place, self._peft.params, np.int32(request.layer), x)
+        return Reply(step=request.step, g=wire.pack(wire.to_host(addition))).SerializeToString()
 
 
 class LayerwiseCloud:
@@ -91,9 +91,10 @@ class LayerwiseCloud:
         self._step = 0
 
     def generate(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], Traffic]:
-        """Greedy tokens, EOS not heeded, and the traffic of the steps after the prompt."""
+        """Generates greedily, past any EOS; returns the new tokens and the traffic of the steps after the prompt."""
         c = self._backbone.config
-        cache = init_cache(c, 1, padded_length(len(prompt) + max_new_tokens, 64), jnp.dtype(jnp.float32))
+        slots = padded_length(len(prompt) + max_new_tokens, 64)
+        cache: Cache | None = init_cache(c, 1, slots, jnp.dtype(jnp.float32))
         width = padded_length(len(prompt), 32)
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(prompt)] = prompt
@@ -106,19 +107,21 @@ class LayerwiseCloud:
         after = dataclasses.asdict(self._channel.traffic)
         return new, Traffic(**{name: value - getattr(before, name) for name, value in after.items()})
 
-    def _run(self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache) -> tuple[int, Cache]:
+    def _run(
+        self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache | None
+    ) -> tuple[int, Cache | None]:
         c, frozen = self._backbone.config, self._backbone.params
         h = frozen["embed"]["embedding"][jnp.asarray(tokens)]
-        for layer in range(c.num_layers):
-            at = np.int32(layer)
+        for index in range(c.num_layers):
+            layer = np.int32(index)
             if self._config.setting == "lora":
-                told = self._ask(layer, 0, _normed(c, frozen, at, h), count)
-                h, cache = _lora_block(c, self._config.targets, frozen, at, h, told, positions, cache)
+                addition = self._ask(index, 0, _attention_input(c, frozen, layer, h), count)
+                h, cache = _lora_block(c, self._config.targets, frozen, layer, h, addition, positions, cache)
             else:
-                mixed, cache = _attention(c, frozen, at, h, positions, cache)
-                h = h + mixed + self._ask(layer, 0, mixed, count)
-                wide = _mlp(c, frozen, at, h)
-                h = h + wide + self._ask(layer, 1, wide, count)
+                x, cache = _attend(c, frozen, layer, h, positions, cache)
+                h = h + x + self._ask(index, 0, x, count)
+                x = _feed_forward(c, frozen, layer, h)
+                h = h + x + self._ask(index, 1, x, count)
         return int(_next_token(c, frozen, h, np.int32(count - 1))), cache
 
     def _ask(self, layer: int, place: int, x: Float[Array, "1 T D"], count: int) -> Float[Array, "1 T W"]:
@@ -126,70 +129,70 @@ class LayerwiseCloud:
         encoded = wire.to_host(wire.encode(self._codec, x[0, :count]))
         message = Layer(step=self._step, layer=layer, place=place, count=count, x=wire.pack(encoded))
         reply = self._channel.exchange(message.SerializeToString())
-        width = sum(widths(name, self._backbone.config)[1] for name in places(self._config)[place])
-        if reply is None:  # a layer cannot do without
+        width = sum(widths(name, self._backbone.config)[1] for name in exchanged_outputs(self._config)[place])
+        if reply is None:  # what is lost adds nothing
             return jnp.zeros((1, x.shape[1], width))
-        told = wire.unpack(self._codec, Reply.FromString(reply).g, (count, width))
-        decoded = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, told)), jnp.dtype(jnp.float32))
+        addition = wire.unpack(self._codec, Reply.FromString(reply).g, (count, width))
+        decoded = wire.decode(cast(Encoded, jax.tree.map(jnp.asarray, addition)), jnp.dtype(jnp.float32))
         return jnp.pad(decoded, ((0, x.shape[1] - count), (0, 0)))[None]
 
 
-def _block(frozen: Params, layer: Int[Array, ""]) -> Params:
-    return jax.tree.map(lambda leaf: leaf[layer], frozen["blocks"])
+def _block(c: LlamaConfig, frozen: Params, layer: Int[Array, ""]) -> Block:
+    """Binds a block of the backbone to its parameters."""
+    return Block(c, jnp.dtype(jnp.float32)).bind({"params": take_layer(frozen["blocks"], layer)})
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _normed(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
-    return rms_norm(h, frozen["blocks"]["attention_norm"]["scale"][layer], c.rms_norm_eps)
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_input(
+    c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]
+) -> Float[Array, "1 T D"]:
+    return _block(c, frozen, layer).attention_norm(h)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(5,))
-def _attention(
-    c: LlamaConfig,
-    frozen: Params,
-    layer: Int[Array, ""],
-    h: Float[Array, "1 T D"],
-    positions: Int[Array, "1 T"],
-    cache: Cache,
-    told: dict[str, Float[Array, "1 T W"]] | None = None,
-) -> tuple[Float[Array, "1 T D"], Cache]:
-    def adapt(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return y + told[name].reshape(y.shape) if told and name in told else y
-
-    params = _block(frozen, layer)
-    x = rms_norm(h, params["attention_norm"]["scale"], c.rms_norm_eps)
-    angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
-    attention, places = Attention(c, jnp.float32), place_by_position(positions, cache)
-    return attention.apply({"params": params["attention"]}, x, angles, places, cache, layer, adapt)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _mlp(c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]) -> Float[Array, "1 T D"]:
-    params = _block(frozen, layer)
-    return MLP(c, jnp.float32).apply(
-        {"params": params["mlp"]}, rms_norm(h, params["mlp_norm"]["scale"], c.rms_norm_eps)
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(7,))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
 def _lora_block(
     c: LlamaConfig,
     targets: tuple[str, ...],
     frozen: Params,
     layer: Int[Array, ""],
     h: Float[Array, "1 T D"],
-    told: Float[Array, "1 T W"],
+    addition: Float[Array, "1 T W"],
     positions: Int[Array, "1 T"],
-    cache: Cache,
-) -> tuple[Float[Array, "1 T D"], Cache]:
+    cache: Cache | None,
+) -> tuple[Float[Array, "1 T D"], Cache | None]:
+    """Runs a whole block; what the device adds to each of the targets lies side by side in `addition`."""
     ends = np.cumsum([widths(name, c)[1] for name in targets])
-    parts = dict(zip(targets, jnp.split(told, ends[:-1], axis=-1)))
-    mixed, cache = _attention(c, frozen, layer, h, positions, cache, parts)
-    h = h + mixed
-    return h + _mlp(c, frozen, layer, h), cache
+    additions = dict(zip(targets, jnp.split(addition, ends[:-1], axis=-1)))
+
+    def add(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return y + additions[name].reshape(y.shape) if name in additions else y
+
+    places = place_by_position(positions, cache)
+    return _block(c, frozen, layer)(h, cache, layer, rope_angles(c, positions), places, add)
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _attend(
+    c: LlamaConfig,
+    frozen: Params,
+    layer: Int[Array, ""],
+    h: Float[Array, "1 T D"],
+    positions: Int[Array, "1 T"],
+    cache: Cache | None,
+) -> tuple[Float[Array, "1 T D"], Cache | None]:
+    places = place_by_position(positions, cache)
+    return _block(c, frozen, layer).attend(h, cache, layer, rope_angles(c, positions), places)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _feed_forward(
+    c: LlamaConfig, frozen: Params, layer: Int[Array, ""], h: Float[Array, "1 T D"]
+) -> Float[Array, "1 T D"]:
+    return _block(c, frozen, layer).feed_forward(h)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _next_token(c: LlamaConfig, frozen: Params, h: Float[Array, "1 T D"], last: Int[Array, ""]) -> Int[Array, ""]:
-    f = rms_norm(h[:, last], frozen["norm"]["scale"], c.rms_norm_eps)
-    return jnp.argmax(Llama(c).apply({"params": frozen}, f, method="logits")[0])
+    """Returns the likeliest token after the one at index `last`."""
+    llama = Llama(c).bind({"params": frozen})
+    return jnp.argmax(llama.logits(llama.final_norm(h[:, last]))[0])

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.data.pipeline import Batch
 from spa_jax.decoding.cache import init_cache
-from spa_jax.models.llama import PADDING, Cache, Llama, Params, normalize_taps
+from spa_jax.models.block import PADDING, Cache
+from spa_jax.models.llama import Llama, Params, normalize_taps
 from spa_jax.training.vocabulary_loss import token_losses
 
 

@@ -2,8 +2,8 @@
 
 from typing import cast
 
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.combine import Setting
-from spa_jax.models.llama import LlamaConfig
 from spa_jax.models.method import Method
 from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig
 from spa_jax.models.plugin import PluginConfig, select_taps

@@ -1,4 +1,4 @@
-"""One model on any mesh: which device holds what.
+"""One model on any mesh: which device holds which part of it.
 
 A mesh has three axes. `data` holds copies of everything; `fsdp` splits both the batch and the parameters, so that a
 device fetches a block's weights when it needs them (Zhao et al. 2023); `tensor` splits heads, feed-forward features and
@@ -25,13 +25,13 @@ from spa_jax.models.partitioner import Partitioner
 Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")
-"""The axes that split a batch."""
+BATCH_AXES = ("data", "fsdp")
+"""The mesh axes that split a batch."""
 
 LETTERS: dict[str, Any] = {
-    "B": ROWS, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "b": "data", "d": "fsdp"
+    "B": BATCH_AXES, "N": "tensor", "K": "tensor", "F": "tensor", "V": "tensor", "b": "data", "d": "fsdp"
 }  # fmt: skip
-"""Axes of activations, see `Partitioner`."""
+"""Letter of an activation's axis -> the mesh axes that split it, see `Partitioner.constrain`."""
 
 P = PartitionSpec
 BACKBONE = {
@@ -62,7 +62,7 @@ SIDE = {
     r"ladder/block/attention/[qkvo]/kernel": P(None, None, None, None),  # P,E,N,H
     r"ladder/block/mlp/(gate|up|down)/kernel": P(None, None, None),  # P,E,F
 }
-"""Split by D where they lie, beside what their optimizer remembers; a program fetches them whole, see `whole`."""
+"""Split by D in a training state, as their optimizer state is; programs gather them whole, see `Partitioner.gather`."""
 TABLE = {
     **BACKBONE,
     r"(attention|mlp|[qkvo]|gate|up|down)/a": P(None, "fsdp", None),  # L,I,E
@@ -75,16 +75,16 @@ TABLE = {
 }
 """Parameter path -> where each of its axes is split."""
 
-FEWER_ARE_COPIED = re.compile(r"blocks/attention/[kv]/(kernel|bias)")
-"""Where axes of size less than `tensor` are not split: grouped-query attention has few key/value heads."""
+REPLICATED_IF_FEWER = re.compile(r"blocks/attention/[kv]/(kernel|bias)")
+"""Parameters whose axes of a size less than `tensor` are not split: grouped-query attention has few key/value heads."""
 
-ODD_ARE_COPIED = re.compile(r"embed/embedding|lm_head/kernel")
-"""Where a vocabulary that does not divide is not split: a token added to one would else forbid every mesh."""
+REPLICATED_IF_UNEVEN = re.compile(r"embed/embedding|lm_head/kernel")
+"""Parameters whose vocabulary is not split where it does not divide: a single added token would forbid every mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """`mesh.*`: how many devices lie along each axis; -1 leaves it open.
+    """Number of devices along each axis, the config keys `mesh.*`; -1 leaves it open.
 
     By default every slice holds one copy of the backbone, split over all of its devices: by `fsdp` as far as the batch
     has rows for, and by `tensor` beyond. With a small backbone, `fsdp=1` and `tensor=1` save fetching its weights: then
@@ -106,7 +106,7 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, devices: int, slices: int, rows: int) -> tuple[int, int, int]:
-    """Devices along data, fsdp and tensor, for a batch of so many rows.
+    """Decides the number of devices along data, fsdp and tensor, for a batch of so many rows.
 
     Raises:
         UserError: they do not multiply to the devices there are.
@@ -130,7 +130,7 @@ def mesh_shape(config: MeshConfig, devices: int, slices: int, rows: int) -> tupl
 
 
 def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh for batches of so many rows over these devices, by default all there are in all processes.
+    """Makes the mesh for batches of so many rows over these devices, by default all devices of all processes.
 
     Raises:
         UserError: the devices do not make up such a mesh.
@@ -155,12 +155,12 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
 
 
 def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where a parameter is split.
+    """Looks up which mesh axes split a parameter.
 
     Args:
-        path: slash-separated.
-        shape: of the whole parameter.
-        mesh: where it is split.
+        path: slash-separated path of the parameter.
+        shape: shape of the whole parameter.
+        mesh: the mesh that it is split over.
 
     Raises:
         UserError: the table does not know the parameter, or one of its axes does not divide.
@@ -175,8 +175,8 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
         axis = axis if size > 1 else None  # as where a scale is the same for all
         count = mesh.shape[axis] if axis else 1
         if size % count:
-            fewer = size < count and FEWER_ARE_COPIED.fullmatch(path)
-            if fewer or (axis == "tensor" and ODD_ARE_COPIED.fullmatch(path)):
+            fewer = size < count and REPLICATED_IF_FEWER.fullmatch(path)
+            if fewer or (axis == "tensor" and REPLICATED_IF_UNEVEN.fullmatch(path)):
                 axis = None
             else:
                 raise UserError(
@@ -193,36 +193,31 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class MeshPartitioner(Partitioner):
-    """A mesh, and what lies where on it. With one device there is nothing to say, and nothing is said."""
+    """Splits arrays over a mesh. On a mesh of one device it constrains nothing, as `Partitioner`."""
 
     mesh: Mesh
 
     @property
     def batch_parts(self) -> int:
-        """Equal parts that the batch is split into."""
-        return math.prod(self.mesh.shape[axis] for axis in ROWS)
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     @property
     def num_devices(self) -> int:
-        """As of `Partitioner`."""
         return self.mesh.size
 
     @property
     def platform(self) -> str:
-        """As of `Partitioner`."""
         return self.mesh.devices.flat[0].platform
 
     def axis_size(self, letter: str) -> int:
-        """As of `Partitioner`."""
         axis = LETTERS.get(letter)
-        return self.batch_parts if axis == ROWS else self.mesh.shape[axis] if axis else 1
+        return self.batch_parts if axis == BATCH_AXES else self.mesh.shape[axis] if axis else 1
 
     def _spec(self, x: jax.Array, axes: str) -> PartitionSpec:
         divides = (size % self.axis_size(letter) == 0 for letter, size in zip(axes, x.shape))
         return P(*(LETTERS.get(letter) if whole else None for letter, whole in zip(axes, divides)))
 
     def shard_map(self, part: Callable[..., jax.Array], arguments: Sequence[str]) -> Callable[..., jax.Array]:
-        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return part
 
@@ -233,17 +228,14 @@ class MeshPartitioner(Partitioner):
         return call
 
     def constrain(self, x: jax.Array, axes: str) -> jax.Array:
-        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x, axes)))
 
     def constrain_params(self, tree: Tree) -> Tree:
-        """As of `Partitioner`."""
         return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, self.param_shardings(tree))
 
     def gather(self, tree: Tree) -> Tree:
-        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return tree
 
@@ -253,13 +245,13 @@ class MeshPartitioner(Partitioner):
         return jax.tree_util.tree_map_with_path(fetched, tree)
 
     def param_shardings(self, tree: Any) -> Any:
-        """The sharding of every leaf of parameters or of a state that holds some.
+        """Returns the sharding of every leaf of parameters or of a training state.
 
-        What belongs to a parameter, such as its averages in an optimizer, lies where it does; a number that belongs to
-        none, such as a step, is everywhere.
+        Statistics of a parameter, such as its averages in an optimizer, are split as it is; a number that belongs to no
+        parameter, such as a step, is replicated.
 
         Raises:
-            UserError: as of `spec_of`.
+            UserError: the table does not know a parameter, or one of its axes does not divide.
         """
 
         def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -270,11 +262,10 @@ class MeshPartitioner(Partitioner):
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def param_sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding | None:
-        """As of `Partitioner`."""
         return None if self.mesh.size == 1 else NamedSharding(self.mesh, spec_of(path, shape, self.mesh))
 
     def place(self, tree: Tree) -> Tree:
-        """Puts a whole tree of `shardings` on the devices; every process has to hold the same one."""
+        """Puts a tree of whole arrays, the same in every process, on the devices as `param_shardings` says."""
         return tree if self.mesh.size == 1 else jax.tree.map(self._scatter, tree, self.param_shardings(tree))
 
     def _scatter(self, array: Any, sharding: NamedSharding) -> jax.Array:
@@ -286,18 +277,16 @@ class MeshPartitioner(Partitioner):
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     def to_host(self, tree: Tree) -> Tree:
-        """Parameters on the devices, whole and in the host's memory of every process."""
+        """Copies parameters on the devices to the host memory of every process, whole."""
         if jax.process_count() > 1:
             tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
         return jax.device_get(tree)
 
     def local_rows(self, count: int) -> Int[np.ndarray, " b"]:
-        """As of `Partitioner`."""
         indices = self.batch_sharding.addressable_devices_indices_map((count,)).values()
         return np.unique(np.concatenate([np.arange(count)[index] for index in indices]))
 
     def shard_batch(self, batch: Tree) -> Tree:
-        """As of `Partitioner`."""
         if self.mesh.size == 1:
             return batch
         share = self.batch_parts // len(self.local_rows(self.batch_parts))
@@ -310,7 +299,6 @@ class MeshPartitioner(Partitioner):
         return jax.tree.map(whole, batch)
 
     def to_local(self, batch: Tree) -> Tree:
-        """As of `Partitioner`."""
 
         def rows(leaf: jax.Array) -> np.ndarray:
             parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
@@ -333,5 +321,5 @@ class MeshPartitioner(Partitioner):
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """How every leaf of a batch is split: by its first axis."""
-        return NamedSharding(self.mesh, P(ROWS))
+        """Sharding of every leaf of a batch: its first axis is split."""
+        return NamedSharding(self.mesh, P(BATCH_AXES))

@@ -15,19 +15,19 @@ from spa_jax.models.llama import Llama, Params
 from spa_jax.models.partitioner import Partitioner
 
 CHUNK = 256
-"""Most positions whose logits exist at one time, of each part of the batch."""
+"""The most positions of each part of the batch whose logits exist at one time."""
 
 
 def token_losses(
     model: Llama, params: Params, hidden: Float[Array, "*M D"], targets: Int[Array, "*M"]
 ) -> Float[Array, "*M"]:
-    """-log softmax(LM head(hidden))[target] in nats, float32; differentiable in `hidden` alone."""
+    """Computes -log softmax(LM head(hidden))[target] in nats, float32; differentiable in `hidden` alone."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     return _losses(model, _head(model, params), flat, targets.reshape(-1)).reshape(targets.shape)
 
 
 def best_tokens(model: Llama, params: Params, hidden: Float[Array, "*M D"]) -> Int[Array, "*M"]:
-    """The likeliest token by LM head, int32."""
+    """Returns the token with the largest logit at each position, int32."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     head = _head(model, params)
     best = jax.lax.map(lambda h: jnp.argmax(_logits(model, head, h), axis=-1), _chunk(model.partitioner, flat))
@@ -35,14 +35,14 @@ def best_tokens(model: Llama, params: Params, hidden: Float[Array, "*M D"]) -> I
 
 
 def _head(model: Llama, params: Params) -> Params:
-    """What `logits` reads, split by V alone: fetched once, and not for every chunk."""
+    """Selects the LM head's parameters and splits them by V alone, so that they are gathered once and not by chunk."""
     name, axes = ("embed", "VD") if model.config.tie_word_embeddings else ("lm_head", "DV")
     return {name: jax.tree.map(lambda leaf: model.partitioner.constrain(leaf, axes), params[name])}
 
 
 def _chunk(partitioner: Partitioner, x: Shaped[Array, "M ..."]) -> Shaped[Array, "chunks size ..."]:
-    """Equal chunks of positions, so that little is padded. Every chunk takes as many from each part of the batch, and
-    so keeps all devices busy."""
+    """Divides positions into equal chunks, so that little is padded. Every chunk takes as many from each part of the
+    batch, and so keeps all devices busy."""
     parts = partitioner.batch_parts if x.shape[0] % partitioner.batch_parts == 0 else 1
     count = x.shape[0] // parts
     size = -(-count // -(-count // CHUNK))
@@ -53,7 +53,7 @@ def _chunk(partitioner: Partitioner, x: Shaped[Array, "M ..."]) -> Shaped[Array,
 
 
 def _unchunk(partitioner: Partitioner, x: Shaped[Array, "chunks size ..."], total: int) -> Shaped[Array, "M ..."]:
-    """`_chunk` undone."""
+    """Undoes `_chunk` for `total` positions."""
     parts = partitioner.batch_parts if total % partitioner.batch_parts == 0 else 1
     x = jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
     x = x.reshape(parts, -1, *x.shape[3:])[:, : total // parts]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, RopeScaling
+from spa_jax.models.block import LlamaConfig, RopeScaling
 from spa_jax.weights.hf_config import llama_config_from_hf
 
 LLAMA3 = RopeScaling("llama3", 8.0)

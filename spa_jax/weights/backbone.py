@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.compute import AUTOMATIC, Compute
-from spa_jax.models.llama import Llama, LlamaConfig, Params, Remat
+from spa_jax.models.llama import Llama, Params, Remat
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 
 if TYPE_CHECKING:

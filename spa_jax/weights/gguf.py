@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from spa_jax.errors import UserError
+from spa_jax.models.block import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.models.compute import Weights
-from spa_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf_file import GGUFFile
 from spa_jax.weights.gguf_tokenizer import eos_ids, tokenizer_from_metadata

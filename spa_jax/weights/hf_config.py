@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, RopeScaling
+from spa_jax.models.block import LlamaConfig, RopeScaling
 
 IGNORED_KEYS = frozenset({
     # where it comes from and what software does with it

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Float
 
 from spa_jax.errors import UserError
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.compute import Weights
-from spa_jax.models.llama import LlamaConfig, Params, init_params
+from spa_jax.models.llama import Params, init_params
 from spa_jax.models.quantized import Matrix, quantize
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]

@@ -8,7 +8,8 @@ import pytest
 from spa_jax.compiling.programs import Sizes, compile_programs
 from spa_jax.compiling.topology import find_target
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import init_params
 from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES, architecture
 

@@ -9,7 +9,8 @@ import pytest
 
 from spa_jax.decoding.cache import cache_bytes, count_slots, init_cache, place_newest, prompt_slot_mask, take_rows
 from spa_jax.decoding.hypotheses import parent_rows
-from spa_jax.models.llama import PADDING, Llama, positions_from_mask
+from spa_jax.models.block import PADDING, positions_from_mask
+from spa_jax.models.llama import Llama
 
 LENGTHS, WIDTH, NEW = np.array([4, 9]), 3, 6
 

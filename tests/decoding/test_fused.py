@@ -14,8 +14,9 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
+from spa_jax.models.block import PADDING
 from spa_jax.models.combine import SETTINGS
-from spa_jax.models.llama import PADDING, Llama
+from spa_jax.models.llama import Llama
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.weights.backbone import Backbone

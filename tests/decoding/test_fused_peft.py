@@ -10,7 +10,8 @@ import pytest
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.llama import PADDING, Llama
+from spa_jax.models.block import PADDING
+from spa_jax.models.llama import Llama
 from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin

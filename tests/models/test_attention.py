@@ -111,7 +111,7 @@ def test_blockwise_leaves_hidden_keys_alone_and_keeps_no_scores_for_a_gradient()
         patched.setattr(attention, "BLOCK_SCORES", 4 * 256 * 16)
         some, every = compiled(real), compiled(None)
     ratio = cost(some.as_text()).flops / cost(every.as_text()).flops
-    assert ratio == pytest.approx((attention.PARTS + 1) / (2 * attention.PARTS), rel=0.01)
+    assert ratio == pytest.approx((attention.CAUSAL_PARTS + 1) / (2 * attention.CAUSAL_PARTS), rel=0.01)
     scores = 2 * 4 * 256 * 256 * 4
     assert max(program.memory_analysis().temp_size_in_bytes for program in (some, every)) < scores / 2
 
@@ -151,22 +151,22 @@ def test_a_kernel_on_four_devices_is_xla_on_one():
     assert max(differences.values()) < 5e-5, differences
 
 
-class Elsewhere(Partitioner):
-    """As many devices of another kind."""
+class OtherPlatform(Partitioner):
+    """Some devices of another platform."""
 
-    platform, devices = "", 1
+    platform, num_devices = "", 1
 
-    def __init__(self, platform, devices=1):
+    def __init__(self, platform, num_devices=1):
         object.__setattr__(self, "platform", platform)
-        object.__setattr__(self, "devices", devices)
+        object.__setattr__(self, "num_devices", num_devices)
 
 
 def test_each_platform_has_its_kernel():
-    def auto(platform, dtype=jnp.float32, devices=1, width=64, scores=10**6, causal=True):
-        return select_kernel("auto", Elsewhere(platform, devices), jnp.dtype(dtype), width, scores, causal)
+    def auto(platform, dtype=jnp.float32, num_devices=1, width=64, scores=10**6, causal=True):
+        return select_kernel("auto", OtherPlatform(platform, num_devices), jnp.dtype(dtype), width, scores, causal)
 
     assert (auto("cpu"), auto("tpu"), auto("gpu"), auto("gpu", jnp.bfloat16)) == ("blockwise", "splash", "xla", "cudnn")
-    assert auto("cpu", devices=8) == auto("cpu", scores=1000) == "xla"
+    assert auto("cpu", num_devices=8) == auto("cpu", scores=1000) == "xla"
     assert auto("gpu", jnp.bfloat16, width=12) == auto("gpu", jnp.bfloat16, width=256) == "xla"
     assert auto("cpu", causal=False) == "blockwise"
     assert {auto(platform, jnp.bfloat16, causal=False) for platform in ("tpu", "gpu")} == {"xla"}
@@ -176,9 +176,9 @@ def test_each_platform_has_its_kernel():
 @pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 def test_a_kernel_of_another_platform_is_refused(kernel):
     with pytest.raises(UserError, match=f"compute.attention={kernel} needs a .PU.*this is a cpu"):
-        select_kernel(kernel, Elsewhere("cpu"), jnp.dtype(jnp.bfloat16), 64, 10**6, True)
+        select_kernel(kernel, OtherPlatform("cpu"), jnp.dtype(jnp.bfloat16), 64, 10**6, True)
     with pytest.raises(UserError, match="dtype=bfloat16"):
-        select_kernel("cudnn", Elsewhere("gpu"), jnp.dtype(jnp.float32), 64, 10**6, True)
+        select_kernel("cudnn", OtherPlatform("gpu"), jnp.dtype(jnp.float32), 64, 10**6, True)
 
 
 def test_no_blocks_in_a_turn_is_refused():

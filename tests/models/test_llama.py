@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 
 from spa_jax.decoding.cache import init_cache
+from spa_jax.models.block import PADDING, LlamaConfig, positions_from_mask, rope_frequencies
 from spa_jax.models.compute import Compute
-from spa_jax.models.llama import (
-    PADDING,
-    Llama,
-    LlamaConfig,
-    init_params,
-    normalize_taps,
-    positions_from_mask,
-    rope_frequencies,
-)
+from spa_jax.models.llama import Llama, init_params, normalize_taps
 from spa_jax.weights.hf_config import llama_config_from_hf
 from spa_jax.weights.mapping import convert
 
@@ -98,7 +91,8 @@ def transformers_forward(model, tokens):
     ]
 
 
-def rows_of(length, rows):
+def positions_of(length, rows):
+    """Positions 0, 1, ... of rows without padding."""
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (rows, length))
 
 
@@ -116,7 +110,7 @@ def test_logits_hidden_and_every_tap_agree_with_transformers(variant):
 
     @jax.jit
     def forward(params, tokens):
-        out = model.apply({"params": params}, tokens, rows_of(length, 2))
+        out = model.apply({"params": params}, tokens, positions_of(length, 2))
         normalized = normalize_taps(params, config, all_taps, out.taps)
         return model.apply({"params": params}, out.hidden, method="logits"), out.hidden, out.taps, normalized
 
@@ -149,7 +143,7 @@ def run(tiny_config, tiny_params):
 
 @pytest.fixture(scope="module")
 def uncached(run):
-    return run(TOKENS, rows_of(24, 3))
+    return run(TOKENS, positions_of(24, 3))
 
 
 def cache_of(config, garbage=0.0):
@@ -163,7 +157,7 @@ def run_in_pieces(run, cache, sizes):
     hidden, taps, start = [], [], 0
     for size in sizes:
         piece = slice(start, start + size)
-        out = run(TOKENS[:, piece], rows_of(24, 3)[:, piece], cache)
+        out = run(TOKENS[:, piece], positions_of(24, 3)[:, piece], cache)
         hidden.append(out.hidden)
         taps.append(out.taps)
         cache, start = out.cache, start + size
@@ -207,7 +201,7 @@ def test_a_padded_prompt_gives_what_it_gives_alone(run, tiny_config, side, cache
     cache = (cache_of(tiny_config, 1e4),) if cached else ()
     out = run(padded, positions_from_mask(jnp.asarray(mask)), *cache)
     for row, length in enumerate(lengths):
-        alone = run(TOKENS[row : row + 1, :length], rows_of(length, 1))
+        alone = run(TOKENS[row : row + 1, :length], positions_of(length, 1))
         np.testing.assert_allclose(out.hidden[row][mask[row]], alone.hidden[0], atol=1e-5)
         np.testing.assert_allclose(out.taps[:, row][:, mask[row]], alone.taps[:, 0], atol=1e-5)
 
@@ -245,7 +239,7 @@ def test_bfloat16_is_near_float32(tiny_config, tiny_params, uncached):
 
     @jax.jit
     def forward(params):
-        out = model.apply({"params": params}, TOKENS, rows_of(24, 3), cache)
+        out = model.apply({"params": params}, TOKENS, positions_of(24, 3), cache)
         return out, model.apply({"params": params}, out.hidden, method="logits")
 
     out, logits = forward(half)
@@ -263,12 +257,16 @@ def test_llama_7b_has_the_parameters_of_llama_7b():
     )  # fmt: skip
     assert config.num_params == 6_738_415_616
     assert dataclasses.replace(config, tie_word_embeddings=True).num_params == 6_738_415_616 - 32000 * 4096
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(init_params(config, abstract=True)))
+    for bias in (False, True):
+        other = dataclasses.replace(config, num_kv_heads=8, attention_bias=bias, mlp_bias=bias)
+        leaves = jax.tree.leaves(init_params(other, abstract=True))
+        assert other.num_params == sum(leaf.size for leaf in leaves)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 @pytest.mark.parametrize("compute", [Compute("xla"), Compute("blockwise", 2), Compute("auto", 100)])
 def test_how_it_is_computed_changes_nothing(uncached, tiny_config, tiny_params, compute):
     model = Llama(tiny_config, TAPS, compute=compute)
-    found = jax.jit(model.apply)({"params": tiny_params}, TOKENS, rows_of(24, 3))
+    found = jax.jit(model.apply)({"params": tiny_params}, TOKENS, positions_of(24, 3))
     np.testing.assert_allclose(found.hidden, uncached.hidden, atol=1e-5)
     np.testing.assert_allclose(found.taps, uncached.taps, atol=1e-5)

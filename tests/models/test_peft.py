@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spa_jax.decoding.cache import init_cache
-from spa_jax.models.llama import Llama, LlamaConfig
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import Llama
 from spa_jax.models.peft import TARGETS, Peft, PeftConfig, init_peft, rank_for
 from spa_jax.models.plugin import count_params
 

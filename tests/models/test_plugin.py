@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, combine
-from spa_jax.models.llama import Llama, LlamaConfig, init_params, normalize_taps
+from spa_jax.models.llama import Llama, init_params, normalize_taps
 from spa_jax.models.plugin import (
     PluginConfig,
     correction,

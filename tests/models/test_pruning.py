@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import Block, LlamaConfig, init_params, place_by_position, rope_frequencies
+from spa_jax.models.block import Block, LlamaConfig, place_by_position, rope_frequencies
+from spa_jax.models.llama import init_params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.pruning import prune
 from spa_jax.models.side import SideConfig
@@ -38,11 +39,8 @@ def run_block(config, params, layer, x):
     positions = POSITIONS[:, : x.shape[1]]
     angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
     one = jax.tree.map(lambda leaf: leaf[layer], params)
-    carry = (x, jnp.zeros((0, *x.shape)), None)
-    (h, _, _), _ = Block(config, jnp.float32).apply(
-        {"params": one}, carry, 0, 0, angles, place_by_position(positions, None)
-    )
-    return h
+    places = place_by_position(positions, None)
+    return Block(config, jnp.float32).apply({"params": one}, x, None, 0, angles, places)[0]
 
 
 def test_pruned_to_full_size_a_rung_is_the_block_that_reads_its_tap(frozen):

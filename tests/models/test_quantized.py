@@ -79,16 +79,6 @@ def test_rows_are_looked_up_before_they_are_floats():
     assert "50x8xf32" not in lowered
 
 
-def test_no_second_copy_of_the_blocks_is_made(tiny_config):
-    """The compiled forward pass holds less than the blocks as floats beside its arguments."""
-    config = dataclasses.replace(tiny_config, num_layers=24, hidden_size=64, intermediate_size=256)
-    params = jax.eval_shape(lambda: in_8_bits(init_params(config)))
-    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    run = jax.jit(lambda p, t: Llama(config, compute=INT8).apply({"params": p}, t, t).hidden)
-    floats = sum(4 * leaf.size for leaf in jax.tree.leaves(init_params(config, abstract=True)["blocks"]))
-    assert run.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes < floats / 8
-
-
 def test_what_needs_floats_is_refused(both):
     _, params, quantized = both
     need_floats(params, "this")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spa_jax.decoding.cache import init_cache
-from spa_jax.models.llama import PADDING
+from spa_jax.models.block import PADDING
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin
 from spa_jax.models.side import SideConfig
 

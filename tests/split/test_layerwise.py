@@ -9,7 +9,13 @@ import pytest
 
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.llama import MLP, Attention, place_by_position, rms_norm, rope_frequencies
+from spa_jax.models.block import (
+    MLP,
+    Attention,
+    place_by_position,
+    rms_norm,
+    rope_frequencies,
+)
 from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.split.channel import InProcess
 from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
@@ -69,7 +75,7 @@ def test_adapters_follow_both_halves_of_every_block(backbone):
 
     @jax.jit
     def logits(text):
-        """Of the last position, nothing cached."""
+        """Logits of every position, without a cache."""
         positions = jnp.arange(text.shape[1], dtype=jnp.int32)[None]
         angles = positions.astype(jnp.float32)[:, :, None] * rope_frequencies(c)[None, None, :]
         places = place_by_position(positions, None)

@@ -10,8 +10,9 @@ import numpy as np
 
 from spa_jax.decoding import beam
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Generation, init_hypotheses, to_generations
+from spa_jax.models.block import PADDING
 from spa_jax.models.combine import ROUTED, with_correction, without_correction
-from spa_jax.models.llama import PADDING, Llama, normalize_taps
+from spa_jax.models.llama import Llama, normalize_taps
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin, offset_of, router_logits
 from spa_jax.models.router import consult_probability
 from spa_jax.models.side import SideConfig

@@ -1,5 +1,5 @@
-"""What eight devices make of a tiny model on several meshes, against one device; a process of its own, since the number
-of devices is fixed when JAX starts. Writes JSON for `test_eight_devices.py` to standard output."""
+"""Runs a tiny model on several meshes of eight devices and on one device; a process of its own, since the number of
+devices is fixed when JAX starts. Writes JSON for `test_eight_devices.py` to standard output."""
 
 import os
 
@@ -17,8 +17,9 @@ from spa_jax.compiling.hlo import parse
 from spa_jax.data.pipeline import Batch
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.block import LlamaConfig
 from spa_jax.models.compute import Compute
-from spa_jax.models.llama import Llama, LlamaConfig, init_params
+from spa_jax.models.llama import Llama, init_params
 from spa_jax.models.peft import PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import quantize
@@ -54,7 +55,7 @@ def random(tree, seed, scale=0.3):
     return jax.tree.map(lambda leaf: (scale * rng.standard_normal(leaf.shape)).astype(np.float32), tree)
 
 
-def in_bits(params):
+def in_8_bits(params):
     def quantized(keys, leaf):
         return quantize("/".join(key.key for key in keys), leaf)
 
@@ -74,7 +75,7 @@ def make_batch():
 
 
 def run(partitioner):
-    """All that a mesh computes, as arrays on the host, and the arrays where they lie."""
+    """Runs everything on a mesh; returns the results as arrays on the host, and some arrays where they lie."""
     frozen = partitioner.place(init_params(CONFIG, seed=1))
     batch = partitioner.shard_batch(make_batch())
     xla = Compute("xla")  # one device alone would take another kernel
@@ -90,9 +91,9 @@ def run(partitioner):
     other = partitioner.place(random(init_plugin(TRANSFORMER, abstract=True), 8))
     attends = PluginRecipe(TRANSFORMER, cached=False)
     outcomes = eval_step(attends, model, other, frozen, batch)
-    in_8_bits = partitioner.place(in_bits(init_params(CONFIG, seed=1)))
+    frozen_8 = partitioner.place(in_8_bits(init_params(CONFIG, seed=1)))
     quantized = Llama(CONFIG, TAPS, partitioner=partitioner, compute=Compute("xla", weights="int8"))
-    outcomes_8 = eval_step(attends, quantized, other, in_8_bits, batch)
+    outcomes_8 = eval_step(attends, quantized, other, frozen_8, batch)
     remat = dataclasses.replace(model, taps=(), remat="full")
     lora = partitioner.place(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
     lora, lora_sums = train_step(PeftRecipe(LORA), remat, TX, ACCUMULATE, lora, frozen, batch)
@@ -111,7 +112,7 @@ def run(partitioner):
 
 
 def difference(expected, found):
-    """The largest of one tree, relative to the largest number of each leaf."""
+    """Returns the largest difference of two trees, relative to the largest number of each leaf."""
     apart = [
         np.max(np.abs(np.asarray(a, np.float64) - b)) / max(1.0, np.max(np.abs(a)))
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True)
@@ -121,7 +122,7 @@ def difference(expected, found):
 
 
 def gathered(text):
-    """Shapes of what the program gathers."""
+    """Returns the shapes of all arrays that the program gathers."""
     _, computations = parse(text)
     instructions = [instruction for body in computations.values() for instruction in body.values()]
     return [array.shape for i in instructions if i.opcode.startswith("all-gather") for array in i.arrays]

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import init_params
 from spa_jax.models.peft import TARGETS, PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
@@ -113,7 +114,7 @@ def test_a_copy_of_the_backbone_does_not_reach_over_slices():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What `make_mesh` looks at."""
+    """The attributes of a device that `make_mesh` reads."""
 
     id: int
     slice_index: int

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import Llama, LlamaConfig, RopeScaling, rope_frequencies
+from spa_jax.models.block import LlamaConfig, RopeScaling, rope_frequencies
+from spa_jax.models.llama import Llama
 from spa_jax.weights.gguf import load_gguf
 from spa_jax.weights.gguf_file import GGUFFile
 

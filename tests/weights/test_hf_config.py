@@ -3,7 +3,7 @@
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import RopeScaling
+from spa_jax.models.block import RopeScaling
 from spa_jax.weights.hf_config import llama_config_from_hf
 
 BASE = {

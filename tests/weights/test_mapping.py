@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.models.llama import LlamaConfig, init_params
+from spa_jax.models.block import LlamaConfig
+from spa_jax.models.llama import init_params
 from spa_jax.weights.mapping import TABLE, convert
 
 CONFIG = LlamaConfig(

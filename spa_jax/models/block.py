@@ -1,0 +1,285 @@
+"""One block of LLaMA: attention and feed-forward layer, each behind a norm and added to the residual stream.
+
+A block is a pure function `(h, cache) -> (h, cache)` of its parameters. `spa_jax.models.llama` runs ranges of the
+backbone's, and `spa_jax.models.side` a ladder of small ones. Shape letters: B batch, T query length, S cache slots, D
+width, L blocks, N query heads, K key/value heads, H head width, F feed-forward width.
+
+Every token carries its absolute *position*, and a token at position p lives in cache slot p. A query sees the keys at
+positions up to its own, so one comparison masks both the future and cache slots not written yet. Padding has position
+`PADDING`: no real token sees it and the cache has no slot for it, wherever in the row it stands. Where several
+continuations share one row of a cache, `CachePlacement` says instead where tokens live and what they see.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from spa_jax.models.attention import attend
+from spa_jax.models.compute import Kernel
+from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
+
+PADDING = 2**30
+"""Position of a padding token: after every real token, beyond every cache."""
+
+Cache = dict[str, jax.Array]
+"""Keys and values, `{"k": [B,L,K,H,S], "v": [B,L,K,H,S]}`, rotary embedding applied; see `spa_jax.decoding.cache`.
+
+The slots come last because so the products of attention read them: XLA transposes nothing on a CPU.
+"""
+
+ForwardHook = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""(name of a layer in a block, its input, its output) -> what the block uses in place of that output.
+
+The names are those of the linear maps, `q`, `k`, `v`, `o`, `gate`, `up` and `down`, and of the two outputs that are
+added to the residual stream, `attention` and `mlp`, whose input is given as the output itself.
+"""
+
+
+def no_hook(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The `ForwardHook` that leaves every output as it is."""
+    return y
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rescaling of rotary frequencies for contexts longer than those of pre-training.
+
+    `linear` (Chen et al. 2023) divides every frequency by `factor`; `llama3` (Llama Team 2024) divides the low ones,
+    keeps the high ones and interpolates between, measured against `original_max_position_embeddings` tokens.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Architecture of a `LlamaForCausalLM`; the letters are the module's."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters of the whole model, the LM head counted once when tied."""
+        d, f, queries, keys = self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads
+        attention = 2 * d * (queries + keys) * self.head_dim
+        if self.attention_bias:
+            attention += (queries + 2 * keys) * self.head_dim + d
+        mlp = 3 * d * f + (2 * f + d if self.mlp_bias else 0)
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * d
+        return embeddings + self.num_layers * (attention + mlp + 2 * d) + d
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("slots", "mask"), meta_fields=("reads_cache",))
+@dataclasses.dataclass(frozen=True)
+class CachePlacement:
+    """Where tokens live in a cache, and which keys they see."""
+
+    slots: Int[Array, "B T"]
+    """The slot that each token is written to; one at or past the cache's S slots is not stored."""
+    mask: Bool[Array, "B 1 T S"]
+    """The keys that each token sees, its own among them."""
+    reads_cache: bool = True
+    """Whether the keys are those of the cache. Otherwise they are those of the T tokens themselves, each of which
+    sees all up to itself: there is no cache, or it is empty."""
+
+
+def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Numbers the true entries of each row 0, 1, ..., wherever they stand; the others get `PADDING`."""
+    return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, PADDING)
+
+
+def place_by_position(positions: Int[Array, "B T"], cache: Cache | None) -> CachePlacement:
+    """Places each token in the slot of its position, where it sees all keys up to its own.
+
+    The keys are those of the cache; without one they are those of the tokens themselves. A prompt that goes into an
+    empty cache is placed without it, too: its tokens see only each other, and attention need not read the cache.
+    """
+    keys = positions[:, None, None, :] if cache is None else jnp.arange(cache["k"].shape[-1])[None, None, None, :]
+    return CachePlacement(positions, keys <= positions[:, None, :, None], reads_cache=cache is not None)
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -> Float[Array, "... D"]:
+    """Computes x / rms(x) * scale in float32; returns the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * jnp.broadcast_to(scale, x.shape).astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
+    """Angular frequency of each rotary pair in radians per position, float32."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rope_angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
+    """Angles in radians that `rotate` turns the rotary pairs of tokens at these positions by, float32."""
+    return positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
+
+
+def rotate(x: Float[Array, "B T heads H"], angles: Float[Array, "B T H/2"]) -> Float[Array, "B T heads H"]:
+    """Rotary position embedding (Su et al. 2021) in Hugging Face's half-split layout: pair i is (x[i], x[i + H/2])."""
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the given tokens, or over the cache after adding them to it."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    partitioner: Partitioner = SINGLE_DEVICE
+    kernel: Kernel = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T H/2"],
+        places: CachePlacement,
+        cache: Cache | None,
+        layer: int | Int[Array, ""],
+        hook: ForwardHook = no_hook,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+
+        def heads(name: str, count: int) -> jax.Array:
+            dense = nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)
+            return hook(name, x, dense(x))
+
+        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+            cache = {
+                name: cache[name].at[rows, layer, :, :, places.slots].set(new.astype(cache[name].dtype), mode="drop")
+                for name, new in (("k", k), ("v", v))
+            }
+            if places.reads_cache:
+                k, v = (
+                    jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
+                    for name in ("k", "v")
+                )
+        not_padding = None if places.reads_cache else places.slots != PADDING
+        k, v = k.astype(self.dtype), v.astype(self.dtype)
+        mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding)
+        out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
+        return hook("o", mixed, out(mixed)), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
+        c = self.config
+
+        def dense(name: str, width: int, x: jax.Array) -> jax.Array:
+            return hook(name, x, nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)(x))
+
+        gated = nn.silu(dense("gate", c.intermediate_size, x)) * dense("up", c.intermediate_size, x)
+        return dense("down", c.hidden_size, gated)
+
+
+class Block(nn.Module):
+    """One pre-norm block: a pure function `(h, cache) -> (h, cache)` of its parameters."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    partitioner: Partitioner = SINGLE_DEVICE
+    kernel: Kernel = "auto"
+
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm, self.mlp_norm = RMSNorm(c.rms_norm_eps), RMSNorm(c.rms_norm_eps)
+        self.attention = Attention(c, self.dtype, self.partitioner, self.kernel)
+        self.mlp = MLP(c, self.dtype)
+
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        cache: Cache | None,
+        layer: int | Int[Array, ""],
+        angles: Float[Array, "B T H/2"],
+        places: CachePlacement,
+        hook: ForwardHook = no_hook,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Runs the block.
+
+        Args:
+            h: the residual stream.
+            cache: keys and values of all L blocks; without one the tokens see only each other.
+            layer: this block's index in the cache.
+            angles: of the tokens' rotary embedding, by `rope_angles`.
+            places: where the tokens live in the cache and what they see.
+            hook: replaces outputs within the block.
+
+        Returns:
+            The residual stream after the block, and the cache with the tokens' keys and values added.
+        """
+        x, cache = self.attend(h, cache, layer, angles, places, hook)
+        h = h + hook("attention", x, x)
+        x = self.feed_forward(h, hook)
+        h = h + hook("mlp", x, x)
+        return self.partitioner.constrain(h, "BTD"), cache
+
+    def attend(
+        self,
+        h: Float[Array, "B T D"],
+        cache: Cache | None,
+        layer: int | Int[Array, ""],
+        angles: Float[Array, "B T H/2"],
+        places: CachePlacement,
+        hook: ForwardHook = no_hook,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Computes the attention's output, which is not added to h yet; arguments and cache as for the whole block."""
+        return self.attention(self.attention_norm(h), angles, places, cache, layer, hook)
+
+    def feed_forward(self, h: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
+        """Computes the feed-forward layer's output, which is not added to h yet."""
+        return self.mlp(self.mlp_norm(h), hook)
