@@ -222,7 +222,7 @@ def responder(
     if isinstance(plugin, PeftPlugin):
         raise UserError(
             f"--channel={CHANNEL.value} leads to a side network, and a '{plugin.config.setting}' works within the "
-            "backbone: use --channel=none (experiments.table2_network counts what its layers would exchange)"
+            "backbone: use --channel=none (experiments.benchmarks.table2_network counts what its layers would exchange)"
         )
     plugin.check(backbone)
     head = head_for(plugin, backbone)

@@ -7,7 +7,7 @@ from tiny_split import random_plugin
 
 pytest.importorskip("trustme")
 
-from experiments.fault_bench import FAULTS, NEW, Bench, observe
+from experiments.benchmarks.fault_bench import FAULTS, NEW, Bench, observe
 from spa_jax.weights.registry import load_backbone
 
 SEED = 5
