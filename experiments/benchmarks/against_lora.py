@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.against_lora --data=DIR --output=experiments/results/against_lora.json
 
-DIR as of `experiments.sciq`. Medians of 30 steps of 8 rows after 3 that warm up, float32, each side in a process of
+DIR has SciQ's train.jsonl. Medians of 30 steps of 8 rows after 3 that warm up, float32, each side in a process of
 its own. The time of 15 epochs is extrapolated: steps times the median, what compiling takes, and for the tap cache its
 building, which is measured whole. LoRA has rank 24 on queries and values and AdamW; the loss is on the answers in both.
 """
@@ -19,17 +19,18 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from configs import default
 from experiments.benchmarks.pytorch import THREADS, export, peak_bytes, run_child, use_threads
 from experiments.hardware import hardware
-from experiments.sciq_rows import MAX_LENGTH, read_sciq
 from spa_jax import command
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches
+from spa_jax.data.tasks import load_split
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.training.config import RunConfig, parse
+from spa_jax.training.config import RunConfig
+from spa_jax.training.defaults import with_defaults
 from spa_jax.training.rows import make_encoder
+from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl.")
@@ -38,30 +39,24 @@ SIDE = flags.DEFINE_enum("side", None, ["pytorch", "uncached", "cached"], "Runs 
 FOLDER = flags.DEFINE_string("folder", "runs/against_lora", "Of the sides' files; a side that is done is kept.")
 
 EPOCHS, STEPS, WARM_UP = 15, 30, 3
+CONFIG = {"data.max_length": 320}
 
 
-def config_of() -> RunConfig:
-    """The default run."""
-    config = default.get_config()
-    config.data.max_length = MAX_LENGTH
-    return parse(config.to_dict())
-
-
-def examples_of(config: RunConfig) -> tuple[Any, list[Example]]:
-    """The backbone and SciQ's training rows."""
+def load_examples(config: RunConfig) -> tuple[Backbone, list[Example]]:
+    """Loads the backbone and SciQ's training rows."""
     backbone = load_backbone(config.backbone)
-    pairs = read_sciq(Path(str(DATA.value)) / "train.jsonl")
+    pairs = load_split("sciq", str(DATA.value), "train")
     return backbone, make_encoder(backbone, config.data).encode_all(pairs)[0]
 
 
 def chosen_rows(examples: Sequence[Example], batch_size: int) -> list[np.ndarray]:
-    """Rows of the steps that are timed, the warm-up's first."""
+    """Returns the rows of the steps that are timed, after those of the warm-up."""
     steps = plan_batches(examples, batch_size, seed=0)
     return [steps[step] for step in range(WARM_UP + STEPS)]
 
 
 def time_steps(batches: Sequence[Any], step: Callable[[Any], object]) -> dict[str, float]:
-    """Median seconds of the steps after the warm-up, and the warm-up's."""
+    """Returns the median seconds of the steps after the warm-up, and the warm-up's."""
     times = []
     for batch in batches:
         began = time.perf_counter()
@@ -71,7 +66,7 @@ def time_steps(batches: Sequence[Any], step: Callable[[Any], object]) -> dict[st
 
 
 def measure_pytorch(folder: Path) -> dict[str, float]:
-    """A LoRA step: forward, backward, AdamW."""
+    """Times a LoRA step: forward, backward, AdamW."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -99,7 +94,7 @@ def measure_pytorch(folder: Path) -> dict[str, float]:
 
 
 def labelled(batch: Batch) -> dict[str, np.ndarray]:
-    """The batch as `transformers` takes it: one token longer, since a label stands at the token it predicts."""
+    """Returns the batch as `transformers` takes it: one token longer, since a label stands at the token it predicts."""
     rows, length = batch.tokens.shape
     ids, labels = np.zeros((rows, length + 1), np.int32), np.full((rows, length + 1), -100, np.int32)
     ids[:, :-1] = batch.tokens
@@ -112,48 +107,39 @@ def labelled(batch: Batch) -> dict[str, np.ndarray]:
 
 
 def measure_spa_jax(folder: Path, cached: bool) -> dict[str, float]:
-    """A plugin's step, of features from the tap cache or by a backbone pass each time."""
+    """Times a plugin's step, on features from the tap cache or by a backbone pass each time."""
     import jax
-    import jax.numpy as jnp
 
-    from spa_jax.models.llama import Llama
     from spa_jax.models.plugin import count_params
-    from spa_jax.training import loop
-    from spa_jax.training.optimizer import optimizer
-    from spa_jax.training.run import plugin_config, trainable_params
-    from spa_jax.training.step import init_state, make_train_step
-    from spa_jax.training.tap_cache import FeatureSpec, TapCache
+    from spa_jax.training.methods import recipe_from_config
+    from spa_jax.training.optimizer import make_optimizer
+    from spa_jax.training.step import init_state, train_step
 
-    config = config_of()
-    backbone, examples = examples_of(config)
-    plugin = plugin_config(config, backbone)
-    model, size = Llama(backbone.config, plugin.side.taps, jnp.float32), config.train.batch_size
-    tx = optimizer(config.optimizer, 1000)
-    params = trainable_params(config, plugin, backbone)
-    state = init_state(params, tx)
-    train_step = make_train_step(plugin, config.router, model, tx, 1)
-    source, built = collate, 0.0
-    if cached:
-        spec = FeatureSpec(backbone.fingerprint, plugin.side.taps, plugin.hidden_size, config.dtype)
-        cache = TapCache(folder / "taps", spec)
-        began = time.perf_counter()
-        loop.fill_cache(cache, model, backbone.params, size, examples)
-        built = time.perf_counter() - began
-        source = cache.collate  # type: ignore[assignment]
-    chosen = chosen_rows(examples, size)
-    compiling = time.perf_counter()
-    for rows in {padded_shape(examples[rows[0]]): rows for rows in chosen}.values():
-        state, _ = train_step(state, backbone.params, source(examples, rows))
-    compiled = time.perf_counter() - compiling
+    config = with_defaults(
+        {**CONFIG, "tap_cache.enabled": cached, "tap_cache.directory": str(folder / "taps")},
+    )
+    backbone, examples = load_examples(config)
+    recipe, size = recipe_from_config(config, backbone.config), config.train.batch_size
+    model, optimizer = recipe.model(backbone), make_optimizer(config.optimizer, 1000)
+    state = init_state(recipe.init_params(backbone), optimizer)
+    source, _ = recipe.sources(backbone, model, config.tap_cache, size, examples)
+    began = time.perf_counter()
+    source.fill(examples)
+    built = time.perf_counter() - began
 
     def step(rows: np.ndarray) -> None:
         nonlocal state
-        state, sums = train_step(state, backbone.params, source(examples, rows))
+        batch = source.collate(examples, rows, padded_shape(examples[rows[0]]))
+        state, sums = train_step(recipe, model, optimizer, 1, state, backbone.params, batch)
         jax.block_until_ready(sums)
 
+    chosen = chosen_rows(examples, size)
+    began = time.perf_counter()
+    for rows in {padded_shape(examples[rows[0]]): rows for rows in chosen}.values():
+        step(rows)
+    once = {"build_seconds": built, "compile_seconds": time.perf_counter() - began}
     found = time_steps(chosen, step)
-    once = {"build_seconds": built, "compile_seconds": compiled}
-    return {**found, **once, "trainable": count_params(params), "peak_bytes": peak_bytes()}
+    return {**found, **once, "trainable": count_params(state.params), "peak_bytes": peak_bytes()}
 
 
 def main() -> None:
@@ -165,7 +151,7 @@ def main() -> None:
         found = measure_pytorch(folder) if SIDE.value == "pytorch" else measure_spa_jax(folder, SIDE.value == "cached")
         write_json(folder / f"{SIDE.value}.json", found)
         return
-    backbone, examples = examples_of(config_of())
+    backbone, examples = load_examples(with_defaults(CONFIG))
     steps = len(plan_batches(examples, 8)) * EPOCHS
     folder = Path(FOLDER.value)
     if not (folder / "batches.npz").exists():
@@ -173,7 +159,7 @@ def main() -> None:
         arrays = {
             f"{key}{i}": array
             for i, rows in enumerate(chosen_rows(examples, 8))
-            for key, array in labelled(collate(examples, rows)).items()
+            for key, array in labelled(collate(examples, rows, padded_shape(examples[rows[0]]))).items()
         }
         np.savez(folder / "batches.npz", **arrays)  # type: ignore[arg-type]
     sides = {}

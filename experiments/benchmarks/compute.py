@@ -30,10 +30,10 @@ from spa_jax.decoding.sampling import GREEDY
 from spa_jax.files import write_json
 from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.llama import Remat
-from spa_jax.models.peft import PeftConfig, init_peft
-from spa_jax.training.objective import RouterConfig
-from spa_jax.training.optimizer import OptimizerConfig, optimizer
-from spa_jax.training.step import init_state, make_train_step
+from spa_jax.models.peft import PeftConfig
+from spa_jax.training.optimizer import OptimizerConfig, make_optimizer
+from spa_jax.training.peft_recipe import PeftRecipe
+from spa_jax.training.step import init_state, train_step
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
@@ -74,7 +74,8 @@ def forward(backbone: Backbone, rng: np.random.Generator) -> tuple[Callable[[], 
     """A pass without a cache; what it is called with is fixed."""
     model, tokens = backbone.model(), rng.integers(100, 40_000, FORWARD).astype(np.int32)
     positions = np.broadcast_to(np.arange(FORWARD[1], dtype=np.int32), FORWARD)
-    run, cost = compiled(lambda params: model.apply({"params": params}, tokens, positions).hidden, backbone.params)
+    hidden = jax.jit(lambda params: model.apply({"params": params}, tokens, positions).hidden)
+    run, cost = compiled(hidden.lower(backbone.params))
     return lambda: run(backbone.params), cost
 
 
@@ -87,11 +88,11 @@ def lora_step(backbone: Backbone, remat: Remat, rng: np.random.Generator) -> tup
     batch = Batch(
         tokens[:, :-1], np.full(rows, length, np.int32), predict, tokens[:, 1::2], np.ones((rows, targets), np.float32)
     )
-    tx = optimizer(OptimizerConfig(1e-3, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 100)
-    router = RouterConfig("improvement", 0.0, True, False, False)
-    step = make_train_step(LORA, router, backbone.model((), remat), tx, 1)
-    state = init_state(init_peft(LORA, backbone.config), tx)
-    run, cost = compiled(step, state, backbone.params, batch)
+    optimizer = make_optimizer(OptimizerConfig(1e-3, 0.0, 0.1, 0.01, 1.0, 0.9, 0.999), 100)
+    recipe = PeftRecipe(LORA, remat)
+    state = init_state(recipe.init_params(backbone), optimizer)
+    static = (recipe, recipe.model(backbone), optimizer, 1)
+    run, cost = compiled(train_step.lower(*static, state, backbone.params, batch))
 
     def once() -> object:
         nonlocal state
@@ -101,9 +102,8 @@ def lora_step(backbone: Backbone, remat: Remat, rng: np.random.Generator) -> tup
     return once, cost
 
 
-def compiled(function: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
-    """The program, the seconds that compiling took, and the MiB that it holds beside arguments and results."""
-    lowered = (function if hasattr(function, "lower") else jax.jit(function)).lower(*arguments)
+def compiled(lowered: jax.stages.Lowered) -> tuple[Any, dict[str, float]]:
+    """Returns the program, the seconds that compiling took, and the MiB that it holds beside arguments and results."""
     began = time.perf_counter()
     program = lowered.compile()
     seconds = time.perf_counter() - began

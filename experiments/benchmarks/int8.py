@@ -16,7 +16,6 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from configs import default
 from experiments.hardware import hardware
 from spa_jax import command
 from spa_jax.data.encoding import Example
@@ -26,10 +25,10 @@ from spa_jax.files import write_json
 from spa_jax.models.compute import WEIGHTS, Compute
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
-from spa_jax.training import loop
-from spa_jax.training.config import parse
+from spa_jax.training.defaults import with_defaults
 from spa_jax.training.rows import task_encoder
 from spa_jax.training.run import train
+from spa_jax.training.sources import run_backbone
 from spa_jax.training.vocabulary_loss import best_tokens
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import load_plugin
@@ -43,33 +42,30 @@ BACKBONE, ROWS, EPOCHS, RATE, BATCH = "smollm2-135m-instruct", "250", 5, 5e-4, 8
 
 
 def answers(backbone: Backbone, examples: list[Example]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of each row, the nats of its target tokens and the tokens that are likeliest in their places."""
+    """Returns of each row the nats of its target tokens, and the tokens that are likeliest in their places."""
     model = backbone.model()
     best = jax.jit(functools.partial(best_tokens, model))
     losses, tokens = [], []
-    for _, one in loop.run_backbone(model, backbone.params, BATCH, examples):
+    for _, one in run_backbone(model, backbone.params, BATCH, examples):
         real = one.weights > 0
         losses.append(np.asarray(one.base_loss)[real])
         tokens.append(np.asarray(best(backbone.params, one.hidden))[real])
     return losses, tokens
 
 
-def size_of(backbone: Backbone) -> int:
-    """Bytes of the parameters."""
+def count_bytes(backbone: Backbone) -> int:
+    """Counts the bytes of the parameters."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(backbone.params))
 
 
 def trained_on(weights: str) -> Path:
-    """The plugin of a short run."""
-    config = default.get_config()
-    config.update_from_flattened_dict(
-        {
-            "backbone": BACKBONE, "compute.weights": weights, "data.task": "sciq", "data.directory": str(DATA.value),
-            "data.size": ROWS, "train.epochs": EPOCHS, "optimizer.learning_rate": RATE,
-        }
-    )  # fmt: skip
+    """Runs or resumes a short training, and returns the directory of its plugin."""
+    keys = {
+        "backbone": BACKBONE, "compute.weights": weights, "data.task": "sciq", "data.directory": str(DATA.value),
+        "data.size": ROWS, "train.epochs": EPOCHS, "optimizer.learning_rate": RATE,
+    }  # fmt: skip
     workdir = Path(WORKDIR.value) / weights
-    train(parse(config.to_dict()), workdir)
+    train(with_defaults(keys), workdir)
     return workdir / "plugin"
 
 
@@ -85,7 +81,7 @@ def main() -> None:
     more = [float(np.sum(b - a)) for a, b in zip(plain, kept)]
     per_token = len(plain) / count  # the mean is over rows, and is wanted over tokens
     found: dict[str, Any] = {
-        "bytes": {"float32": size_of(backbones["float"]), "int8": size_of(backbones["int8"])},
+        "bytes": {"float32": count_bytes(backbones["float"]), "int8": count_bytes(backbones["int8"])},
         "target_tokens": count,
         "loss/float": float(np.sum(np.concatenate(plain))) / count,
         "loss/int8": float(np.sum(np.concatenate(kept))) / count,

@@ -11,7 +11,7 @@ from typing import Any
 from flax.core import FrozenDict
 
 from experiments.paper.scales import EPOCHS, Scale
-from spa_jax.models.peft import METHODS
+from spa_jax.models.peft import PEFT_SETTINGS
 
 NOTHING: Mapping[str, Any] = FrozenDict()
 TRANSFORMER: Mapping[str, Any] = {"side.kind": "transformer", "side.heads": 2, "side.init": "pruned"}
@@ -120,11 +120,11 @@ def table2_training(scale: Scale, task: str, setting: str) -> Training:
         task: whose data.
         setting: `lora`, `adapter`, `spa` or `s2`.
     """
-    peft = setting in METHODS
+    peft = setting in PEFT_SETTINGS
 
     def at(task: str, size: str, epochs: int, tuned_on: Training | None = None) -> Training:
         changes = {"setting": setting, "data.size": scale.sizes[task][size], "train.epochs": epochs}
-        changes |= scale.table2_config | (scale.table2_peft_config if peft else {})
+        changes |= {**scale.table2_config, **(scale.table2_peft_config if peft else {})}
         words = [task, size, setting, *([] if peft else ["short"]), *([] if epochs == EPOCHS else [f"{epochs}epochs"])]
         return Training("-".join(words), task, FrozenDict(changes), tuned_on, same_size=peft)
 

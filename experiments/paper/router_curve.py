@@ -19,14 +19,15 @@ from experiments.paper.cells import Cell, cell_of, plugin_training
 from experiments.paper.report import Rows, entry, plt, run_report, write
 from experiments.paper.scales import BUDGET, TITLES, Scale
 from experiments.paper.store import CellStore
-from spa_jax.data.pipeline import collate, plan_batches
 from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
-from spa_jax.models.llama import Llama, Params
+from spa_jax.models.llama import Params
 from spa_jax.scoring.router_curve import gap_recovered, loss_by_share, random_loss_by_share
-from spa_jax.training.features import extract
-from spa_jax.training.objective import Outcomes, token_outcomes
+from spa_jax.training.features import Features
+from spa_jax.training.methods import recipe_for
+from spa_jax.training.outcomes import Outcomes
 from spa_jax.training.rows import task_encoder
+from spa_jax.training.scorer import Scorer
 from spa_jax.weights.plugin import Plugin, load_plugin
 
 TASKS, BUDGETS = ("xsum", "sciq"), (0.25, 0.5, 0.75)
@@ -46,15 +47,15 @@ def curves(store: CellStore, task: str) -> dict[str, Any] | None:
         return kept
     plugin = load_plugin(store.train(plugin_training(store.scale, task)) / "plugin")
     outcomes, entropy = outcomes_of(store, plugin, task)
-    skipped, asked = (np.asarray(part, np.float64) for part in (outcomes.skipped, outcomes.always))
+    unconsulted, consulted = (np.asarray(part, np.float64) for part in (outcomes.unconsulted, outcomes.consulted))
     losses = {
-        "router": loss_by_share(skipped, asked, np.asarray(outcomes.probability)),
-        "random": random_loss_by_share(skipped, asked),
-        "entropy of f": loss_by_share(skipped, asked, entropy),
-        "perfect router": loss_by_share(skipped, asked, skipped - asked),
+        "router": loss_by_share(unconsulted, consulted, np.asarray(outcomes.probability)),
+        "random": random_loss_by_share(unconsulted, consulted),
+        "entropy of f": loss_by_share(unconsulted, consulted, entropy),
+        "perfect router": loss_by_share(unconsulted, consulted, unconsulted - consulted),
     }
-    every, shares = np.linspace(0, 1, len(skipped) + 1), np.linspace(0, 1, POINTS)
-    found: dict[str, Any] = {"hardware": hardware(), "tokens": len(skipped), "share": shares.round(4).tolist()}
+    every, shares = np.linspace(0, 1, len(unconsulted) + 1), np.linspace(0, 1, POINTS)
+    found: dict[str, Any] = {"hardware": hardware(), "tokens": len(unconsulted), "share": shares.round(4).tolist()}
     for name, curve in losses.items():
         found[name] = {
             "loss": np.interp(shares, every, curve).round(4).tolist(),
@@ -68,29 +69,20 @@ def curves(store: CellStore, task: str) -> dict[str, Any] | None:
 
 
 def outcomes_of(store: CellStore, plugin: Plugin, task: str) -> tuple[Outcomes, Float[np.ndarray, " N"]]:
-    """Losses of all target tokens of the test split, and the entropy in nats of what the base expects there."""
-    backbone = store.backbone
-    encoder = task_encoder(backbone, plugin.template, task)
+    """Computes losses of all target tokens of the test split, and the entropy in nats of what the base expects."""
+    encoder = task_encoder(store.backbone, plugin.template, task)
     examples, _ = encoder.encode_all(load_split(task, store.directory(task), "test"))
-    model = Llama(backbone.config, plugin.config.side.taps, jnp.dtype(store.scale.dtype))
+    scorer = Scorer(store.backbone, recipe_for(plugin.config), examples, BATCH)
 
     @jax.jit
-    def step(params: Params, frozen: Params, batch: Any) -> tuple[Outcomes, Array, Array]:
-        features = extract(model, frozen, batch, plugin.config.side.attends)
-
-        def entropy(hidden: Array) -> Array:  # of one row, so that little of size V exists
-            log_p = jax.nn.log_softmax(model.apply({"params": frozen}, hidden, method="logits"))
+    def entropy(_: Params, frozen: Params, features: Features) -> tuple[Array, Array]:
+        def of_row(hidden: Array) -> Array:  # one row at a time, so that little of size V exists
+            log_p = jax.nn.log_softmax(scorer.model.apply({"params": frozen}, hidden, method="logits"))
             return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
-        outcomes = token_outcomes(plugin.config, model, params, frozen, features)
-        return outcomes, jax.lax.map(entropy, features.hidden), features.weights
+        return jax.lax.map(of_row, features.hidden), features.weights
 
-    parts = []
-    for rows in plan_batches(examples, BATCH):
-        outcomes, entropy, weights = jax.device_get(step(plugin.params, backbone.params, collate(examples, rows)))
-        parts.append([leaf[weights > 0] for leaf in (*outcomes, entropy)])
-    columns: list[Any] = [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
-    return Outcomes(*columns[:-1]), columns[-1]
+    return scorer.outcomes(plugin.params), scorer.per_token(entropy, plugin.params)
 
 
 def report(store: CellStore) -> None:

@@ -24,7 +24,7 @@ from experiments.paper.store import CellStore
 from spa_jax import command
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.models.peft import METHODS
+from spa_jax.models.peft import PEFT_SETTINGS
 
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
 ONLY = flags.DEFINE_string("only", "", "Run only cells in whose label this regular expression is found.")
@@ -93,7 +93,7 @@ def backbone_passes(store: CellStore) -> dict[str, Any]:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (store.results / "trainings").glob("*.json")]
     needed = run = 0
     for record in {record["run"]: record for record in records}.values():  # the best of those tried has two records
-        if record["description"]["changes"]["setting"] not in METHODS:
+        if record["description"]["changes"]["setting"] not in PEFT_SETTINGS:
             epochs = record["epochs"]
             needed += epochs * record["data/train_examples"] + (epochs + 2) * record["data/held_out_examples"]
             run += record["data/backbone_passes"]

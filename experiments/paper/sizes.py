@@ -2,28 +2,28 @@
 
 import dataclasses
 
-from spa_jax.models.peft import METHODS, rank_for
-from spa_jax.models.plugin import count_params, init_plugin
+from spa_jax.models.llama import LlamaConfig
+from spa_jax.models.peft import PEFT_SETTINGS, rank_for
+from spa_jax.models.plugin import count_params
 from spa_jax.training.config import RunConfig
-from spa_jax.training.run import peft_config, plugin_config
-from spa_jax.weights.backbone import Backbone
+from spa_jax.training.methods import peft_config, recipe_from_config
 
 WIDEST = 256
 """The largest width of a side network that is tried."""
 
 
-def plugin_size(config: RunConfig, backbone: Backbone) -> int:
-    """Counts the trainable parameters of a run's plugin."""
-    return count_params(init_plugin(plugin_config(config, backbone), abstract=True))
+def trainable_size(config: RunConfig, backbone: LlamaConfig) -> int:
+    """Counts the parameters of what a run trains."""
+    return count_params(recipe_from_config(config, backbone).method.param_shapes(backbone))
 
 
-def with_size(config: RunConfig, backbone: Backbone, size: int) -> RunConfig:
+def with_size(config: RunConfig, backbone: LlamaConfig, size: int) -> RunConfig:
     """Returns the config with the rank of LoRA, or the width of Adapter or side network, nearest to that size."""
-    if config.setting in METHODS:
-        peft = rank_for(peft_config(config), backbone.config, size)
+    if config.setting in PEFT_SETTINGS:
+        peft = rank_for(peft_config(config), backbone, size)
         options = dataclasses.replace(config.peft, rank=peft.rank, alpha=peft.alpha, width=peft.rank)
         return dataclasses.replace(config, peft=options)
     step = 2 * config.side.heads if config.side.kind == "transformer" else 1
     widths = range(step, WIDEST + 1, step)
     candidates = [dataclasses.replace(config, side=dataclasses.replace(config.side, width=width)) for width in widths]
-    return min(candidates, key=lambda candidate: abs(plugin_size(candidate, backbone) - size))
+    return min(candidates, key=lambda candidate: abs(trainable_size(candidate, backbone) - size))

@@ -14,27 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from configs import default
 from experiments.hardware import hardware
 from experiments.paper.cells import Cell, Training
 from experiments.paper.scales import BEAMS, BUDGET, CLOSED_BOOK, LEARNING_RATES, Scale
 from experiments.paper.single_questions import write_splits
-from experiments.paper.sizes import plugin_size, with_size
+from experiments.paper.sizes import trainable_size, with_size
 from spa_jax.data.pairs import read_json_lines
 from spa_jax.decoding.prompts import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, summarize
 from spa_jax.scoring.predictions import Prediction, read_predictions
-from spa_jax.training import loop
-from spa_jax.training.config import RunConfig, parse
-from spa_jax.training.evaluation import Evaluator, threshold_for
+from spa_jax.training.config import RunConfig
+from spa_jax.training.defaults import with_defaults
+from spa_jax.training.methods import recipe_for
+from spa_jax.training.outcomes import threshold_for
 from spa_jax.training.rows import make_encoder
-from spa_jax.training.run import open_tap_cache, train
-from spa_jax.training.step import make_eval_step
+from spa_jax.training.run import train
+from spa_jax.training.scorer import Scorer
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.peft import PeftPlugin, load_trained
-from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.peft import load_trained
+from spa_jax.weights.plugin import Trained
 from spa_jax.weights.registry import load_backbone
 
 log = logging.getLogger("spa_jax.experiments")
@@ -144,15 +144,11 @@ class CellStore:
             rows = self.single_questions(training.task)
             data = {"data.train": str(rows / "train.jsonl"), "data.eval": str(rows / "validation.jsonl")}
         rate = {} if learning_rate is None else {"optimizer.learning_rate": learning_rate}
-        config = self._parse({**data, **training.changes, **rate})
+        config = with_defaults({**self.scale.config, **data, **training.changes, **rate})
         if not training.same_size:
             return config
-        return with_size(config, self.backbone, plugin_size(self._parse({}), self.backbone))
-
-    def _parse(self, changes: Mapping[str, Any]) -> RunConfig:
-        config = default.get_config()
-        config.update_from_flattened_dict({**self.scale.config, **changes})
-        return parse(config.to_dict())
+        backbone = self.backbone.config
+        return with_size(config, backbone, trainable_size(with_defaults(self.scale.config), backbone))
 
     def kept(self, path: Path) -> dict[str, Any] | None:
         """Returns what a measurement has left there, if anything."""
@@ -197,26 +193,21 @@ class CellStore:
         write_json(self._path(cell), record)
         return record | found
 
-    def _losses(self, cell: Cell, plugin: Plugin | PeftPlugin | None) -> dict[str, float]:
+    def _losses(self, cell: Cell, trained: Trained | None) -> dict[str, float]:
         """Measures teacher-forced metrics on single questions: at the plugin's own threshold, with a router also at a
         share of BUDGET of the test tokens, and the share that a perfect router asks for."""
-        assert isinstance(plugin, Plugin)
+        assert trained is not None
         assert cell.training is not None
-        config, backbone, batch_size = self.config(cell.training), self.backbone, self.scale.config["train.batch_size"]
+        config, method = self.config(cell.training), trained.config
         rows = read_json_lines(str(self.single_questions(cell.task) / "test.jsonl"))
-        examples, _ = make_encoder(backbone, config.data).encode_all(rows)
-        model = backbone.model(plugin.config.side.taps)
-        cache = open_tap_cache(config.tap_cache, plugin.config, backbone, examples)
-        loop.fill_cache(cache, model, backbone.params, batch_size, examples)
-        step = make_eval_step(plugin.config, model)
-        evaluate = Evaluator(
-            step, backbone.params, examples, cache.collate, batch_size, "plugin", plugin.config.threshold
-        )
-        outcomes, metrics = evaluate.outcomes(plugin.params), evaluate(plugin.params)
-        if plugin.config.routed:
-            sigma = np.asarray(outcomes.probability) > threshold_for(np.asarray(outcomes.probability), BUDGET)
-            metrics[f"loss/at {BUDGET}"] = float(np.where(sigma, outcomes.always, outcomes.skipped).mean())
-            metrics["oracle/usage"] = float(np.mean(np.asarray(outcomes.always) < np.asarray(outcomes.skipped)))
+        examples, _ = make_encoder(self.backbone, config.data).encode_all(rows)
+        scorer = Scorer(self.backbone, recipe_for(method), examples, config.train.batch_size, config.tap_cache)
+        outcomes = scorer.outcomes(trained.params)
+        metrics = scorer.metrics(outcomes, method.threshold, "plugin")
+        if method.routed:
+            name, threshold = f"at {BUDGET}", threshold_for(outcomes.probability, BUDGET)
+            metrics[f"loss/{name}"] = scorer.metrics(outcomes, threshold, name)[f"loss/{name}"]
+            metrics["oracle/usage"] = float(np.mean(outcomes.consulted < outcomes.unconsulted))
         return metrics
 
     def _learning_rate(self, training: Training) -> float:

@@ -24,7 +24,7 @@ from experiments.paper.store import CellStore
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
-from spa_jax.models.peft import Peft, PeftConfig
+from spa_jax.models.peft import Peft
 from spa_jax.split.channel import Traffic
 from spa_jax.split.generation import generate, open_message
 from spa_jax.split.latency import total_seconds
@@ -32,11 +32,11 @@ from spa_jax.split.layerwise import LayerwiseCloud, LayerwiseDevice
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.training.config import DataConfig, RunConfig
+from spa_jax.training.methods import recipe_from_config
 from spa_jax.training.rows import make_encoder
-from spa_jax.training.run import trainable_params, trained_config
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.peft import PeftPlugin
-from spa_jax.weights.plugin import Plugin, load_plugin
+from spa_jax.weights.peft import load_trained
+from spa_jax.weights.plugin import Trained
 
 TOKENS, QUESTIONS = 50, 5
 MEASURED = {
@@ -80,27 +80,26 @@ def latency(store: CellStore, name: str) -> dict[str, Any] | None:
     if kept is not None or not store.may_run:
         return kept
     task = next(iter(store.scale.table2_epochs))
-    training = methods(store.scale, task)[name].training
+    cell = methods(store.scale, task)[name]
+    training, setting = cell.training, cell.changes.get("setting")
     assert training is not None
     config = store.config(training, LEARNING_RATES[0])  # the rate matters only to a training
     encoder, backbone = make_encoder(store.backbone, config.data), dataclasses.replace(store.backbone, eos_ids=())
     prompts = questions(encoder, config.data)
-    plugin: Plugin | PeftPlugin
-    if name == "SPA":
-        plugin = load_plugin(store.train(training) / "plugin")
-    else:
-        plugin = untrained(config, backbone, encoder.template)
+    trained: Any = untrained(config, backbone, encoder.template)
+    if trained.config.routed and setting is None:
+        trained = load_trained(store.train(training) / "plugin")
     cloud = Cloud(backbone)
 
     def answer(prompt: list[int]) -> tuple[float, Traffic]:
         began = time.perf_counter()
-        if isinstance(plugin, PeftPlugin):
-            device = LayerwiseDevice(Peft(plugin.config, plugin.params), backbone.config, "bfloat16")
+        if trained.config.side is None:
+            device = LayerwiseDevice(Peft(trained.config, trained.params), backbone.config, "bfloat16")
             channel = Simulated(device.answer, Network())
-            traffic = LayerwiseCloud(backbone, plugin.config, "bfloat16", channel).generate(prompt, TOKENS + 1)[1]
+            traffic = LayerwiseCloud(backbone, trained.config, "bfloat16", channel).generate(prompt, TOKENS + 1)[1]
         else:
-            request = open_message(plugin, [prompt], TOKENS, "bfloat16", "s3" if name == "LST" else None)
-            traffic = generate(cloud, plugin, request, functools.partial(Simulated, network=Network())).traffic
+            request = open_message(trained, [prompt], TOKENS, "bfloat16", setting)
+            traffic = generate(cloud, trained, request, functools.partial(Simulated, network=Network())).traffic
         return time.perf_counter() - began, traffic
 
     for prompt in prompts:
@@ -122,16 +121,16 @@ def latency(store: CellStore, name: str) -> dict[str, Any] | None:
 
 
 def questions(encoder: Encoder, config: DataConfig) -> list[list[int]]:
-    """Prompts of the first questions of the test split."""
+    """Returns the prompts of the first questions of the test split."""
     examples, _ = encoder.encode_all(load_split(config.task, config.directory, "test")[:QUESTIONS])
     return [example.prompts[0] for example in examples]
 
 
-def untrained(config: RunConfig, backbone: Backbone, template: str) -> Plugin | PeftPlugin:
-    """What a run starts from: as large and as fast as what it ends with."""
-    trained = trained_config(config, backbone)
-    rest = trainable_params(config, trained, backbone), backbone.name, backbone.fingerprint, template
-    return PeftPlugin(trained, *rest) if isinstance(trained, PeftConfig) else Plugin(trained, *rest)
+def untrained(config: RunConfig, backbone: Backbone, template: str) -> Trained:
+    """Returns what a run starts from: as large and as fast as what it ends with."""
+    recipe = recipe_from_config(config, backbone.config)
+    params = recipe.method_params(recipe.init_params(backbone))
+    return recipe.trained(recipe.method.threshold, params, backbone, template)
 
 
 def report(store: CellStore) -> None:
