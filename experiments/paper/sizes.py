@@ -1,5 +1,6 @@
 """Trainings of other kinds with as many parameters as the token-wise side network."""
 
+import bisect
 import dataclasses
 
 from spa_jax.models.llama import LlamaConfig
@@ -25,5 +26,10 @@ def with_size(config: RunConfig, backbone: LlamaConfig, size: int) -> RunConfig:
         return dataclasses.replace(config, peft=options)
     step = 2 * config.side.heads if config.side.kind == "transformer" else 1
     widths = range(step, WIDEST + 1, step)
-    candidates = [dataclasses.replace(config, side=dataclasses.replace(config.side, width=width)) for width in widths]
-    return min(candidates, key=lambda candidate: abs(trainable_size(candidate, backbone) - size))
+
+    def at(width: int) -> RunConfig:
+        return dataclasses.replace(config, side=dataclasses.replace(config.side, width=width))
+
+    reached = bisect.bisect_left(widths, size, key=lambda width: trainable_size(at(width), backbone))
+    nearest = widths[max(reached - 1, 0) : reached + 1]
+    return min(map(at, nearest), key=lambda candidate: abs(trainable_size(candidate, backbone) - size))
