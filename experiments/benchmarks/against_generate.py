@@ -1,6 +1,6 @@
 """Generation against `transformers` in PyTorch: SmolLM2 in float32 on two threads, one side after the other.
 
-    python -m experiments.benchmarks.against_generate --output=experiments/results/against_generate.json
+    python -m experiments.benchmarks.against_generate
 
 Medians of `REPEATS`: a forward of 8 x 224 tokens (prefill), the first token of a prompt of 64, greedy decoding and beam
 search with 4 beams of 48 more tokens, and greedy decoding of 16 prompts at once. Each side is a process of its own, and
@@ -15,26 +15,24 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from experiments.benchmarks.pytorch import THREADS, export, run_child, use_threads
-from experiments.hardware import hardware
+from experiments.benchmarks.output import write_result
+from experiments.benchmarks.pytorch import export, run_child
+from experiments.benchmarks.timing import BACKBONE, THREADS, use_threads
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.files import write_json
 from spa_jax.weights.registry import load_backbone
 
-OUTPUT = flags.DEFINE_string("output", "experiments/results/against_generate.json", "Where to write the result.")
 SIDE = flags.DEFINE_enum("side", None, ["pytorch", "spa_jax"], "Runs one side; for this command's own use.")
 FOLDER = flags.DEFINE_string("folder", None, "Of the two sides' files; for this command's own use.")
 
-BACKBONE = "smollm2-135m-instruct"
 PROMPT, NEW, BATCH, REPEATS, ROUNDS = 64, 48, 16, 3, 2
 Measured = dict[str, float]
 
 
 def median_seconds(way: Callable[[], object]) -> float:
-    """Of `REPEATS` runs after one that warms up."""
+    """Returns the median of `REPEATS` runs after one that warms up."""
     times = []
     for _ in range(REPEATS + 1):
         began = time.perf_counter()
@@ -44,7 +42,7 @@ def median_seconds(way: Callable[[], object]) -> float:
 
 
 def summarise(prefill: float, first: float, greedy: float, beam: float, batch: float) -> Measured:
-    """Seconds of each way, as what is compared; the prompt's time is taken off where tokens are counted."""
+    """Turns seconds of each way into what is compared; the prompt's time is taken off where tokens are counted."""
     return {
         "prefill_tokens_per_second": 8 * 224 / prefill,
         "seconds_to_first_token": first,
@@ -55,7 +53,7 @@ def summarise(prefill: float, first: float, greedy: float, beam: float, batch: f
 
 
 def measure_pytorch(folder: Path, prompts: np.ndarray, block: np.ndarray) -> Measured:
-    """`transformers` generate."""
+    """Times generation by `transformers`."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -80,7 +78,7 @@ def measure_pytorch(folder: Path, prompts: np.ndarray, block: np.ndarray) -> Mea
 
 
 def measure_spa_jax(prompts: np.ndarray, block: np.ndarray) -> Measured:
-    """`FusedModel` of the backbone alone."""
+    """Times `FusedModel` of the backbone alone."""
     import dataclasses
 
     import jax
@@ -130,22 +128,13 @@ def main() -> None:
         side: {key: statistics.median(found[side][key] for found in rounds) for key in rounds[0][side]}
         for side in rounds[0]
     }
-    table = Table("", "PyTorch", "spa_jax", "ratio")
-    ratios = {}
+    ratios, cells = {}, []
     for key, theirs in sides["pytorch"].items():
         ours = sides["spa_jax"][key]
         ratios[key] = ours / theirs if key.endswith("per_second") else theirs / ours
-        table.add_row(key, f"{theirs:,.3f}", f"{ours:,.3f}", f"{ratios[key]:.2f}")
-    Console().print(table)
-    write_json(
-        Path(OUTPUT.value),
-        {
-            "command": "python -m experiments.benchmarks.against_generate",
-            "hardware": f"{hardware()}, {THREADS} threads",
-            **sides,
-            "times_better": ratios,
-        },
-    )
+        cells.append((key, f"{theirs:,.3f}", f"{ours:,.3f}", f"{ratios[key]:.2f}"))
+    print_table(("", "PyTorch", "spa_jax", "ratio"), cells)
+    write_result("against_generate", {**sides, "times_better": ratios}, threads=THREADS)
 
 
 if __name__ == "__main__":

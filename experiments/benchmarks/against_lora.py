@@ -1,6 +1,6 @@
 """Training a plugin against training LoRA with PEFT in PyTorch: the same backbone, rows, lengths and threads.
 
-    python -m experiments.benchmarks.against_lora --data=DIR --output=experiments/results/against_lora.json
+    python -m experiments.benchmarks.against_lora --data=DIR
 
 DIR has SciQ's train.jsonl. Medians of 30 steps of 8 rows after 3 that warm up, float32, each side in a process of
 its own. The time of 15 epochs is extrapolated: steps times the median, what compiling takes, and for the tap cache its
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from experiments.benchmarks.pytorch import THREADS, export, peak_bytes, run_child, use_threads
-from experiments.hardware import hardware
+from experiments.benchmarks.output import write_result
+from experiments.benchmarks.pytorch import export, peak_bytes, run_child
+from experiments.benchmarks.timing import THREADS, use_threads
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches
@@ -34,7 +34,6 @@ from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl.")
-OUTPUT = flags.DEFINE_string("output", "experiments/results/against_lora.json", "Where to write the result.")
 SIDE = flags.DEFINE_enum("side", None, ["pytorch", "uncached", "cached"], "Runs one side; for this command's own use.")
 FOLDER = flags.DEFINE_string("folder", "runs/against_lora", "Of the sides' files; a side that is done is kept.")
 
@@ -169,28 +168,21 @@ def main() -> None:
             sides[side] = json.loads(done.read_text(encoding="utf-8"))
         else:
             sides[side] = run_child("experiments.benchmarks.against_lora", side, folder, f"--data={DATA.value}")
-    table = Table("", "trainable", "step s", "15 epochs s (extrapolated)", "peak GB")
+    cells = []
     for side, found in sides.items():
         once = found.get("build_seconds", 0.0) + found.get("compile_seconds", 0.0)
-        found["epochs_seconds_extrapolated"] = once + steps * found["step_seconds"]
-        table.add_row(
-            side, f"{found['trainable']:,}", f"{found['step_seconds']:.3f}",
-            f"{found['epochs_seconds_extrapolated']:,.0f}", f"{found['peak_bytes'] / 1e9:.2f}",
-        )  # fmt: skip
+        whole = found["epochs_seconds_extrapolated"] = once + steps * found["step_seconds"]
+        memory = f"{found['peak_bytes'] / 1e9:.2f}"
+        cells.append((side, f"{found['trainable']:,}", f"{found['step_seconds']:.3f}", f"{whole:,.0f}", memory))
+    print_table(("", "trainable", "step s", "15 epochs s (extrapolated)", "peak GB"), cells)
     theirs = sides["pytorch"]
     ratios = {
         "step_without_cache": theirs["step_seconds"] / sides["uncached"]["step_seconds"],
         "15_epochs_with_cache": theirs["epochs_seconds_extrapolated"] / sides["cached"]["epochs_seconds_extrapolated"],
     }
-    Console().print(table, f"times faster: {ratios}")
-    result = {
-        "command": "python -m experiments.benchmarks.against_lora --data=DIR",
-        "hardware": f"{hardware()}, {THREADS} threads",
-        "steps_of_15_epochs": steps,
-        "sides": sides,
-        "times_faster": ratios,
-    }
-    write_json(Path(OUTPUT.value), result)
+    print(f"times faster: {ratios}")
+    result = {"steps_of_15_epochs": steps, "sides": sides, "times_faster": ratios}
+    write_result("against_lora", result, "--data=DIR", threads=THREADS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What training takes of a TPU chip, by the compiler.
+"""Memory, arithmetic and exchanges of training on TPU chips, by the compiler.
 
     python -m experiments.benchmarks.compiled --python=.venv-tpu/bin/python
 
@@ -68,7 +68,7 @@ GIB = 2**30
 
 
 def compiled(name: str, backbone: str, topology: str, *options: str) -> dict[str, Any] | None:
-    """The report of `aot`, from before or made now; None where there is none and no compiler.
+    """Returns the report of `aot`, from before or made now; None where there is none and no compiler.
 
     Raises:
         UserError: the compiler cannot be run, or finds something wrong.
@@ -88,7 +88,7 @@ def compiled(name: str, backbone: str, topology: str, *options: str) -> dict[str
 
 
 def row(report: dict[str, Any] | None) -> list[str]:
-    """Cells of the table."""
+    """Formats a report as cells of the table."""
     if report is None:
         return ["not compiled", *[""] * 4]
     fits = "yes" if report["fits"] else "no"
@@ -102,11 +102,10 @@ def row(report: dict[str, Any] | None) -> list[str]:
 
 def main() -> None:
     head = "| | chips | GiB a chip | fits | TFLOP a chip | GiB exchanged a chip | ms at least |"
-    said = (
-        "`python -m experiments.benchmarks.compiled`; nothing was run on a TPU. Eight rows of 1024 tokens, all of them "
-        "targets."
-    )
-    lines = ["# What a training step takes of a TPU chip, by the compiler", "", said, "", head, "|---" * 7 + "|"]
+    said = "`python -m experiments.benchmarks.compiled`; nothing was run on a TPU."
+    size = "Eight rows of 1024 tokens, all of them targets."
+    title = "# What a training step takes of a TPU chip, by the compiler"
+    lines = [title, "", f"{said} {size}", "", head, "|---" * 7 + "|"]
     for backbone, topology in BACKBONES.items():
         for method, options in METHODS.items():
             found = compiled(f"{backbone}-{method.lower()}", backbone, topology, *options)
@@ -119,12 +118,8 @@ def main() -> None:
         "",
         "Exchanges that unrolling copies share a number and are counted once: with 4 blocks a turn, a quarter.",
     ]
-    lines += [
-        "",
-        "The cloud's programs, LLaMA-7B, 8 prompts of 896 tokens; a new token of each, and what a call copies first:",
-    ]
-    lines += [""]
-    lines += ["| weights | chips | GiB a chip | fits | GiB read and written a token |", "|---" * 5 + "|"]
+    said = "The cloud's programs, LLaMA-7B, 8 prompts of 896 tokens; a new token of each, and what a call copies first:"
+    lines += ["", said, "", "| weights | chips | GiB a chip | fits | GiB read and written a token |", "|---" * 5 + "|"]
     for weights, (topology, *mesh) in CLOUDS.items():
         found = compiled(f"llama-7b-cloud-{_file(weights)}", "llama-7b", topology, *CLOUD, *mesh)
         lines.append(f"| {weights} | {topology} | {' | '.join(_decode_row(found))} |")
@@ -136,13 +131,15 @@ def main() -> None:
         lines.append(f"| SPA | {topology} | {' | '.join(row(found))} |")
         reports |= {chips: found} if found else {}
     write_bytes(Path(OUTPUT.value) / "README.md", ("\n".join(lines) + "\n").encode())
-    write_json(Path(OUTPUT.value) / "scaling.json", {str(chips): _short(found) for chips, found in reports.items()})
+    keys = ("mesh", "fits", "peak_bytes_per_chip", "flops_per_chip", "collective_bytes_per_chip")
+    scaling = {str(chips): {key: found[key] for key in keys} for chips, found in reports.items()}
+    write_json(Path(OUTPUT.value) / "scaling.json", scaling)
     _plot(reports)
     Console().print("\n".join(lines), markup=False)
 
 
 def _file(name: str) -> str:
-    """A name as part of a file's."""
+    """Turns a name into a part of a file's name."""
     return "-".join(re.findall(r"\w+", name.lower()))
 
 
@@ -152,11 +149,6 @@ def _decode_row(report: dict[str, Any] | None) -> list[str]:
     advance = next(program for program in report["programs"] if program["name"] == "advance")
     memory = f"{report['peak_bytes_per_chip'] / GIB:.2f} of {report['chip_bytes'] / GIB:.2f}"
     return [memory, "yes", f"{advance['cost']['bytes'] / GIB:.2f}"]
-
-
-def _short(report: dict[str, Any]) -> dict[str, Any]:
-    keys = ("mesh", "fits", "peak_bytes_per_chip", "flops_per_chip", "collective_bytes_per_chip")
-    return {key: report[key] for key in keys}
 
 
 def _plot(reports: dict[int, dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
-"""What each choice of `compute.*`, `dtype` and `peft.remat` is worth on this machine: SmolLM2, two threads.
+"""The worth of each choice of `compute.*`, `dtype` and `peft.remat` on this machine: SmolLM2, two threads.
 
-    python -m experiments.benchmarks.compute --output=experiments/results/compute.json
+    python -m experiments.benchmarks.compute
 
 One choice at a time is changed. Everything is compiled first; then the ways take turns, `REPEATS` times, so that what
 disturbs the machine disturbs them all, and the medians count. What they change on TPUs is in
@@ -9,25 +9,19 @@ disturbs the machine disturbs them all, and the medians count. What they change 
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from statistics import median
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from experiments.benchmarks.pytorch import THREADS, use_threads
-from experiments.hardware import hardware
+from experiments.benchmarks.output import write_result
+from experiments.benchmarks.timing import BACKBONE, THREADS, decode_steps, milliseconds, use_threads
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.pipeline import Batch
-from spa_jax.decoding.fused import FusedModel
-from spa_jax.decoding.sampling import GREEDY
-from spa_jax.files import write_json
 from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.llama import Remat
 from spa_jax.models.peft import PeftConfig
@@ -37,9 +31,6 @@ from spa_jax.training.step import init_state, train_step
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
-OUTPUT = flags.DEFINE_string("output", "experiments/results/compute.json", "Where to write the result.")
-
-BACKBONE = "smollm2-135m-instruct"
 FORWARD, STEP, REPEATS = (4, 512), (2, 512), 3
 """Rows and tokens of a forward pass and of a LoRA step."""
 PROMPTS = {"a token of 1 prompt": (1, 5), "a token of 16 prompts": (16, 2)}
@@ -49,7 +40,7 @@ ROOM = 64
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What differs from the defaults."""
+    """A way to compute that differs from the defaults."""
 
     compute: Compute = AUTOMATIC
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -71,7 +62,7 @@ LORA = PeftConfig("lora", 24, 48.0)
 
 
 def forward(backbone: Backbone, rng: np.random.Generator) -> tuple[Callable[[], object], dict[str, float]]:
-    """A pass without a cache; what it is called with is fixed."""
+    """Returns a function that runs a pass without a cache, and what compiling it took."""
     model, tokens = backbone.model(), rng.integers(100, 40_000, FORWARD).astype(np.int32)
     positions = np.broadcast_to(np.arange(FORWARD[1], dtype=np.int32), FORWARD)
     hidden = jax.jit(lambda params: model.apply({"params": params}, tokens, positions).hidden)
@@ -80,7 +71,7 @@ def forward(backbone: Backbone, rng: np.random.Generator) -> tuple[Callable[[], 
 
 
 def lora_step(backbone: Backbone, remat: Remat, rng: np.random.Generator) -> tuple[Callable[[], object], dict]:
-    """Forward, backward and AdamW, every second token a target."""
+    """Returns a function that takes a step, every second token a target, and what compiling it took."""
     rows, length = STEP
     targets = length // 2
     tokens = rng.integers(100, 40_000, (rows, length + 1)).astype(np.int32)
@@ -112,29 +103,8 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[Any, dict[str, float]]:
     return program, {"compile_seconds": seconds, "temporary_mib": memory.temp_size_in_bytes / 2**20}
 
 
-def decode(backbone: Backbone, count: int, steps: int, rng: np.random.Generator) -> Callable[[], object]:
-    """Makes `steps` more tokens of prompts that have been run; it is called at most `REPEATS` + 1 times."""
-    model = FusedModel(dataclasses.replace(backbone, eos_ids=()), None)
-    state, until = model.start(rng.integers(100, 40_000, (count, 64)).tolist(), ROOM), 1
-
-    def advance() -> object:
-        nonlocal state, until
-        until += steps
-        state = model.advance(state, GREEDY, until)
-        return state.position
-
-    return advance
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return 1e3 * (time.perf_counter() - began)
-
-
 def ways_of(choice: Choice) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
-    """Name -> what is timed, and what compiling told."""
+    """Returns, by name, what is timed and what compiling it took."""
     rng, changed = np.random.default_rng(0), choice.remat != "full"
     backbone = load_backbone(BACKBONE, jnp.dtype(choice.dtype), compute=choice.compute)
     ways: dict[str, Callable[[], object]] = {}
@@ -142,7 +112,9 @@ def ways_of(choice: Choice) -> tuple[dict[str, Callable[[], object]], dict[str, 
     ways["LoRA step"], costs["LoRA step"] = lora_step(backbone, choice.remat, rng)
     if not changed:
         ways["forward"], costs["forward"] = forward(backbone, rng)
-        ways |= {name: decode(backbone, count, steps, rng) for name, (count, steps) in PROMPTS.items()}
+        ways |= {
+            name: decode_steps(backbone, (count, 64), steps, ROOM, rng) for name, (count, steps) in PROMPTS.items()
+        }
     return ways, costs
 
 
@@ -154,37 +126,23 @@ def main() -> None:
     for repeat in range(REPEATS + 1):
         for choice, (ways, _) in every.items():
             for way, run in ways.items():
-                spent = milliseconds(run)
+                took = milliseconds(run)
                 if repeat:  # the first compiles, or fills caches
-                    times.setdefault((choice, way), []).append(spent)
+                    times.setdefault((choice, way), []).append(took)
     steps = {name: steps for name, (_, steps) in PROMPTS.items()}
     rows = {
         choice: {way: median(times[choice, way]) / steps.get(way, 1) for way in ways}
         for choice, (ways, _) in every.items()
     }
-    show(rows, {choice: costs for choice, (_, costs) in every.items()})
-    write_json(
-        Path(OUTPUT.value),
-        {
-            "command": "python -m experiments.benchmarks.compute",
-            "hardware": f"{hardware()}, {THREADS} threads",
-            "forward": FORWARD,
-            "lora_step": STEP,
-            "milliseconds": rows,
-            "compiled": {choice: costs for choice, (_, costs) in every.items()},
-        },
-    )
-
-
-def show(rows: Mapping[str, Mapping[str, float]], costs: Mapping[str, Any]) -> None:
-    """A table on the terminal."""
-    ways = list(rows["defaults"])
-    table = Table("ms", *ways, "LoRA MiB", "LoRA compiled in")
+    costs = {choice: cost for choice, (_, cost) in every.items()}
+    titles, cells = list(rows["defaults"]), []
     for choice, row in rows.items():
-        cost = costs[choice]["LoRA step"]
-        told = [f"{cost['temporary_mib']:,.0f}", f"{cost['compile_seconds']:.1f} s"]
-        table.add_row(choice, *(f"{row[way]:,.1f}" if way in row else "" for way in ways), *told)
-    Console(width=160).print(table)
+        memory, seconds = (costs[choice]["LoRA step"][key] for key in ("temporary_mib", "compile_seconds"))
+        spent = [f"{row[way]:,.1f}" if way in row else "" for way in titles]
+        cells.append([choice, *spent, f"{memory:,.0f}", f"{seconds:.1f} s"])
+    print_table(("ms", *titles, "LoRA MiB", "LoRA compiled in"), cells, 160)
+    found = {"forward": FORWARD, "lora_step": STEP, "milliseconds": rows, "compiled": costs}
+    write_result("compute", found, threads=THREADS)
 
 
 if __name__ == "__main__":

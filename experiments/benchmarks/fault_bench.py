@@ -41,8 +41,8 @@ DEADLINE, IDLE = 2.0, 200
 WHOLE, ONE, REST, ALL = "nothing is lost", "one token from f alone", "the rest from f alone", "all from f alone"
 
 
-class Bench:
-    """A cloud process, and what generations on it ought to say."""
+class FaultHarness:
+    """Starts clouds, and knows the tokens that generations on them ought to give."""
 
     def __init__(self, backbone: Backbone, plugin: Plugin, plugin_directory: Path, folder: Path) -> None:
         self.backbone, self.plugin, self.plugin_directory, self.folder = backbone, plugin, plugin_directory, folder
@@ -54,7 +54,7 @@ class Bench:
         self.steps = in_process(self._local, plugin, self.request).traffic.exchanges
 
     def expected(self, lost: frozenset[int] = frozenset()) -> list[int]:
-        """The tokens of a generation whose exchanges of these steps, from 1, are not answered."""
+        """Returns the tokens of a generation whose exchanges of these steps, from 1, are not answered."""
 
         def connect(answer: Answer) -> InProcess:
             return _Losing(answer, lost)
@@ -63,8 +63,8 @@ class Bench:
         return generation.tokens
 
     @contextlib.contextmanager
-    def cloud(self, expired: bool = False) -> Iterator["Site"]:
-        """A cloud with a certificate that holds, or one that did."""
+    def cloud(self, expired: bool = False) -> Iterator["RunningCloud"]:
+        """Runs a cloud with a valid or an expired certificate."""
         now = datetime.now(UTC)
         ends = now - timedelta(days=1) if expired else now + timedelta(days=1)
         certificate = self.authority.issue_cert("127.0.0.1", not_before=now - timedelta(days=9), not_after=ends)
@@ -74,10 +74,10 @@ class Bench:
             certificate.cert_chain_pems[0].write_to_path(site / "cert.pem")
             own = [f"--tls_cert={site}/cert.pem", f"--tls_key={site}/key.pem", f"--tokens={self.folder}/tokens"]
             with cloud_process(self.backbone.name, *own, f"--deadline={DEADLINE}", log=site / "log") as cloud:
-                yield Site(self, cloud, site / "log")
+                yield RunningCloud(self, cloud, site / "log")
 
     def outcome(self, progress: Progress) -> str:
-        """What came of a generation, in the words of the table."""
+        """Describes what came of a generation, in the words of the table."""
         (answer,) = progress.generated
         tokens, degraded = list(answer.tokens), progress.degraded
         for words, lost in (
@@ -103,46 +103,48 @@ class _Losing(InProcess):
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
-    """A cloud that runs, for one bench."""
+class RunningCloud:
+    """A cloud that runs, for one harness."""
 
-    bench: Bench
+    harness: FaultHarness
     cloud: LocalCloud
     log: Path
 
     @property
     def connection(self) -> Connection:
-        """As an honest device has it."""
-        ca = str(self.bench.folder / "ca.pem")
+        """The connection of an honest device."""
+        ca = str(self.harness.folder / "ca.pem")
         return Connection(self.cloud.address, tls=True, ca=ca, token="good-token", patience=1.0)
 
     async def honest(self) -> Progress:
-        """A generation without a fault, as far as the device can tell."""
+        """Generates without a fault, as far as the device can tell."""
         seen = [Progress()]
-        await generate(self.connection, self.bench.plugin, self.bench.request, seen.append)
+        await generate(self.connection, self.harness.plugin, self.harness.request, seen.append)
         return seen[-1]
 
     @contextlib.asynccontextmanager
-    async def stream(self, first: FromDevice | None) -> AsyncIterator["Stream"]:
-        """A stream that begins so, or says nothing."""
+    async def stream(self, first: FromDevice | None) -> AsyncIterator["DeviceStream"]:
+        """Opens a stream that begins with this message, or says nothing."""
         async with self.connection.open() as channel:
-            stream = Stream(channel, self.connection.token)
+            stream = DeviceStream(channel, self.connection.token)
             if first is not None:
                 stream.say(first.SerializeToString())
             yield stream
             stream.call.cancel()
 
-    async def by_hand(self, act: "Act", first: FromDevice | None = None, until: int = 99) -> tuple[str, Progress]:
-        """Says what `act` makes of each honest reply, up to a question; returns the session and how far it came."""
+    async def by_hand(
+        self, respond: "Respond", first: FromDevice | None = None, until: int = 99
+    ) -> tuple[str, Progress]:
+        """Sends what `respond` makes of each honest reply, up to a question; returns the session and its progress."""
         session, device, progress, said = "", None, Progress(), []
-        async with self.stream(first or FromDevice(open=self.bench.request)) as stream:
+        async with self.stream(first or FromDevice(open=self.harness.request)) as stream:
             async for message in stream.messages():
                 if message.HasField("opened"):
                     session = message.opened.session
-                    device = device_for(self.bench.plugin, self.bench.request, list(message.opened.lengths))
+                    device = device_for(self.harness.plugin, self.harness.request, list(message.opened.lengths))
                 elif message.HasField("taps") and device is not None:
                     said.append(device.receive(message.taps))
-                    for data in await act(message.taps.step, said):
+                    for data in await respond(message.taps.step, said):
                         stream.say(data)
                     if message.taps.step == until:
                         break
@@ -153,7 +155,7 @@ class Site:
         return session, progress
 
 
-class Stream:
+class DeviceStream:
     """A stream of bytes from a device."""
 
     def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
@@ -162,11 +164,11 @@ class Stream:
         self.call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._drain(), metadata=metadata)
 
     def say(self, data: bytes) -> None:
-        """Sends."""
+        """Sends bytes."""
         self._outbox.put_nowait(data)
 
     async def messages(self) -> AsyncIterator[FromCloud]:
-        """What the cloud says, until the stream ends, however it does."""
+        """Yields what the cloud says, until the stream ends, however it does."""
         with contextlib.suppress(grpc.aio.AioRpcError):
             async for data in self.call:
                 yield FromCloud.FromString(data)
@@ -176,8 +178,8 @@ class Stream:
             yield await self._outbox.get()
 
 
-Act = Callable[[int, list[Reply | None]], Awaitable[list[bytes]]]
-"""From the step and all honest replies so far to what is sent."""
+Respond = Callable[[int, list[Reply | None]], Awaitable[list[bytes]]]
+"""(step, all honest replies so far) -> what is sent."""
 
 
 def _bytes(reply: Reply | None) -> bytes:
@@ -185,73 +187,73 @@ def _bytes(reply: Reply | None) -> bytes:
 
 
 async def honest(step: int, replies: list[Reply | None]) -> list[bytes]:
-    """No fault."""
+    """Replies honestly."""
     return [_bytes(replies[-1])]
 
 
-def instead(make: Callable[[Reply], list[bytes]]) -> Callable[[Site], Awaitable[str]]:
-    """A fault at step `FAULTY`: something else goes back than the honest reply."""
+def instead(make: Callable[[Reply], list[bytes]]) -> Callable[[RunningCloud], Awaitable[str]]:
+    """Makes a fault at step `FAULTY`: something else goes back than the honest reply."""
 
-    async def act(step: int, replies: list[Reply | None]) -> list[bytes]:
+    async def respond(step: int, replies: list[Reply | None]) -> list[bytes]:
         reply = replies[-1]
         assert reply is not None
         return make(reply) if step == FAULTY else [_bytes(reply)]
 
-    async def run(site: Site) -> str:
-        return site.bench.outcome((await site.by_hand(act))[1])
+    async def run(site: RunningCloud) -> str:
+        return site.harness.outcome((await site.by_hand(respond))[1])
 
     return run
 
 
-async def slow(site: Site) -> str:
+async def slow(site: RunningCloud) -> str:
     """The answer comes after the deadline."""
 
-    async def act(step: int, replies: list[Reply | None]) -> list[bytes]:
+    async def respond(step: int, replies: list[Reply | None]) -> list[bytes]:
         if step == FAULTY:
             await asyncio.sleep(1.2 * DEADLINE)
         return [_bytes(replies[-1])]
 
-    return site.bench.outcome((await site.by_hand(act))[1])
+    return site.harness.outcome((await site.by_hand(respond))[1])
 
 
-async def reordered(site: Site) -> str:
+async def reordered(site: RunningCloud) -> str:
     """An answer comes when the next question is already asked, before that one's answer."""
 
-    async def act(step: int, replies: list[Reply | None]) -> list[bytes]:
+    async def respond(step: int, replies: list[Reply | None]) -> list[bytes]:
         if step == FAULTY:
             return []
         return [_bytes(reply) for reply in (replies[-2:] if step == FAULTY + 1 else replies[-1:])]
 
-    return site.bench.outcome((await site.by_hand(act))[1])
+    return site.harness.outcome((await site.by_hand(respond))[1])
 
 
-async def reconnected(site: Site) -> str:
+async def reconnected(site: RunningCloud) -> str:
     """The stream breaks after three answers, and the device comes back."""
     session, _ = await site.by_hand(honest, until=3)
     _, progress = await site.by_hand(honest, FromDevice(reopen=Reopen(session=session)))
-    return site.bench.outcome(progress)
+    return site.harness.outcome(progress)
 
 
-async def oversized(site: Site) -> str:
+async def oversized(site: RunningCloud) -> str:
     """A message above the limit ends its stream; the device comes back when the cloud has gone on without it."""
 
-    async def act(step: int, replies: list[Reply | None]) -> list[bytes]:
+    async def respond(step: int, replies: list[Reply | None]) -> list[bytes]:
         return [bytes(MAX_BYTES_UP + 1)] if step == FAULTY else [_bytes(replies[-1])]
 
-    session, _ = await site.by_hand(act)
+    session, _ = await site.by_hand(respond)
     await asyncio.sleep(DEADLINE)
     _, progress = await site.by_hand(honest, FromDevice(reopen=Reopen(session=session)))
-    return site.bench.outcome(progress)
+    return site.harness.outcome(progress)
 
 
-async def vanished(site: Site) -> str:
+async def vanished(site: RunningCloud) -> str:
     """A real device process is killed in the midst of a generation; its session's result is fetched afterwards."""
     before = site.log.read_text(encoding="utf-8")
-    (site.bench.folder / "token").write_text("good-token", encoding="utf-8")
+    (site.harness.folder / "token").write_text("good-token", encoding="utf-8")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "spa_jax.serve", "device", f"--plugin={site.bench.plugin_directory}", "--tls",
-        f"--cloud={site.cloud.address}", f"--ca={site.bench.folder}/ca.pem", f"--prompt={PROMPT}",
-        f"--token_file={site.bench.folder}/token", f"--max_new_tokens={NEW}", "--threshold=0",
+        sys.executable, "-m", "spa_jax.serve", "device", f"--plugin={site.harness.plugin_directory}", "--tls",
+        f"--cloud={site.cloud.address}", f"--ca={site.harness.folder}/ca.pem", f"--prompt={PROMPT}",
+        f"--token_file={site.harness.folder}/token", f"--max_new_tokens={NEW}", "--threshold=0",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None
@@ -265,27 +267,27 @@ async def vanished(site: Site) -> str:
         await _finished(site, session)
         _, progress = await site.by_hand(honest, FromDevice(reopen=Reopen(session=session)))
         if progress.degraded:
-            return site.bench.outcome(progress)
+            return site.harness.outcome(progress)
     return "the killed device's session lost nothing"
 
 
-async def _finished(site: Site, session: str) -> None:
+async def _finished(site: RunningCloud, session: str) -> None:
     while not re.search(rf"session {session}: \d+ tokens", site.log.read_text(encoding="utf-8")):
         await asyncio.sleep(0.1)
 
 
-async def deaf(site: Site) -> str:
+async def deaf(site: RunningCloud) -> str:
     """A device opens a session and does not read its stream until the generation is over."""
-    async with site.stream(FromDevice(open=site.bench.request)) as stream:
-        await asyncio.sleep(Limits.first_deadline + (site.bench.steps + 1) * DEADLINE)
+    async with site.stream(FromDevice(open=site.harness.request)) as stream:
+        await asyncio.sleep(Limits.first_deadline + (site.harness.steps + 1) * DEADLINE)
         progress = Progress()
         async for message in stream.messages():
             if message.HasField("progress"):
                 progress = merged(progress, message.progress)
-    return site.bench.outcome(progress)
+    return site.harness.outcome(progress)
 
 
-async def idle(site: Site) -> str:
+async def idle(site: RunningCloud) -> str:
     """Streams that say nothing."""
     async with contextlib.AsyncExitStack() as stack:
         streams = [await stack.enter_async_context(site.stream(None)) for _ in range(IDLE)]
@@ -294,21 +296,21 @@ async def idle(site: Site) -> str:
     return f"{closed} streams closed by the cloud"
 
 
-async def refused(site: Site) -> str:
+async def refused(site: RunningCloud) -> str:
     """A device whose token the cloud does not know."""
     with contextlib.suppress(CloudGone):
         try:
             connection = dataclasses.replace(site.connection, token="bad-token")
-            await generate(connection, site.bench.plugin, site.bench.request)
+            await generate(connection, site.harness.plugin, site.harness.request)
         except UserError as error:
             return f"refused: {str(error).split(':')[0]}"
     return "served, or taken for gone"
 
 
-async def distrusted(site: Site) -> str:
+async def distrusted(site: RunningCloud) -> str:
     """A cloud whose certificate has expired."""
     try:
-        await generate(site.connection, site.bench.plugin, site.bench.request)
+        await generate(site.connection, site.harness.plugin, site.harness.request)
     except CloudGone:
         return "taken for gone"
     except UserError as error:
@@ -316,7 +318,7 @@ async def distrusted(site: Site) -> str:
     return "trusted"
 
 
-async def cloud_killed(site: Site) -> str:
+async def cloud_killed(site: RunningCloud) -> str:
     """The cloud's process is killed in the midst of a generation."""
     seen: list[list[int]] = []
 
@@ -326,10 +328,10 @@ async def cloud_killed(site: Site) -> str:
             site.cloud.process.send_signal(signal.SIGKILL)
 
     try:
-        await generate(site.connection, site.bench.plugin, site.bench.request, watch)
+        await generate(site.connection, site.harness.plugin, site.harness.request, watch)
     except CloudGone as error:
         kept = error.generations[0].tokens
-        if kept == seen[-1] == site.bench.expected()[: len(kept)] and kept:
+        if kept == seen[-1] == site.harness.expected()[: len(kept)] and kept:
             return "an error that has the tokens so far"
         return f"an error with {kept}"
     return "no error"
@@ -356,7 +358,7 @@ class Fault:
     """
 
     documented: str
-    run: Callable[[Site], Awaitable[str]]
+    run: Callable[[RunningCloud], Awaitable[str]]
     alone: bool = False
     expired: bool = False
 
@@ -381,14 +383,14 @@ FAULTS = {
 }
 
 
-async def observe(fault: Fault, site: Site) -> dict[str, str | float]:
+async def observe(fault: Fault, site: RunningCloud) -> dict[str, str | float]:
     """Runs a fault beside an honest session."""
     began = time.perf_counter()
     if fault.alone:
         observed, wrong = await fault.run(site), 0
     else:
         observed, other = await asyncio.gather(fault.run(site), site.honest())
-        told = list(other.generated[0].tokens)
-        wrong = sum(a != b for a, b in zip(told, site.bench.expected())) + other.degraded
+        tokens = list(other.generated[0].tokens)
+        wrong = sum(a != b for a, b in zip(tokens, site.harness.expected())) + other.degraded
     seconds = round(time.perf_counter() - began, 2)
     return {"documented": fault.documented, "observed": observed, "seconds": seconds, "wrong tokens of others": wrong}

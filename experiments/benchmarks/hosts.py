@@ -28,7 +28,7 @@ QUEUE = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What lies between the hosts.
+    """The link between the hosts.
 
     Attributes:
         round_trip: seconds, half of it each way.
@@ -45,13 +45,13 @@ class Link:
 
 
 def namespace(address: str) -> str:
-    """The name of the namespace of a host."""
+    """Returns the name of the namespace of a host."""
     return f"spa{address.rsplit('.', 1)[-1]}x{os.getpid()}"
 
 
 @contextlib.contextmanager
 def two_hosts(link: Link) -> Iterator[None]:
-    """Both hosts, while this lasts; `inside` runs commands on them.
+    """Keeps two hosts up while the context lasts; `inside` runs commands on them.
 
     Raises:
         UserError: namespaces or TUN devices are not permitted here.
@@ -76,7 +76,7 @@ def two_hosts(link: Link) -> Iterator[None]:
 
 
 def inside(address: str, *command: str) -> list[str]:
-    """The command line that runs a command on a host."""
+    """Returns the command line that runs a command on a host."""
     return ["ip", "netns", "exec", namespace(address), *command]
 
 
@@ -85,7 +85,7 @@ def _ip(*arguments: str) -> None:
 
 
 def _tun(name: str, space: str, address: str) -> int:
-    """A TUN device of that host, up and with its address."""
+    """Opens a TUN device of that host, up and with its address."""
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH", name.encode(), IFF_TUN | IFF_NO_PI))
     _ip("link", "set", name, "netns", space)

@@ -1,6 +1,6 @@
-"""What a backbone in 8 bits loses.
+"""Losses of a backbone in 8 bits against one in floats.
 
-    python -m experiments.benchmarks.int8 --data=DIR --output=experiments/results/int8.json
+    python -m experiments.benchmarks.int8 --data=DIR
 
 SmolLM2 on the answers of SciQ's test questions: bytes, loss with a paired interval, how often its best token changes,
 and what plugins are worth that were trained on floats or on 8 bits, each on either. The file it is loaded from keeps
@@ -16,12 +16,11 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from experiments.hardware import hardware
+from experiments.benchmarks.output import write_result
 from spa_jax import command
 from spa_jax.data.encoding import Example
 from spa_jax.data.tasks import load_split
 from spa_jax.errors import UserError
-from spa_jax.files import write_json
 from spa_jax.models.compute import WEIGHTS, Compute
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
@@ -35,7 +34,6 @@ from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's splits as JSON lines.")
-OUTPUT = flags.DEFINE_string("output", "experiments/results/int8.json", "Where to write the result.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/int8", "Of the two trainings.")
 
 BACKBONE, ROWS, EPOCHS, RATE, BATCH = "smollm2-135m-instruct", "250", 5, 5e-4, 8
@@ -97,10 +95,7 @@ def main() -> None:
     for name, value in found.items():
         Console().print(name, value)
     settings = {"rows": int(ROWS), "epochs": EPOCHS, "learning_rate": RATE}
-    write_json(
-        Path(OUTPUT.value),
-        {"command": "python -m experiments.benchmarks.int8 --data=DIR", "hardware": hardware(), **settings, **found},
-    )
+    write_result("int8", {**settings, **found}, "--data=DIR")
 
 
 if __name__ == "__main__":

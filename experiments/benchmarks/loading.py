@@ -18,21 +18,16 @@ import ml_dtypes
 import numpy as np
 import psutil
 import safetensors.numpy
-from absl import flags
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from experiments.hardware import hardware
+from experiments.benchmarks.output import write_result
+from experiments.record import print_table
 from spa_jax import command
-from spa_jax.files import write_json
 from spa_jax.training.processes import DistributedConfig, init_distributed
 from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES
 from spa_jax.weights.registry import load_backbone
-
-OUTPUT = flags.DEFINE_string("output", "experiments/results/loading.json", "Where to write the result.")
 
 LAYERS, WIDTH, FEED_FORWARD, HEADS, VOCABULARY = 16, 1536, 4096, 12, 32000
 PROCESSES = (1, 2, 4)
@@ -40,7 +35,7 @@ MIB = 2**20
 
 
 def write_checkpoint(directory: Path) -> int:
-    """A random one in bfloat16, a file for each block; its bytes."""
+    """Writes a random checkpoint in bfloat16, a file for each block, and returns its bytes."""
     rng, total = np.random.default_rng(0), 0
     index: dict[str, str] = {}
     outer = {"model.embed_tokens": (VOCABULARY, WIDTH), "lm_head": (VOCABULARY, WIDTH), "model.norm": (WIDTH,)}
@@ -71,7 +66,7 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def load(directory: str, coordinator: str, count: int, process: int, answers: Any) -> None:
-    """In a process of its own: (its own slices, most memory of its own, most with mapped pages), in bytes."""
+    """Loads it in a process of its own; answers (its slices, most memory of its own, most with mapped pages), bytes."""
     init_distributed(DistributedConfig(count > 1, coordinator, count, process, 100))
     partitioner = MeshPartitioner(make_mesh(MeshConfig(1, count, 1, 1), count))
     me, most = psutil.Process(), {"own": 0, "resident": 0}
@@ -84,7 +79,7 @@ def load(directory: str, coordinator: str, count: int, process: int, answers: An
 
 
 def _watch(process: Any, most: dict[str, int]) -> Any:
-    """Notes the most memory there was, until what is returned is called."""
+    """Notes the most memory there was, until the function that it returns is called."""
     done = threading.Event()
 
     def note() -> None:
@@ -108,7 +103,7 @@ def _watch(process: Any, most: dict[str, int]) -> Any:
 
 
 def measure(directory: str, count: int) -> dict[str, float]:
-    """The process that took most, in MiB."""
+    """Returns the memory of the process that took most, in MiB."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -117,10 +112,10 @@ def measure(directory: str, count: int) -> dict[str, float]:
     started = [spawn.Process(target=load, args=(directory, coordinator, count, i, answers)) for i in range(count)]
     for process in started:
         process.start()
-    told = [answers.get(timeout=600) for _ in started]
+    measured = [answers.get(timeout=600) for _ in started]
     for process in started:
         process.join()
-    slices, own, resident = (max(column) / MIB for column in zip(*told))
+    slices, own, resident = (max(column) / MIB for column in zip(*measured))
     return {"own_slices": slices, "most_of_its_own": own, "most_with_mapped_pages": resident}
 
 
@@ -128,20 +123,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         total = write_checkpoint(Path(directory))
         found = {count: measure(directory, count) for count in PROCESSES}
-    table = Table("processes", "its slices, MiB", "most of its own, MiB", "most with mapped pages, MiB")
-    for count, row in found.items():
-        table.add_row(str(count), *(f"{value:.0f}" for value in row.values()))
-    Console().print(table)
+    columns = ("processes", "its slices, MiB", "most of its own, MiB", "most with mapped pages, MiB")
+    print_table(columns, [[str(count), *(f"{x:.0f}" for x in row.values())] for count, row in found.items()])
     largest, big = 2 * VOCABULARY * WIDTH, ARCHITECTURES["llama-2-70b"]
     predicted = {hosts: 2 * (big.num_params / hosts + big.vocab_size * big.hidden_size) / 2**30 for hosts in (4, 16)}
-    described = {
-        "command": "python -m experiments.benchmarks.loading",
-        "hardware": hardware(),
-        "checkpoint_mib": total / MIB,
-    }
-    described |= {"largest_tensor_mib": largest / MIB, "mib_by_processes": found}
-    described["predicted_gib_of_llama_2_70b_by_hosts"] = predicted  # slices and the largest tensor
-    write_json(Path(OUTPUT.value), described)
+    sizes = {"checkpoint_mib": total / MIB, "largest_tensor_mib": largest / MIB, "mib_by_processes": found}
+    sizes["predicted_gib_of_llama_2_70b_by_hosts"] = predicted  # slices and the largest tensor
+    write_result("loading", sizes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """gRPC on a real network stack: what an exchange takes by its size, and a generation by the network's delay.
 
-    python -m experiments.benchmarks.network --plugin=runs/quickstart/plugin --output=experiments/results/network.json
+    python -m experiments.benchmarks.network --plugin=runs/quickstart/plugin
 
 Exchanges: two processes over loopback, messages as the cloud and the device write them. Generations: two hosts
 (`experiments.benchmarks.hosts`; Linux, as root, else this part is left out and says why), the time that questions are
@@ -18,22 +18,19 @@ from typing import Any
 import grpc
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from experiments.benchmarks.hosts import Link
+from experiments.benchmarks.output import write_result
 from experiments.benchmarks.over_link import over_link
-from experiments.hardware import hardware
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.persona import generate as persona
 from spa_jax.errors import UserError
-from spa_jax.files import write_json
 from spa_jax.split.grpc_channel import CLOUD_OPTIONS, DEVICE_OPTIONS, METHOD, SERVICE
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Reply, Taps, Tensor
 from spa_jax.weights.plugin import load_plugin
 
 PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin, such as runs/quickstart/plugin.")
-OUTPUT = flags.DEFINE_string("output", "experiments/results/network.json", "Where to write the result.")
 
 PAYLOADS, WARM, EXCHANGES, ANSWER = (3_000, 30_000, 270_000), 30, 500, 2_304
 """Bytes of a question's array, exchanges that are not and that are counted, and bytes of an answer's array."""
@@ -44,10 +41,10 @@ def main() -> None:
     if PLUGIN.value is None:
         raise UserError("name a trained plugin with --plugin=DIR")
     exchanges = {str(size): exchange_seconds(size) for size in PAYLOADS}
-    table = Table("bytes of a question", "median ms", "99th percentile ms")
-    for size, row in exchanges.items():
-        table.add_row(size, f"{1e3 * row['median']:.2f}", f"{1e3 * row['p99']:.2f}")
-    Console().print(table)
+    print_table(
+        ("bytes of a question", "median ms", "99th percentile ms"),
+        [(size, f"{1e3 * row['median']:.2f}", f"{1e3 * row['p99']:.2f}") for size, row in exchanges.items()],
+    )
     _, held_out = persona(0)
     prompts = [pair.source for pair in held_out[:: len(held_out) // PROMPTS][:PROMPTS]]
     rows: list[dict[str, Any]] = []
@@ -58,35 +55,27 @@ def main() -> None:
                 link = Link(delay, RATE, congestion=congestion)
                 rows += over_link(link, backbone, Path(PLUGIN.value), prompts, NEW, codec)
     except UserError as error:
-        Console().print(f"generations between two hosts are left out: {error}")
-    table = Table(
-        "congestion control", "codec", "round trip", "exchanges", "bytes down", "measured s", "equation 6 s", "ratio"
-    )
+        print(f"generations between two hosts are left out: {error}")
+    cells = []
     for row in rows:
-        ratio = row["measured_seconds"] / row["predicted_seconds"]
-        seconds = (f"{row[key]:.3f}" for key in ("measured_seconds", "predicted_seconds"))
+        measured, predicted = row["measured_seconds"], row["predicted_seconds"]
         names = (str(row[key]) for key in ("congestion", "codec", "round_trip", "exchanges", "bytes_down"))
-        table.add_row(*names, *seconds, f"{ratio:.2f}")
-    Console().print(table)
-    said = {
-        "command": "python -m experiments.benchmarks.network --plugin=runs/quickstart/plugin",
-        "hardware": hardware(),
-        "exchange_seconds": exchanges,
-        "rate": RATE,
-        "generations": rows,
-    }
-    write_json(Path(OUTPUT.value), said)
+        cells.append([*names, f"{measured:.3f}", f"{predicted:.3f}", f"{measured / predicted:.2f}"])
+    varied = ("congestion control", "codec", "round trip")
+    print_table((*varied, "exchanges", "bytes down", "measured s", "equation 6 s", "ratio"), cells)
+    found = {"exchange_seconds": exchanges, "rate": RATE, "generations": rows}
+    write_result("network", found, "--plugin=runs/quickstart/plugin")
 
 
 def exchange_seconds(size: int) -> dict[str, float]:
-    """Median and 99th percentile of exchanges over loopback, between this process and another one."""
+    """Returns median and 99th percentile of exchanges over loopback, between this process and another one."""
     return asyncio.run(_exchanges(size))
 
 
 async def _exchanges(size: int) -> dict[str, float]:
     seconds: list[float] = []
     question = FromCloud(taps=Taps(step=1, taps=Tensor(values=np.random.default_rng(0).bytes(size))))
-    over = asyncio.Event()
+    finished = asyncio.Event()
 
     async def ask(replies: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         for _ in range(WARM + EXCHANGES):
@@ -94,7 +83,7 @@ async def _exchanges(size: int) -> dict[str, float]:
             yield question.SerializeToString()
             FromDevice.FromString(await anext(replies))
             seconds.append(time.perf_counter() - began)
-        over.set()
+        finished.set()
 
     server = grpc.aio.server(options=CLOUD_OPTIONS)
     handler = grpc.stream_stream_rpc_method_handler(ask)
@@ -103,7 +92,7 @@ async def _exchanges(size: int) -> dict[str, float]:
     await server.start()
     device = multiprocessing.get_context("spawn").Process(target=_answer, args=(port,))
     device.start()
-    await over.wait()
+    await finished.wait()
     await server.stop(grace=1)
     device.join()
     counted = seconds[WARM:]
@@ -111,7 +100,7 @@ async def _exchanges(size: int) -> dict[str, float]:
 
 
 def _answer(port: int) -> None:
-    """The device's process."""
+    """Answers in the device's process."""
     asyncio.run(_answers(port))
 
 

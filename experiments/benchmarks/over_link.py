@@ -18,7 +18,7 @@ from spa_jax.split.simulated import Network
 def over_link(
     link: Link, backbone: str, plugin: Path, prompts: list[str], new: int, codec: str = "float32"
 ) -> list[dict[str, Any]]:
-    """Generations by a cloud on one host and a device on another, one after the other.
+    """Runs generations by a cloud on one host and a device on another, one after the other.
 
     Raises:
         UserError: hosts are not permitted here.

@@ -1,4 +1,4 @@
-"""What measurements against PyTorch share: the same weights there, and each side in a process of its own."""
+"""The common part of measurements against PyTorch: the same weights there, and each side in a process of its own."""
 
 import json
 import os
@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmarks.timing import THREADS
 from spa_jax.weights.backbone import Backbone
-
-THREADS = 2
 
 
 def run_child(module: str, side: str, folder: Path, *arguments: str) -> dict[str, Any]:
@@ -22,20 +21,14 @@ def run_child(module: str, side: str, folder: Path, *arguments: str) -> dict[str
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def use_threads() -> None:
-    """Keeps this process, one side of a measurement, to as many processors as threads are meant to be used."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-
-
 def peak_bytes() -> int:
-    """Peak resident memory of this process (Linux; `ru_maxrss` would count the parent's before it became this one)."""
+    """Returns this process's peak resident memory (Linux; `ru_maxrss` would count the parent's too)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def export(backbone: Backbone, directory: Path) -> None:
-    """The backbone as a directory that `transformers` reads."""
+    """Writes the backbone as a directory that `transformers` reads."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -13,20 +13,17 @@ import time
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from experiments.hardware import hardware
+from experiments.benchmarks.output import write_result
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.persona import generate as persona
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.files import write_json
 from spa_jax.split import client
 from spa_jax.split.client import Connection
 from spa_jax.split.generation import generate, open_message
@@ -37,7 +34,6 @@ from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 
 PLUGIN = flags.DEFINE_string("plugin", None, "A trained plugin, such as runs/quickstart/plugin.")
-OUTPUT = flags.DEFINE_string("output", "experiments/results/split_speed.json", "Where to write the result.")
 
 PROMPTS, NEW, REPEATS = 6, 40, 18
 
@@ -51,7 +47,7 @@ def main() -> None:
 
 
 def measure(plugin: Plugin, address: str) -> None:
-    """Each way in turn, the gRPC one with the cloud at that address."""
+    """Times each way in turn, the gRPC one with the cloud at that address."""
     backbone = load_backbone(plugin.backbone)
     encoder = Encoder(backbone.tokenizer, plugin.template, backbone.config.max_position_embeddings)
     _, held_out = persona(0)
@@ -105,18 +101,11 @@ def measure(plugin: Plugin, address: str) -> None:
             ("spa, one program, beam 4", "spa, in-process channel, beam 4"),
         )
     }
-    table = Table("way", "tokens per second")
-    for name, rate in medians.items():
-        table.add_row(name, f"{rate:.1f}")
-    Console().print(table, f"differing tokens: {differing}")
-    result: dict[str, Any] = {
-        "command": "python -m experiments.benchmarks.split_speed --plugin=runs/quickstart/plugin",
-        "hardware": hardware(),
-        "tokens_per_second": medians,
-        "differing_tokens": differing,
-        "compared_tokens": sum(map(len, said["spa, in-process channel"])),
-    }
-    write_json(Path(OUTPUT.value), result)
+    print_table(("way", "tokens per second"), [(name, f"{rate:.1f}") for name, rate in medians.items()])
+    print(f"differing tokens: {differing}")
+    compared = sum(map(len, said["spa, in-process channel"]))
+    found = {"tokens_per_second": medians, "differing_tokens": differing, "compared_tokens": compared}
+    write_result("split_speed", found, "--plugin=runs/quickstart/plugin")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """The network column of the paper's Table 2, counted from the real programs.
 
-    python -m experiments.benchmarks.table2_network --output=experiments/results/table2_network.json
+    python -m experiments.benchmarks.table2_network
 
 Every method generates 50 tokens over a simulated link of 3.82 ms and 1 Gbit/s, with its own programs, on a backbone of
 32 random blocks that is 1/128 as wide as LLaMA-7B; the bytes of arrays are counted 128 times. Prompts are not counted.
 SPA has a random router and the threshold at which it asks for 31 of the 50 tokens, the paper's ratio of 0.62.
 """
 
-from pathlib import Path
-
 import numpy as np
-from absl import flags
-from rich.console import Console
-from rich.table import Table
 
+from experiments.benchmarks.output import output_path
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.files import write_json
 from spa_jax.models.combine import Setting
@@ -32,8 +29,6 @@ from spa_jax.split.wire import Codec
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
 
-OUTPUT = flags.DEFINE_string("output", "experiments/results/table2_network.json", "Where to write the table.")
-
 LAYERS, WIDTH, LLAMA_7B_WIDTH = 32, 32, 4096
 SCALE = LLAMA_7B_WIDTH // WIDTH
 NEW, ASKED = 50, 31
@@ -43,7 +38,7 @@ NETWORK = Network()
 PROMPT = [1, 2, 3, 4, 5]
 
 
-class Counter(Simulated):
+class ScaledLink(Simulated):
     """A simulated link on which arrays are `SCALE` times as large as they are; their scales are not."""
 
     def __init__(self, answer: Answer, layers: bool = False) -> None:
@@ -61,8 +56,8 @@ class Counter(Simulated):
         return reply
 
 
-def plugin_of(setting: Setting, taps: tuple[int, ...]) -> Plugin:
-    """Random, so that the router is of two minds and g says something."""
+def random_plugin(setting: Setting, taps: tuple[int, ...]) -> Plugin:
+    """Makes a random plugin, so that the router is of two minds and g says something."""
     config = PluginConfig(setting, SideConfig("tokenwise", 4, taps), WIDTH)
     rng = np.random.default_rng(0)
     shapes = init_plugin(config, abstract=True)
@@ -74,12 +69,12 @@ def plugin_of(setting: Setting, taps: tuple[int, ...]) -> Plugin:
 
 
 def count_spa(backbone: Backbone, setting: Setting, taps: tuple[int, ...], codec: Codec) -> Traffic:
-    """Traffic of 50 tokens; in `spa` with 31 of them asked for."""
-    plugin, cloud = plugin_of(setting, taps), Cloud(backbone)
+    """Counts the traffic of 50 tokens; in `spa` with 31 of them asked for."""
+    plugin, cloud = random_plugin(setting, taps), Cloud(backbone)
 
     def run(threshold: float) -> Traffic:
         request = open_message(plugin, [PROMPT], NEW, codec, threshold=threshold)
-        return generate(cloud, plugin, request, Counter).traffic
+        return generate(cloud, plugin, request, ScaledLink).traffic
 
     if setting != "spa":
         return run(0.5)
@@ -91,10 +86,10 @@ def count_spa(backbone: Backbone, setting: Setting, taps: tuple[int, ...], codec
 
 
 def count_layers(backbone: Backbone, method: PeftSetting) -> Traffic:
-    """Traffic of 50 tokens after the first, which comes with the prompt."""
+    """Counts the traffic of 50 tokens after the first, which comes with the prompt."""
     config = PeftConfig(method, 2)
     device = LayerwiseDevice(Peft(config, init_peft(config, backbone.config)), backbone.config, "bfloat16")
-    channel = Counter(device.answer, layers=True)
+    channel = ScaledLink(device.answer, layers=True)
     _, traffic = LayerwiseCloud(backbone, config, "bfloat16", channel).generate(PROMPT, NEW + 1)
     return traffic
 
@@ -114,8 +109,7 @@ def main() -> None:
         "spa": count_spa(backbone, "spa", every, "bfloat16"),
         "spa, six taps as int8": count_spa(backbone, "spa", six, "int8"),
     }
-    rows = {}
-    table = Table("method", "exchanges", "bytes", "network seconds", "paper")
+    rows, cells = {}, []
     for name, traffic in traffics.items():
         seconds, total = traffic.network_seconds, traffic.bytes_down + traffic.bytes_up
         assert np.isclose(seconds, network_seconds(traffic, NETWORK)), "the virtual clock is equation 6"
@@ -123,18 +117,11 @@ def main() -> None:
             "exchanges": traffic.exchanges, "bytes": total, "bytes_down": traffic.bytes_down,
             "bytes_up": traffic.bytes_up, "network_seconds": seconds, "paper_network_seconds": PAPER.get(name),
         }  # fmt: skip
-        table.add_row(name, f"{traffic.exchanges}", f"{total:,}", f"{seconds:.3f}", str(PAPER.get(name, "")))
-    Console().print(table)
+        cells.append((name, f"{traffic.exchanges}", f"{total:,}", f"{seconds:.3f}", str(PAPER.get(name, ""))))
+    print_table(("method", "exchanges", "bytes", "network seconds", "paper"), cells)
     link = {"tau_seconds": NETWORK.tau, "bits_per_second": NETWORK.down}
-    write_json(
-        Path(OUTPUT.value),
-        {
-            "command": "python -m experiments.benchmarks.table2_network",
-            "hardware": "none: counted",
-            "network": link,
-            "rows": rows,
-        },
-    )
+    said = {"command": "python -m experiments.benchmarks.table2_network", "hardware": "none: counted"}
+    write_json(output_path("table2_network"), {**said, "network": link, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Bytes on the wire against loss: which taps, by which codec.
 
-    python -m experiments.benchmarks.wire_bytes --data=DIR --output=experiments/results/wire_bytes.json
+    python -m experiments.benchmarks.wire_bytes --data=DIR
 
 Takes plugins of the ablations on SciQ (`experiments.paper.ablations`), which are trained where they are not there, and
 measures each on SciQ's test rows with taps and corrections through each codec, the device always asked. Bytes are those
@@ -15,17 +15,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import flags
-from rich.console import Console
-from rich.table import Table
 
-from experiments.hardware import hardware
+from experiments.benchmarks.output import output_path, write_result
 from experiments.paper import ablations
 from experiments.paper.report import open_store
 from experiments.paper.store import CellStore
+from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.pairs import read_json_lines
-from spa_jax.files import write_json
 from spa_jax.models.combine import with_correction
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig
@@ -37,8 +34,6 @@ from spa_jax.training.rows import make_encoder
 from spa_jax.training.scorer import Scorer
 from spa_jax.training.vocabulary_loss import token_losses
 from spa_jax.weights.plugin import load_plugin
-
-OUTPUT = flags.DEFINE_string("output", "experiments/results/wire_bytes.json", "Where to write the table.")
 
 ROWS = ("spa taps all", "spa taps every:3", "spa seed 0", "spa taps last:4", "spa taps last:2", "spa taps last:1")
 """Of the ablations on SciQ."""
@@ -90,14 +85,16 @@ def plot(path: Path, results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     store = open_store()
     results = {row: measure(store, row) for row in ROWS}
-    table = Table("run", "codec", "taps", "bytes an exchange", "loss")
-    for name, codecs in results.items():
-        for codec, row in codecs.items():
-            table.add_row(name, codec, str(len(row["taps"])), f"{row['bytes']:,}", f"{row['loss']:.4f}")
-    Console().print(table)
-    output, said = Path(OUTPUT.value), "python -m experiments.benchmarks.wire_bytes --data=DIR"
-    write_json(output, {"command": said, "hardware": hardware(), "rows": results})
-    plot(output.with_suffix(".png"), results)
+    print_table(
+        ("run", "codec", "taps", "bytes an exchange", "loss"),
+        [
+            (name, codec, str(len(row["taps"])), f"{row['bytes']:,}", f"{row['loss']:.4f}")
+            for name, codecs in results.items()
+            for codec, row in codecs.items()
+        ],
+    )
+    write_result("wire_bytes", {"rows": results}, "--data=DIR")
+    plot(output_path("wire_bytes").with_suffix(".png"), results)
 
 
 if __name__ == "__main__":

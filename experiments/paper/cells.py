@@ -41,7 +41,7 @@ class Training:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All but the label, as JSON types, for the record of its run."""
+        """Describes all but the label in JSON types, for the record of its run."""
         tuned_on = self.tuned_on and self.tuned_on.label
         return {**vars(self), "changes": dict(self.changes), "tuned_on": tuned_on}
 
@@ -66,13 +66,13 @@ class Cell:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All but the label, as JSON types, for the record of its results."""
+        """Describes all but the label in JSON types, for the record of its results."""
         training = self.training and self.training.label
         return {**vars(self), "changes": dict(self.changes), "training": training}
 
 
 def one_shot(task: str) -> Cell:
-    """The backbone alone, shown one training row before each question."""
+    """Evaluates the backbone alone, shown one training row before each question."""
     return Cell(f"{task}-base-one-shot", task, None, FrozenDict(setting="base", shots=1))
 
 

@@ -1,4 +1,4 @@
-"""Which of the paper's claims come back, by paired bootstrap intervals over the same test questions.
+"""The paper's claims, judged by paired bootstrap intervals over the same test questions.
 
     python -m experiments.paper.claims --scale=mini --data=DIR [--norun]
 
@@ -68,11 +68,6 @@ def claims(scale: Scale) -> list[Claim]:
         for name in ("LoRA", "Adapter"):
             found.append(Claim(f"{name.lower()} above SPA", task, cells[name], cells["SPA"]))
     return found
-
-
-def cells(scale: Scale) -> list[Cell]:
-    """Returns the cells that claims are about, all of which are in tables too."""
-    return [cell for claim in claims(scale) for cell in (claim.above, claim.below)]
 
 
 def difference(store: CellStore, above: Cell, below: Cell, score: str) -> Estimate:

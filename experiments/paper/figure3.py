@@ -14,14 +14,14 @@ from absl import flags
 from rich.console import Console
 from rich.text import Text
 
-from experiments.hardware import hardware
 from experiments.paper.report import RESULTS, plt
+from experiments.record import write_record
 from spa_jax import command
 from spa_jax.data import persona
 from spa_jax.data.encoding import Encoder, token_texts
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.files import write_bytes, write_json
+from spa_jax.files import write_bytes
 from spa_jax.scoring.effect import alternatives
 from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
@@ -34,8 +34,8 @@ CLOUD, DEVICE = "#1f5fd0", "#000000"
 
 
 def answers(plugin_directory: Path) -> list[dict[str, Any]]:
-    """Question, and of each generated token its text, its source, and the backbone's choice where the device was
-    asked."""
+    """Returns each question, and of each generated token its text, its source, and the backbone's choice where the
+    device was asked."""
     plugin = load_plugin(plugin_directory)
     backbone = load_backbone(plugin.backbone)
     model = FusedModel(backbone, plugin)
@@ -59,7 +59,7 @@ def answers(plugin_directory: Path) -> list[dict[str, Any]]:
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Monospaced text in two colours."""
+    """Draws monospaced text in two colours."""
     lines: list[list[tuple[str, str]]] = []
     for answer in found:
         lines += [[(answer["question"][:COLUMNS], "#777777")], []]
@@ -94,13 +94,10 @@ def main() -> None:
         console.print(line, end="\n\n")
     output = Path(RESULTS.value)
     write_bytes(output / "figure3.html", console.export_html().encode())
-    said = "python -m experiments.paper.figure3 --plugin=runs/quickstart/plugin"
     shares = [sum(token["source"] == "device" for token in answer["tokens"]) for answer in found]
     share = sum(shares) / math.fsum(len(answer["tokens"]) for answer in found)
-    write_json(
-        output / "figure3.json",
-        {"command": said, "hardware": hardware(), "consulted_share": share, "answers": found},
-    )
+    record = {"consulted_share": share, "answers": found}
+    write_record(output / "figure3.json", "paper.figure3 --plugin=runs/quickstart/plugin", record)
     draw(found, output / "figure3.png")
 
 

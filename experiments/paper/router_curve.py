@@ -1,4 +1,4 @@
-"""What the router is worth at every share of tokens the device is asked for: loss at all of them, ROUGE-L at three.
+"""The router's worth at every share of tokens that the device is asked for: loss at all of them, ROUGE-L at three.
 
     python -m experiments.paper.router_curve --scale=mini --data=DIR
 
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments.hardware import hardware
 from experiments.paper.cells import Cell, cell_of, plugin_training
 from experiments.paper.report import Rows, entry, plt, run_report, write
 from experiments.paper.scales import BUDGET, TITLES, Scale
 from experiments.paper.store import CellStore
+from experiments.record import hardware
 from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json
 from spa_jax.models.llama import Params

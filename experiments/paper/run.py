@@ -15,22 +15,21 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from experiments.hardware import hardware
 from experiments.paper import claims, router_curve, table2, tables
 from experiments.paper.cells import Cell, Training
 from experiments.paper.report import open_store
 from experiments.paper.scales import TITLES, Scale
 from experiments.paper.store import CellStore
+from experiments.record import write_record
 from spa_jax import command
 from spa_jax.errors import UserError
-from spa_jax.files import write_json
 from spa_jax.models.peft import PEFT_SETTINGS
 
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
 ONLY = flags.DEFINE_string("only", "", "Run only cells in whose label this regular expression is found.")
 
-MODULES: tuple[ModuleType, ...] = (tables, router_curve, table2, claims)
-"""Each has `cells(scale)` and `report(store)`."""
+MODULES: tuple[ModuleType, ...] = (tables, router_curve, table2)
+"""Each has `cells(scale)` and `report(store)`; claims are about the same cells."""
 
 
 def all_cells(scale: Scale) -> list[Cell]:
@@ -51,10 +50,6 @@ def select(cells: list[Cell], only: str) -> list[Cell]:
         raise UserError(f"--only='{only}' is no regular expression: {error}") from error
 
 
-Kind = tuple[Any, ...]
-"""What trainings, or cells, have in common that take about the same time."""
-
-
 def estimate(store: CellStore, todo: list[Cell]) -> float | None:
     """Returns the seconds that the cells will take, by the mean of what was measured of the same kind, or else of all;
     None where nothing was measured."""
@@ -69,20 +64,20 @@ def estimate(store: CellStore, todo: list[Cell]) -> float | None:
     return seconds + sum(_mean(trainings, _training_kind(training.description)) for training in missing.values())
 
 
-def _training_kind(description: Mapping[str, Any]) -> Kind:
+def _training_kind(description: Mapping[str, Any]) -> tuple:
     return description["task"], description["single_questions"], description["changes"].get("data.size")
 
 
-def _cell_kind(description: Mapping[str, Any]) -> Kind:
+def _cell_kind(description: Mapping[str, Any]) -> tuple:
     return description["task"], description["generates"]
 
 
-def _measured(folder: Path, key: str, kind: Callable[[Mapping[str, Any]], Kind]) -> list[tuple[Kind, float]]:
+def _measured(folder: Path, key: str, kind: Callable[[Mapping[str, Any]], tuple]) -> list[tuple[tuple, float]]:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
     return [(kind(record["description"]), record[key]) for record in records if key in record]
 
 
-def _mean(measured: list[tuple[Kind, float]], kind: Kind) -> float:
+def _mean(measured: list[tuple[tuple, float]], kind: tuple) -> float:
     like = [value for of, value in measured if of == kind] or [value for _, value in measured]
     return sum(like) / len(like)
 
@@ -111,15 +106,14 @@ def main() -> None:
     for cell in todo:
         store.result(cell)
     store.may_run = ALL.value
-    for module in MODULES:
+    for module in (*MODULES, claims):
         module.report(store)
     passes = backbone_passes(store)
     console.print(
         f"the trainings needed {passes['needed']:,} backbone passes over an example, of which the tap cache left "
         f"{passes['run']:,}"
     )
-    said = f"python -m experiments.paper.run --all --scale={store.scale.name}"
-    write_json(store.results / "backbone_passes.json", {"command": said, "hardware": hardware(), **passes})
+    write_record(store.results / "backbone_passes.json", f"paper.run --all --scale={store.scale.name}", passes)
 
 
 if __name__ == "__main__":

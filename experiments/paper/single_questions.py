@@ -6,7 +6,6 @@ as it is for a task's.
 
 import json
 from pathlib import Path
-from typing import cast
 
 from spa_jax.data.pairs import Pair
 from spa_jax.data.tasks import Split, load_split
@@ -29,15 +28,10 @@ def write_splits(task: str, directory: str, output: Path) -> None:
     """
     if not directory:
         raise UserError(f"name a directory with {task}'s rows by --data=DIR: these rows are not read from the hub")
-    read = {"sciq": _sciq, "coqa": _coqa}[task]
     for split in SPLITS:
-        pairs = read(Path(directory) / f"{split}.jsonl")
+        pairs = load_split(task, directory, split) if task == "sciq" else _coqa(Path(directory) / f"{split}.jsonl")
         lines = [json.dumps({"source": pair.source, "target": pair.target}) for pair in pairs]
         write_bytes(output / f"{split}.jsonl", "\n".join(lines).encode())
-
-
-def _sciq(path: Path) -> list[Pair]:
-    return load_split("sciq", str(path.parent), cast(Split, path.stem))
 
 
 def _coqa(path: Path) -> list[Pair]:

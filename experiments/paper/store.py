@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.hardware import hardware
 from experiments.paper.cells import Cell, Training
 from experiments.paper.scales import BEAMS, BUDGET, CLOSED_BOOK, LEARNING_RATES, Scale
 from experiments.paper.single_questions import write_splits
 from experiments.paper.sizes import trainable_size, with_size
+from experiments.record import hardware
 from spa_jax.data.pairs import read_json_lines
 from spa_jax.decoding.prompts import PromptStore
 from spa_jax.errors import UserError
@@ -90,11 +90,11 @@ class CellStore:
         Raises:
             UserError: it is damaged, or of another cell.
         """
-        return _read(self._path(cell), cell.description)
+        return _read(self._path("cells", cell.label), cell.description)
 
     def predictions(self, cell: Cell) -> list[Prediction]:
         """Returns the generations of a cell that is done."""
-        return read_predictions(self._predictions(cell))[1]
+        return read_predictions(self._path("predictions", cell.label, ".jsonl.gz"))[1]
 
     def summary(self, training: Training) -> dict[str, Any] | None:
         """Returns the record of a training; None where it is not done and may not be run.
@@ -106,7 +106,7 @@ class CellStore:
             if not self.may_run:
                 return None
             self.train(training)
-        return _read(self._summary(training.label), training.description)
+        return _read(self._path("trainings", training.label), training.description)
 
     def hardware(self, folder: str = "") -> str:
         """Names what the scale's measurements ran on, which need not be where their tables are written.
@@ -123,7 +123,7 @@ class CellStore:
         remarks: dict[str, list[str]] = {}
         for row, cell in rows:
             if cell is not None and cell.training is not None and self.trained(cell.training):
-                record = _read(self._summary(cell.training.label), cell.training.description)
+                record = _read(self._path("trainings", cell.training.label), cell.training.description)
                 if "note" in record:
                     remarks.setdefault(record["note"], []).append(row)
         return [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in remarks.items()]
@@ -156,18 +156,18 @@ class CellStore:
 
     def done(self, cell: Cell) -> bool:
         """Says whether `result` has nothing to run."""
-        return self._path(cell).exists()
+        return self._path("cells", cell.label).exists()
 
     def trained(self, training: Training) -> bool:
         """Says whether `summary` has nothing to run."""
-        return self._summary(training.label).exists()
+        return self._path("trainings", training.label).exists()
 
     def missing_runs(self, training: Training) -> dict[str, Training]:
         """Returns what `summary` has to run, by label: the training, and those that choose its learning rate."""
         runs = {} if self.trained(training) else {training.label: training}
         on = training.tuned_on
-        if runs and on is not None and not self._rates(on).exists():
-            runs |= {label: on for label in trials(on) if not self._summary(label).exists()}
+        if runs and on is not None and not self._path("rates", on.label).exists():
+            runs |= {label: on for label in trials(on) if not self._path("trainings", label).exists()}
         return runs
 
     def _evaluate(self, cell: Cell) -> dict[str, Any]:
@@ -180,7 +180,8 @@ class CellStore:
             fields = {"beams": BEAMS, "max_length": max_length, **cell.changes}
             config = EvaluationConfig(cell.task, self.directory(cell.task), **fields)
             found = evaluate(config, self.backbone, plugin, output, self._prompts)
-            write_bytes(self._predictions(cell), gzip.compress((output / PREDICTIONS).read_bytes(), mtime=0))
+            packed = gzip.compress((output / PREDICTIONS).read_bytes(), mtime=0)
+            write_bytes(self._path("predictions", cell.label, ".jsonl.gz"), packed)
         else:
             found = self._losses(cell, plugin)
         record = {
@@ -190,7 +191,7 @@ class CellStore:
             "time/evaluate_seconds": time.perf_counter() - began,
             **{key: value for key, value in found.items() if not isinstance(value, list)},  # but those with intervals
         }
-        write_json(self._path(cell), record)
+        write_json(self._path("cells", cell.label), record)
         return record | found
 
     def _losses(self, cell: Cell, trained: Trained | None) -> dict[str, float]:
@@ -215,20 +216,20 @@ class CellStore:
         on = training.tuned_on
         if on is None:
             return self.config(training).optimizer.learning_rate
-        path = self._rates(on)
+        path = self._path("rates", on.label)
         if not path.exists():
             losses = {}
             for label, rate in trials(on).items():
-                if not self._summary(label).exists():
+                if not self._path("trainings", label).exists():
                     self._train_at(on, rate, label)
-                losses[f"{rate:g}"] = _read(self._summary(label))[f"loss/{on.changes['setting']}"]
+                losses[f"{rate:g}"] = _read(self._path("trainings", label))[f"loss/{on.changes['setting']}"]
             write_json(path, {"chosen_on": on.label, "held_out_loss": losses})
         losses = _read(path)["held_out_loss"]
         return float(min(losses, key=lambda rate: losses[rate]))
 
     def _train_at(self, training: Training, rate: float, label: str) -> Path:
         name = f"{training.label}-{rate:g}"
-        run, kept = self._workdir / "trainings" / name, self._summary(label)
+        run, kept = self._workdir / "trainings" / name, self._path("trainings", label)
         if kept.exists() and (run / "plugin").is_dir():  # several cells are of one training
             return run
         log.info("training %s at %g", training.label, rate)
@@ -255,17 +256,8 @@ class CellStore:
             write_splits(task, self.directory(task), path)
         return path
 
-    def _rates(self, training: Training) -> Path:
-        return self.results / "rates" / f"{training.label}.json"
-
-    def _summary(self, label: str) -> Path:
-        return self.results / "trainings" / f"{label}.json"
-
-    def _path(self, cell: Cell) -> Path:
-        return self.results / "cells" / f"{cell.label}.json"
-
-    def _predictions(self, cell: Cell) -> Path:
-        return self.results / "predictions" / f"{cell.label}.jsonl.gz"
+    def _path(self, folder: str, label: str, suffix: str = ".json") -> Path:
+        return self.results / folder / f"{label}{suffix}"
 
 
 def trials(training: Training) -> dict[str, float]:

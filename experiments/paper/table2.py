@@ -16,11 +16,11 @@ import statistics
 import time
 from typing import Any
 
-from experiments.hardware import hardware
 from experiments.paper.cells import Cell, cell_of, table2_training
 from experiments.paper.report import Rows, TableEntry, entry, run_report, write
 from experiments.paper.scales import LEARNING_RATES, TITLES, Scale
 from experiments.paper.store import CellStore
+from experiments.record import hardware
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.tasks import load_split
 from spa_jax.files import write_json

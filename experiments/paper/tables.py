@@ -63,27 +63,32 @@ class Column:
         return entry(result, self.metric, self.paper.get(row, {}).get(group), self.factor)
 
 
-@dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells in rows, and groups of columns.
+    """Cells in rows, and groups of columns."""
 
-    Attributes:
-        title: of the table.
-        grid: its cells at a scale.
-        columns: what is shown of them.
-        notes: what is said below it.
-        plot: draws it into a file, from its title and rows; None for no plot.
-        folder: of its cells' labels.
-        caption: what its cells are, in place of the scale's caption.
-    """
+    def __init__(
+        self,
+        title: str,
+        grid: Callable[[Scale], Grid],
+        *columns: Column,
+        note: str = "",
+        plot: Callable[[Path, str, Rows], None] | None = None,
+        folder: str = "",
+        caption: str | None = None,
+    ) -> None:
+        """Describes a table.
 
-    title: str
-    grid: Callable[[Scale], Grid]
-    columns: tuple[Column, ...]
-    notes: tuple[str, ...] = ()
-    plot: Callable[[Path, str, Rows], None] | None = None
-    folder: str = ""
-    caption: str | None = None
+        Args:
+            title: of the table.
+            grid: returns its cells at a scale.
+            columns: what is shown of each cell.
+            note: what is said below the table.
+            plot: draws the table into a file, from its title and rows; None for no plot.
+            folder: of its cells' labels.
+            caption: what its cells are, in place of the scale's caption.
+        """
+        self.title, self.grid, self.columns, self.note = title, grid, columns, note
+        self.plot, self.folder, self.caption = plot, folder, caption
 
     def rows(self, store: CellStore) -> Rows:
         """Returns all entries; columns with a mean have it after the groups."""
@@ -103,7 +108,7 @@ class Table:
         grid = self.grid(store.scale)
         if not grid:
             return
-        rows, notes = self.rows(store), list(self.notes)
+        rows, notes = self.rows(store), [self.note] if self.note else []
         notes += store.notes((row, cell) for row, groups in grid.items() for cell in groups.values())
         digits = {column.title: column.digits for column in self.columns}
         write(store, name, f"tables {name}", self.title, rows, notes, digits, self.folder, self.caption)
@@ -127,6 +132,11 @@ def by_task(cells: Callable[[Scale, str], Mapping[str, Cell]], tasks: Iterable[s
 def paper_by_task(rows: Mapping[str, Iterable[float]]) -> PaperNumbers:
     """Names the paper's numbers of its tasks, in their order."""
     return {row: dict(zip((TITLES[task] for task in TASKS), numbers)) for row, numbers in rows.items()}
+
+
+def rouge_l(paper: Mapping[str, Iterable[float]]) -> Column:
+    """Describes columns of ROUGE-L beside the paper's, which are one for each of its tasks."""
+    return Column("score/rougeL", paper=paper_by_task(paper))
 
 
 def methods(scale: Scale, task: str) -> dict[str, Cell]:
@@ -156,11 +166,10 @@ def sizes(scale: Scale, task: str) -> dict[str, Cell]:
     return {f"SPA {size}": spa(scale, task, size) for size in SIZES}
 
 
-def said(scale: Scale, task: str) -> dict[str, Cell]:
+def texts(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells of Tables 1, 3 and 6 whose texts are compared."""
-    return {"one-shot": one_shot(task), **{f"SPA {size}": spa(scale, task, size) for size in SIZES[:-1]}} | settings(
-        scale, task
-    )
+    smaller = {f"SPA {size}": spa(scale, task, size) for size in SIZES[:-1]}
+    return {"one-shot": one_shot(task), **smaller, **settings(scale, task)}
 
 
 FIGURE4_TASKS, FIGURE4_EPOCHS = ("xsum", "sciq"), (1, 2, 4, 8, EPOCHS)
@@ -207,155 +216,113 @@ def plot_epochs(path: Path, title: str, rows: Rows) -> None:
 
 PAPER_ROW = "paper (LLaMA-7B)"
 EVERY_TASK = (*TASKS, CLOSED_BOOK)
-ROUGE_L = "score/rougeL"
-SHARES = "Shares are of generated tokens, EOS included, by beam search."
-LOSSES = tuple(
-    Column(metric, metric, digits=3)
-    for metric in (
-        "loss/base", "loss/plugin", "router/usage", f"loss/at {BUDGET}", "loss/always", "loss/oracle", "oracle/usage",
-    )
-)  # fmt: skip
-PARAMETERS = Column("params/trainable", "parameters", of_training=True, digits=0)
+LOSSES = ("loss/base", "loss/plugin", "router/usage", f"loss/at {BUDGET}", "loss/always", "loss/oracle", "oracle/usage")
+ABLATION = (
+    Column("params/trainable", "parameters", of_training=True, digits=0),
+    *(Column(metric, metric, digits=3) for metric in LOSSES),
+)
 PROTOCOL = (
     "SmolLM2-135M-Instruct, 8 epochs at a learning rate of 0.001, {}. Losses are in nats per answer token of the test "
     "rows, teacher-forced; nothing is generated. Tables 1 to 7 have another protocol, {}, and cannot be compared."
 )
+PAPER_SIZES = {
+    f"SPA {size}": [DATA_SETS[task].sizes.get(size, DATA_SETS[task].paper_full) for task in TASKS] for size in SIZES
+}
 
 TABLES = {
     "table1": Table(
         "Table 1: ROUGE-L of one-shot prompting, LST and SPA",
         by_task(methods),
-        (
-            Column(
-                ROUGE_L,
-                paper=paper_by_task(
-                    {
-                        "one-shot": (17.32, 22.36, 15.32, 17.21),
-                        "LST": (28.18, 32.15, 31.24, 23.24),
-                        "SPA": (35.52, 39.22, 37.30, 25.38),
-                    }
-                ),
-            ),
+        rouge_l(
+            {
+                "one-shot": (17.32, 22.36, 15.32, 17.21),
+                "LST": (28.18, 32.15, 31.24, 23.24),
+                "SPA": (35.52, 39.22, 37.30, 25.38),
+            }
         ),
         plot=plot_bars,
     ),
     "table3": Table(
         "Table 3: ROUGE-L of S1, S2, S3 and SPA",
         by_task(settings),
-        (
-            Column(
-                ROUGE_L,
-                paper=paper_by_task(
-                    {
-                        "S1": (36.24, 40.55, 38.81, 25.91),
-                        "S2": (30.29, 34.19, 32.11, 23.71),
-                        "S3": (28.18, 32.15, 31.24, 23.24),
-                        "SPA": (35.52, 39.22, 37.30, 25.38),
-                    }
-                ),
-            ),
-            Column(
-                "consulted_share",
-                "share",
-                mean="mean share",
-                paper_means={"S1": 1.0, "S2": 0.68, "S3": 1.0, "SPA": 0.62},
-            ),
+        rouge_l(
+            {
+                "S1": (36.24, 40.55, 38.81, 25.91),
+                "S2": (30.29, 34.19, 32.11, 23.71),
+                "S3": (28.18, 32.15, 31.24, 23.24),
+                "SPA": (35.52, 39.22, 37.30, 25.38),
+            }
         ),
-        (SHARES,),
-        plot_bars,
+        Column(
+            "consulted_share", "share", mean="mean share", paper_means={"S1": 1.0, "S2": 0.68, "S3": 1.0, "SPA": 0.62}
+        ),
+        note="Shares are of generated tokens, EOS included, by beam search.",
+        plot=plot_bars,
     ),
     "table4": Table(
         "Table 4: the effect of the side network",
         _table4,
-        (
-            Column("params/trainable_percent", "% param", of_training=True, paper={PAPER_ROW: {"": 0.21}}),
-            Column("effect/M", "M", paper={PAPER_ROW: {"": 0.62}}),
-            Column("effect/diff_rate", "diff rate", paper={PAPER_ROW: {"": 78.2}}),
-            Column("effect/diff_pick_rate", "diff pick rate", paper={PAPER_ROW: {"": 56.8}}),
-        ),
-        ("Along the greedy generations of the first 128 test questions. The paper does not say on which data.",),
+        Column("params/trainable_percent", "% param", of_training=True, paper={PAPER_ROW: {"": 0.21}}),
+        Column("effect/M", "M", paper={PAPER_ROW: {"": 0.62}}),
+        Column("effect/diff_rate", "diff rate", paper={PAPER_ROW: {"": 78.2}}),
+        Column("effect/diff_pick_rate", "diff pick rate", paper={PAPER_ROW: {"": 56.8}}),
+        note="Along the greedy generations of the first 128 test questions. The paper does not say on which data.",
     ),
     "table5": Table(
         "Table 5: training sizes",
         by_task(sizes, EVERY_TASK),
-        (
-            Column(
-                "data/train_questions",
-                of_training=True,
-                paper=paper_by_task(
-                    {
-                        f"SPA {size}": [DATA_SETS[task].sizes.get(size, DATA_SETS[task].paper_full) for task in TASKS]
-                        for size in SIZES
-                    }
-                ),
-            ),
-        ),
-        (
-            "Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller "
-            "one is part of every larger one.",
-        ),
+        Column("data/train_questions", of_training=True, paper=paper_by_task(PAPER_SIZES)),
+        note="Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller "
+        "one is part of every larger one.",
     ),
     "table6": Table(
         "Table 6: ROUGE-L of SPA by training size",
         by_task(sizes, EVERY_TASK),
-        (
-            Column(
-                ROUGE_L,
-                paper=paper_by_task(
-                    {
-                        "SPA small": (31.5, 36.2, 34.7, 22.1),
-                        "SPA medium": (33.8, 38.4, 36.2, 23.8),
-                        "SPA full": (35.5, 39.2, 37.3, 25.4),
-                    }
-                ),
-            ),
+        rouge_l(
+            {
+                "SPA small": (31.5, 36.2, 34.7, 22.1),
+                "SPA medium": (33.8, 38.4, 36.2, 23.8),
+                "SPA full": (35.5, 39.2, 37.3, 25.4),
+            }
         ),
         plot=plot_bars,
     ),
     "table7": Table(
         "Table 7: share of tokens the device is asked for, by training size",
         by_task(sizes, EVERY_TASK),
-        (
-            Column(
-                "consulted_share",
-                factor=100,
-                mean="mean of the four",
-                paper_means={"SPA small": 82.3, "SPA medium": 71.5, "SPA full": 61.8},
-            ),
+        Column(
+            "consulted_share",
+            factor=100,
+            mean="mean of the four",
+            paper_means={"SPA small": 82.3, "SPA medium": 71.5, "SPA full": 61.8},
         ),
-        (
-            "In per cent of generated tokens, EOS included, by beam search. The mean leaves the closed book out. No "
-            "budget is set: the threshold is the paper's argmax.",
-        ),
-        plot_bars,
+        note="In per cent of generated tokens, EOS included, by beam search. The mean leaves the closed book out. No "
+        "budget is set: the threshold is the paper's argmax.",
+        plot=plot_bars,
     ),
     "figure4": Table(
-        "Figure 4: ROUGE-L after so many epochs, parallel and sequential",
-        _figure4,
-        (Column(ROUGE_L),),
-        plot=plot_epochs,
+        "Figure 4: ROUGE-L after so many epochs, parallel and sequential", _figure4, rouge_l({}), plot=plot_epochs
     ),
     "repetition": Table(
         "Repetition",
-        by_task(said),
-        (Column("repetition"),),
-        ("In per cent of each text's runs of four words, those that it has had before (Welleck et al. 2020).",),
-        plot_bars,
+        by_task(texts),
+        Column("repetition"),
+        note="In per cent of each text's runs of four words, those that it has had before (Welleck et al. 2020).",
+        plot=plot_bars,
     ),
     "ablation_sciq": Table(
         "Choices of training on SciQ, teacher-forced: rows of 320 tokens, 8 epochs",
         functools.partial(_ablation, "sciq"),
-        (PARAMETERS, *LOSSES),
+        *ABLATION,
         folder=ablations.FOLDER,
         caption=PROTOCOL.format(
-            "930 rows of at most 320 tokens",
-            "384 tokens, 15 epochs and a learning rate chosen on validation",
+            "930 rows of at most 320 tokens", "384 tokens, 15 epochs and a learning rate chosen on validation"
         ),
     ),
     "ablation_coqa": Table(
         "Choices of training on CoQA, teacher-forced: rows of 512 tokens, 8 epochs",
         functools.partial(_ablation, "coqa"),
-        (PARAMETERS, *LOSSES),
+        *ABLATION,
         folder=ablations.FOLDER,
         caption=PROTOCOL.format(
             "795 rows of at most 512 tokens, three questions of each story as rows of their own",

@@ -14,13 +14,13 @@ from spa_jax.scoring.predictions import Prediction
 
 @pytest.fixture
 def store(tmp_path):
-    """Of the mini scale; it may not run anything."""
+    """A store of the mini scale that may not run anything."""
     return CellStore(MINI, "", tmp_path / "runs", tmp_path / "results", run=False)
 
 
 @pytest.fixture
 def running_store(tmp_path):
-    """The same, and it may."""
+    """The same, but it may."""
     return CellStore(MINI, "", tmp_path / "runs", tmp_path / "results")
 
 
