@@ -53,30 +53,29 @@ def keep_cell(keep_record):
 
 
 @pytest.fixture(scope="session")
-def make_tiny_store(make_backbone_directory, tmp_path_factory, keep_record):
-    """Makes a store that trains on a LLaMA of three blocks over bytes, with a few rows of XSum and SciQ."""
-
-    def make(**changes):
-        root = tmp_path_factory.mktemp("store")
-        rows = {
-            "xsum": lambda i: {"document": f"Article {i} says so.", "summary": "So.", "id": str(i)},
-            "sciq": lambda i: {"question": f"What is {i}?", "correct_answer": "abc"[i % 3], "support": "It is so."},
-        }
-        for task, row in rows.items():
-            (root / "data" / task).mkdir(parents=True)
-            text = "".join(json.dumps(row(i)) + "\n" for i in range(10))
-            for split in ("train", "validation", "test"):
-                (root / "data" / task / f"{split}.jsonl").write_text(text)
-        config = {**MINI.config, "backbone": str(make_backbone_directory()), "side.width": 8, "train.epochs": 1}
-        config["tap_cache.directory"] = str(root / "taps")
-        sizes = {task: dict.fromkeys(SIZES, "full") for task in rows}
-        scale = dataclasses.replace(
-            MINI, config=config, sizes=sizes, table2_epochs={"xsum": 1}, table2_config={"data.max_length": 64},
-            table2_tuned_on=None, ablations={"sciq": {"data.max_length": 64, "train.epochs": 1}}, **changes,
-        )  # fmt: skip
-        store = CellStore(scale, str(root / "data"), root / "runs", root / "results")
-        for training in (plugin_training(scale, "xsum"), table2_training(scale, "xsum", "spa")):
-            keep_record(store, "rates", training.tuned_on.label, {"held_out_loss": {"0.001": 1.0}})
-        return store
-
-    return make
+def tiny_store(make_backbone_directory, tmp_path_factory, keep_record):
+    """A store that trains on a LLaMA of three blocks over bytes, with a few rows of XSum and SciQ."""
+    root = tmp_path_factory.mktemp("store")
+    rows = {
+        "xsum": lambda i: {"document": f"Article {i} says so.", "summary": "So.", "id": str(i)},
+        "sciq": lambda i: {"question": f"What is {i}?", "correct_answer": "abc"[i % 3], "support": "It is so."},
+    }
+    for task, row in rows.items():
+        (root / "data" / task).mkdir(parents=True)
+        text = "".join(json.dumps(row(i)) + "\n" for i in range(10))
+        for split in ("train", "validation", "test"):
+            (root / "data" / task / f"{split}.jsonl").write_text(text)
+    config = {**MINI.config, "backbone": str(make_backbone_directory()), "side.width": 8, "train.epochs": 1}
+    scale = dataclasses.replace(
+        MINI,
+        config={**config, "tap_cache.directory": str(root / "taps")},
+        sizes={task: dict.fromkeys(SIZES, "full") for task in rows},
+        table2_epochs={"xsum": 1},
+        table2_config={"data.max_length": 64},
+        table2_tuned_on=None,
+        ablations={"sciq": {"data.max_length": 64, "train.epochs": 1}},
+    )
+    store = CellStore(scale, str(root / "data"), root / "runs", root / "results")
+    for training in (plugin_training(scale, "xsum"), table2_training(scale, "xsum", "spa")):
+        keep_record(store, "rates", training.tuned_on.label, {"held_out_loss": {"0.001": 1.0}})
+    return store

@@ -25,15 +25,14 @@ def test_rows_of_other_taps_or_kinds_keep_their_size_and_rows_of_other_widths_do
     assert not same_size & {"spa E 16", "spa E 64", "spa seed 0", "s3"}
 
 
-def test_a_row_is_measured_on_the_test_split_and_generates_nothing(make_tiny_store):
-    store = make_tiny_store()
-    cells = ablations.cells(store.scale, "sciq")
-    routed, always = (store.result(cells[row]) for row in ("spa seed 0", "s3"))
+def test_a_row_is_measured_on_the_test_split_and_generates_nothing(tiny_store):
+    cells = ablations.cells(tiny_store.scale, "sciq")
+    routed, always = (tiny_store.result(cells[row]) for row in ("spa seed 0", "s3"))
     assert routed["loss/oracle"] <= min(routed["loss/plugin"], routed["loss/always"], routed[f"loss/at {BUDGET}"])
     assert 0 <= routed["oracle/usage"] <= 1
     assert always["loss/plugin"] == always["loss/always"]
     assert f"loss/at {BUDGET}" not in always
     assert routed["loss/base"] == pytest.approx(always["loss/base"])
-    assert store.record(cells["s3"]) == always
-    assert not (store.results / "predictions").exists()
-    assert store.summary(cells["s3"].training)["epochs"] == 1
+    assert tiny_store.record(cells["s3"]) == always
+    assert not (tiny_store.results / "predictions").exists()
+    assert tiny_store.summary(cells["s3"].training)["epochs"] == 1
