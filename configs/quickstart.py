@@ -2,7 +2,7 @@
 
     python -m spa_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware, time and result: experiments/results/quickstart.json, made by `python -m experiments.quickstart`.
+Hardware, time and result: experiments/results/quickstart.json, made by `python -m experiments.benchmarks.quickstart`.
 """
 
 from ml_collections import ConfigDict

@@ -1,1 +1,1 @@
-"""One module per table, figure or claim, and `results/` with what each of them printed."""
+"""Experiments on spa_jax: the paper's tables, benchmarks, and `results/` with what they printed."""

@@ -26,14 +26,18 @@ class ConsoleHandler(logging.Handler):
         rich.get_console().print(self.format(record), style=style, soft_wrap=True, highlight=False, markup=False)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], positional: bool = False) -> None:
     """Parses the flags, runs `main` and exits; progress and the log of spa_jax go to standard error.
 
     A `UserError` ends as the line `error: ...` and its status (2), an interruption as status 130. A traceback is a bug.
+
+    Args:
+        main: the command.
+        positional: whether it takes the list of arguments that are no flags; else there may be none.
     """
 
     def guarded(arguments: list[str]) -> None:
-        if len(arguments) > 1:
+        if len(arguments) > 1 and not positional:
             _fail(f"unexpected argument '{arguments[1]}': options are written --name=value")
         absl_logging.set_verbosity(absl_logging.WARNING)
         rich.reconfigure(stderr=True)
@@ -42,7 +46,7 @@ def run(main: Callable[[], None]) -> None:
         log.addHandler(ConsoleHandler())
         log.propagate = False
         try:
-            main()
+            main(*([arguments[1:]] if positional else []))
         except UserError as error:
             _fail(str(error), error.status)
         except KeyboardInterrupt:

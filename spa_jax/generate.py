@@ -230,7 +230,7 @@ def make_generator(
     if plugin.config.side is None:
         raise UserError(
             f"--channel={CHANNEL.value} leads to a side network, and a '{plugin.config.setting}' works within the "
-            "backbone: use --channel=none (experiments.table2_network counts what its layers would exchange)"
+            "backbone: use --channel=none (experiments.benchmarks.table2_network counts what its layers would exchange)"
         )
     plugin = cast(Plugin, plugin)
     plugin.check(backbone)

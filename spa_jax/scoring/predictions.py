@@ -5,8 +5,10 @@ the data set's own texts is kept.
 """
 
 import dataclasses
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,14 +84,19 @@ def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
     """Reads the identity of the evaluation and its rows in the order of their ids, each once, though two processes may
     have written the file.
 
+    Args:
+        path: of the file, compressed where its name ends in `.gz`.
+
     Raises:
         UserError: the file cannot be read, or is none.
     """
     try:
-        first, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        first, *lines = text.split("\n")[:-1]
         identity = json.loads(first)["evaluation"]
         rows = [Prediction(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is no predictions file ({error}): delete it, or choose another --output") from error
     once = {row.id: row for row in rows}.values()
     return identity, sorted(once, key=lambda row: tuple(map(int, row.id.split("."))))

@@ -217,7 +217,7 @@ def test_a_lora_and_an_adapter_answer_within_one_program_alone(config, command, 
     refused = command(GENERATE, f"--plugin={plugin}", PROMPT, few, "--channel=simulated")
     refused.assert_refused(
         f"--channel=simulated leads to a side network, and a '{config.setting}' works within the backbone: use "
-        "--channel=none (experiments.table2_network counts"
+        "--channel=none (experiments.benchmarks.table2_network counts"
     )
 
 

@@ -3,8 +3,8 @@
 import pytest
 from tiny_split import random_plugin
 
-from experiments.hosts import Link
-from experiments.over_link import over_link
+from experiments.benchmarks.hosts import Link
+from experiments.benchmarks.over_link import over_link
 from spa_jax.errors import UserError
 from spa_jax.weights.registry import load_backbone
 

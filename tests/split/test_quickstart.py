@@ -54,9 +54,9 @@ def test_two_programs_say_what_one_says(beams, plugin, smollm2):
 
 @pytest.mark.slow
 def test_two_processes_over_tls_say_what_one_says(plugin, smollm2, tmp_path):
-    faults = pytest.importorskip("experiments.fault_bench")
+    faults = pytest.importorskip("experiments.benchmarks.fault_bench")
     plugin.save(tmp_path / "plugin")
-    with faults.Bench(smollm2, plugin, tmp_path / "plugin", tmp_path).cloud() as site:
+    with faults.FaultHarness(smollm2, plugin, tmp_path / "plugin", tmp_path).cloud() as site:
         for how in ({}, {"beams": Beams(3)}, {"reply": "token"}):
             request = open_message(plugin, _prompts(plugin, smollm2), NEW, **how)
             request_here = open_message(plugin, _prompts(plugin, smollm2), NEW, beams=how.get("beams"))

@@ -1,0 +1,357 @@
+"""The tables that show cells in rows and columns, as data: Tables 1 and 3 to 7, Figure 4, and three that the paper
+does not have: repetition, and ablations on SciQ and CoQA.
+
+    python -m experiments.paper.tables [table1 figure4 ...] --scale=mini --data=DIR
+
+Table 2, whose times are measured, is `experiments.paper.table2`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from experiments.paper import ablations
+from experiments.paper.cells import Cell, cell_of, lst, one_shot, plugin_training, spa, transformer_training
+from experiments.paper.report import Rows, TableEntry, entry, mean, open_store, plot_bars, plt, write
+from experiments.paper.scales import BUDGET, CLOSED_BOOK, EPOCHS, SIZES, TASKS, TITLES, Scale
+from experiments.paper.store import CellStore
+from spa_jax import command
+from spa_jax.data.tasks import TASKS as DATA_SETS
+from spa_jax.errors import UserError
+
+Grid = dict[str, dict[str, Cell | None]]
+"""Name of a row -> name of a group of columns, such as a task's title, or empty -> cell; None for what only the paper
+has."""
+PaperNumbers = Mapping[str, Mapping[str, float]]
+"""Name of a row -> name of a group -> number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A metric that every group shows.
+
+    Attributes:
+        metric: key of a cell's result.
+        title: follows the group's name.
+        of_training: whether it is a key of the training's record instead.
+        factor: multiplies it.
+        digits: decimal places.
+        paper: the paper's numbers.
+        mean: title of the column with the mean over the paper's tasks; empty for none.
+        paper_means: the paper's, by row.
+    """
+
+    metric: str
+    title: str = ""
+    of_training: bool = False
+    factor: float = 1.0
+    digits: int = 2
+    paper: PaperNumbers = dataclasses.field(default_factory=dict)
+    mean: str = ""
+    paper_means: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def entry(self, store: CellStore, row: str, group: str, cell: Cell | None) -> TableEntry:
+        """Returns what a cell shows in this column."""
+        if cell is None:
+            result = None
+        elif self.of_training:
+            assert cell.training is not None
+            result = store.summary(cell.training)
+        else:
+            result = store.result(cell)
+        return entry(result, self.metric, self.paper.get(row, {}).get(group), self.factor)
+
+
+class Table:
+    """Cells in rows, and groups of columns."""
+
+    def __init__(
+        self,
+        title: str,
+        grid: Callable[[Scale], Grid],
+        *columns: Column,
+        note: str = "",
+        plot: Callable[[Path, str, Rows], None] | None = None,
+        folder: str = "",
+        caption: str | None = None,
+    ) -> None:
+        """Describes a table.
+
+        Args:
+            title: of the table.
+            grid: returns its cells at a scale.
+            columns: what is shown of each cell.
+            note: what is said below the table.
+            plot: draws the table into a file, from its title and rows; None for no plot.
+            folder: of its cells' labels.
+            caption: what its cells are, in place of the scale's caption.
+        """
+        self.title, self.grid, self.columns, self.note = title, grid, columns, note
+        self.plot, self.folder, self.caption = plot, folder, caption
+
+    def rows(self, store: CellStore) -> Rows:
+        """Returns all entries; columns with a mean have it after the groups."""
+        grid = self.grid(store.scale)
+        rows: Rows = {row: {} for row in grid}
+        for column in self.columns:
+            for row, groups in grid.items():
+                found = {group: column.entry(store, row, group, cell) for group, cell in groups.items()}
+                rows[row] |= {f"{group} {column.title}".strip(): each for group, each in found.items()}
+                if column.mean:
+                    four = [found[TITLES[task]] for task in TASKS]
+                    rows[row][column.mean] = mean(four, column.paper_means.get(row))
+        return rows
+
+    def write(self, store: CellStore, name: str) -> None:
+        """Prints the table and writes its files."""
+        grid = self.grid(store.scale)
+        if not grid:
+            return
+        rows, notes = self.rows(store), [self.note] if self.note else []
+        notes += store.notes((row, cell) for row, groups in grid.items() for cell in groups.values())
+        digits = {column.title: column.digits for column in self.columns}
+        write(store, name, f"tables {name}", self.title, rows, notes, digits, self.folder, self.caption)
+        if self.plot is not None:
+            self.plot(store.results / f"{name}.png", self.title, rows)
+
+
+def by_task(cells: Callable[[Scale, str], Mapping[str, Cell]], tasks: Iterable[str] = TASKS) -> Callable[[Scale], Grid]:
+    """Arranges a task's cells, by the names of their rows, as one group of columns; of tasks that the scale has."""
+
+    def grid(scale: Scale) -> Grid:
+        rows: Grid = {}
+        for task in tasks:
+            for row, cell in (cells(scale, task) if task in scale.sizes else {}).items():
+                rows.setdefault(row, {})[TITLES[task]] = cell
+        return rows
+
+    return grid
+
+
+def paper_by_task(rows: Mapping[str, Iterable[float]]) -> PaperNumbers:
+    """Names the paper's numbers of its tasks, in their order."""
+    return {row: dict(zip((TITLES[task] for task in TASKS), numbers)) for row, numbers in rows.items()}
+
+
+def rouge_l(paper: Mapping[str, Iterable[float]]) -> Column:
+    """Describes columns of ROUGE-L beside the paper's, which are one for each of its tasks."""
+    return Column("score/rougeL", paper=paper_by_task(paper))
+
+
+def methods(scale: Scale, task: str) -> dict[str, Cell]:
+    """Returns the cells of Table 1: token-wise side networks, and on some tasks the transformer that LST has."""
+    found = {"one-shot": one_shot(task), "LST": lst(scale, task), "SPA": spa(scale, task)}
+    if task in scale.transformer:
+        found["LST, transformer"] = cell_of(transformer_training(scale, task, "s2"), "s3")
+        found["SPA, transformer"] = cell_of(transformer_training(scale, task))
+    return found
+
+
+def settings(scale: Scale, task: str) -> dict[str, Cell]:
+    """Returns the cells of Table 3, and SPA at the paper's share of tokens, without and with `router.offset`."""
+    added, replaced = plugin_training(scale, task), plugin_training(scale, task, "s2")
+    return {
+        "S1": cell_of(added, "s1"),
+        "S2": cell_of(replaced),
+        "S3": lst(scale, task),
+        "SPA": spa(scale, task),
+        f"SPA at {BUDGET}": cell_of(added, budget=BUDGET),
+        f"SPA with offset at {BUDGET}": cell_of(plugin_training(scale, task, offset=True), budget=BUDGET),
+    }
+
+
+def sizes(scale: Scale, task: str) -> dict[str, Cell]:
+    """Returns the cells of Tables 5 to 7."""
+    return {f"SPA {size}": spa(scale, task, size) for size in SIZES}
+
+
+def texts(scale: Scale, task: str) -> dict[str, Cell]:
+    """Returns the cells of Tables 1, 3 and 6 whose texts are compared."""
+    smaller = {f"SPA {size}": spa(scale, task, size) for size in SIZES[:-1]}
+    return {"one-shot": one_shot(task), **smaller, **settings(scale, task)}
+
+
+FIGURE4_TASKS, FIGURE4_EPOCHS = ("xsum", "sciq"), (1, 2, 4, 8, EPOCHS)
+PARALLEL, SEQUENTIAL = "parallel (S1)", "sequential (S3)"
+
+
+def epochs(scale: Scale, task: str, setting: str) -> dict[int, Cell]:
+    """Returns the cells of a line of Figure 4: whole runs of so many epochs, each with its own schedule."""
+    trained, evaluated = {PARALLEL: ("spa", "s1"), SEQUENTIAL: ("s2", "s3")}[setting]
+    return {count: cell_of(plugin_training(scale, task, trained, epochs=count), evaluated) for count in FIGURE4_EPOCHS}
+
+
+def _figure4(scale: Scale) -> Grid:
+    return {
+        f"{TITLES[task]}, {setting}": {str(count): cell for count, cell in epochs(scale, task, setting).items()}
+        for task in FIGURE4_TASKS
+        for setting in (PARALLEL, SEQUENTIAL)
+    }
+
+
+def _table4(scale: Scale) -> Grid:
+    return {PAPER_ROW: {"": None}, **{TITLES[task]: {"": spa(scale, task)} for task in TASKS}}
+
+
+def _ablation(task: str, scale: Scale) -> Grid:
+    return {row: {"": cell} for row, cell in ablations.cells(scale, task).items()}
+
+
+def plot_epochs(path: Path, title: str, rows: Rows) -> None:
+    """Draws Figure 4: a panel for each task, a line with its interval for each setting."""
+    figure, panels = plt.subplots(1, len(FIGURE4_TASKS), figsize=(9, 3.4), layout="constrained", squeeze=False)
+    for task, axes in zip(FIGURE4_TASKS, panels[0]):
+        for setting in (PARALLEL, SEQUENTIAL):
+            row = rows[f"{TITLES[task]}, {setting}"]
+            found = [(int(count), entry) for count, entry in row.items() if entry.interval is not None]
+            line = axes.plot([x for x, _ in found], [entry.ours for _, entry in found], "o-", label=setting)
+            low, high = ([entry.interval[end] for _, entry in found if entry.interval is not None] for end in (0, 1))
+            axes.fill_between([x for x, _ in found], low, high, color=line[0].get_color(), alpha=0.15, linewidth=0)
+        axes.set(title=TITLES[task], xlabel="epochs", ylabel="ROUGE-L")
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PAPER_ROW = "paper (LLaMA-7B)"
+EVERY_TASK = (*TASKS, CLOSED_BOOK)
+LOSSES = ("loss/base", "loss/plugin", "router/usage", f"loss/at {BUDGET}", "loss/always", "loss/oracle", "oracle/usage")
+ABLATION = (
+    Column("params/trainable", "parameters", of_training=True, digits=0),
+    *(Column(metric, metric, digits=3) for metric in LOSSES),
+)
+PROTOCOL = (
+    "SmolLM2-135M-Instruct, 8 epochs at a learning rate of 0.001, {}. Losses are in nats per answer token of the test "
+    "rows, teacher-forced; nothing is generated. Tables 1 to 7 have another protocol, {}, and cannot be compared."
+)
+PAPER_SIZES = {
+    f"SPA {size}": [DATA_SETS[task].sizes.get(size, DATA_SETS[task].paper_full) for task in TASKS] for size in SIZES
+}
+
+TABLES = {
+    "table1": Table(
+        "Table 1: ROUGE-L of one-shot prompting, LST and SPA",
+        by_task(methods),
+        rouge_l(
+            {
+                "one-shot": (17.32, 22.36, 15.32, 17.21),
+                "LST": (28.18, 32.15, 31.24, 23.24),
+                "SPA": (35.52, 39.22, 37.30, 25.38),
+            }
+        ),
+        plot=plot_bars,
+    ),
+    "table3": Table(
+        "Table 3: ROUGE-L of S1, S2, S3 and SPA",
+        by_task(settings),
+        rouge_l(
+            {
+                "S1": (36.24, 40.55, 38.81, 25.91),
+                "S2": (30.29, 34.19, 32.11, 23.71),
+                "S3": (28.18, 32.15, 31.24, 23.24),
+                "SPA": (35.52, 39.22, 37.30, 25.38),
+            }
+        ),
+        Column(
+            "consulted_share", "share", mean="mean share", paper_means={"S1": 1.0, "S2": 0.68, "S3": 1.0, "SPA": 0.62}
+        ),
+        note="Shares are of generated tokens, EOS included, by beam search.",
+        plot=plot_bars,
+    ),
+    "table4": Table(
+        "Table 4: the effect of the side network",
+        _table4,
+        Column("params/trainable_percent", "% param", of_training=True, paper={PAPER_ROW: {"": 0.21}}),
+        Column("effect/M", "M", paper={PAPER_ROW: {"": 0.62}}),
+        Column("effect/diff_rate", "diff rate", paper={PAPER_ROW: {"": 78.2}}),
+        Column("effect/diff_pick_rate", "diff pick rate", paper={PAPER_ROW: {"": 56.8}}),
+        note="Along the greedy generations of the first 128 test questions. The paper does not say on which data.",
+    ),
+    "table5": Table(
+        "Table 5: training sizes",
+        by_task(sizes, EVERY_TASK),
+        Column("data/train_questions", of_training=True, paper=paper_by_task(PAPER_SIZES)),
+        note="Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller "
+        "one is part of every larger one.",
+    ),
+    "table6": Table(
+        "Table 6: ROUGE-L of SPA by training size",
+        by_task(sizes, EVERY_TASK),
+        rouge_l(
+            {
+                "SPA small": (31.5, 36.2, 34.7, 22.1),
+                "SPA medium": (33.8, 38.4, 36.2, 23.8),
+                "SPA full": (35.5, 39.2, 37.3, 25.4),
+            }
+        ),
+        plot=plot_bars,
+    ),
+    "table7": Table(
+        "Table 7: share of tokens the device is asked for, by training size",
+        by_task(sizes, EVERY_TASK),
+        Column(
+            "consulted_share",
+            factor=100,
+            mean="mean of the four",
+            paper_means={"SPA small": 82.3, "SPA medium": 71.5, "SPA full": 61.8},
+        ),
+        note="In per cent of generated tokens, EOS included, by beam search. The mean leaves the closed book out. No "
+        "budget is set: the threshold is the paper's argmax.",
+        plot=plot_bars,
+    ),
+    "figure4": Table(
+        "Figure 4: ROUGE-L after so many epochs, parallel and sequential", _figure4, rouge_l({}), plot=plot_epochs
+    ),
+    "repetition": Table(
+        "Repetition",
+        by_task(texts),
+        Column("repetition"),
+        note="In per cent of each text's runs of four words, those that it has had before (Welleck et al. 2020).",
+        plot=plot_bars,
+    ),
+    "ablation_sciq": Table(
+        "Choices of training on SciQ, teacher-forced: rows of 320 tokens, 8 epochs",
+        functools.partial(_ablation, "sciq"),
+        *ABLATION,
+        folder=ablations.FOLDER,
+        caption=PROTOCOL.format(
+            "930 rows of at most 320 tokens", "384 tokens, 15 epochs and a learning rate chosen on validation"
+        ),
+    ),
+    "ablation_coqa": Table(
+        "Choices of training on CoQA, teacher-forced: rows of 512 tokens, 8 epochs",
+        functools.partial(_ablation, "coqa"),
+        *ABLATION,
+        folder=ablations.FOLDER,
+        caption=PROTOCOL.format(
+            "795 rows of at most 512 tokens, three questions of each story as rows of their own",
+            "whole conversations of at most 1024 tokens, 15 epochs and a learning rate chosen on validation",
+        ),
+    ),
+}
+
+
+def cells(scale: Scale) -> list[Cell]:
+    """Returns the cells of all tables."""
+    grids = [table.grid(scale) for table in TABLES.values()]
+    return [cell for grid in grids for groups in grid.values() for cell in groups.values() if cell is not None]
+
+
+def report(store: CellStore) -> None:
+    """Writes all tables."""
+    for name, table in TABLES.items():
+        table.write(store, name)
+
+
+def main(names: list[str]) -> None:
+    unknown = [name for name in names if name not in TABLES]
+    if unknown:
+        raise UserError(f"there is no table '{unknown[0]}'; tables are {', '.join(TABLES)}")
+    store = open_store()
+    for name in names or TABLES:
+        TABLES[name].write(store, name)
+
+
+if __name__ == "__main__":
+    command.run(main, positional=True)
