@@ -14,8 +14,7 @@ from spa_jax.errors import UserError
 from spa_jax.files import path_of
 from spa_jax.models.combine import Setting
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
-from spa_jax.training.config import RunConfig
-from spa_jax.training.defaults import with_defaults
+from spa_jax.training.config import RunConfig, with_defaults
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin, load_trained

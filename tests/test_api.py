@@ -10,7 +10,7 @@ import pytest
 
 import spa_jax
 from spa_jax.errors import UserError
-from spa_jax.training.defaults import DEFAULTS, with_defaults
+from spa_jax.training.config import RunConfig, with_defaults
 
 SCIENCE = {"question": "What do cows eat?", "correct_answer": "grass", "support": "Cows graze."}
 IN_PACKAGE = {"Cloud", "Device"}
@@ -76,8 +76,8 @@ def test_keys_are_set_by_dots_and_by_nesting_and_the_defaults_stay():
     dotted = with_defaults({"train.epochs": 3, "side.width": 8})
     nested = with_defaults({"train": {"epochs": 3}, "side": {"width": 8}})
     assert dotted == nested
-    assert (dotted.train.epochs, dotted.train.batch_size) == (3, DEFAULTS["train"]["batch_size"])
-    assert with_defaults({}).train.epochs == DEFAULTS["train"]["epochs"] != 3
+    assert (dotted.train.epochs, dotted.train.batch_size) == (3, RunConfig().train.batch_size)
+    assert with_defaults({}).train.epochs == RunConfig().train.epochs != 3
 
 
 @pytest.mark.parametrize("key", ["train.epoch", "trian.epochs", "seed.width", "bakbone"])

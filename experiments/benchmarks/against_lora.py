@@ -27,8 +27,7 @@ from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches
 from spa_jax.data.tasks import load_split
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.training.config import RunConfig
-from spa_jax.training.defaults import with_defaults
+from spa_jax.training.config import RunConfig, with_defaults
 from spa_jax.training.rows import make_encoder
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone

@@ -24,7 +24,7 @@ from spa_jax.errors import UserError
 from spa_jax.models.compute import WEIGHTS, Compute
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
-from spa_jax.training.defaults import with_defaults
+from spa_jax.training.config import with_defaults
 from spa_jax.training.rows import task_encoder
 from spa_jax.training.run import train
 from spa_jax.training.sources import run_backbone

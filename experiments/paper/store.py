@@ -25,8 +25,7 @@ from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
 from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, summarize
 from spa_jax.scoring.predictions import Prediction, read_predictions
-from spa_jax.training.config import RunConfig
-from spa_jax.training.defaults import with_defaults
+from spa_jax.training.config import RunConfig, with_defaults
 from spa_jax.training.methods import recipe_for
 from spa_jax.training.outcomes import threshold_for
 from spa_jax.training.rows import make_encoder

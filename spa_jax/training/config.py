@@ -1,4 +1,5 @@
-"""The run's config as typed, frozen dataclasses: every key of a config file is read here, or refused by name."""
+"""The run's config as typed, frozen dataclasses with the default of every key; a config file's keys are all read here,
+or refused by name."""
 
 import dataclasses
 import math
@@ -24,11 +25,11 @@ class SideOptions:
     """`side.*`: kind, width E and the taps (see `spa_jax.models.plugin.select_taps`); for the transformer kind also its
     attention heads, and whether its blocks start at random or as pruned blocks of the backbone."""
 
-    kind: SideKind
-    width: int
-    taps: str
-    heads: int
-    init: Literal["random", "pruned"]
+    kind: SideKind = "tokenwise"
+    width: int = 32
+    taps: str = "every:6"
+    heads: int = 4
+    init: Literal["random", "pruned"] = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,17 @@ class DataConfig:
         persona_seed: whose life the embedded persona is.
     """
 
-    task: str
-    directory: str
-    size: str
-    eval_size: int
-    train: str
-    eval: str
-    eval_fraction: float
-    template: Literal["auto"] | Template
-    max_length: int
-    phrasings: int
-    persona_seed: int
+    task: str = ""
+    directory: str = ""
+    size: str = "full"
+    eval_size: int = 0
+    train: str = ""
+    eval: str = ""
+    eval_fraction: float = 0.1
+    template: Literal["auto"] | Template = "auto"
+    max_length: int = 0
+    phrasings: int = 0
+    persona_seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +69,11 @@ class TrainConfig:
     """`train.*`: epochs, examples per optimizer step, the parts a step is worked through in, and steps between reports,
     and between evaluations with a checkpoint (0: once an epoch)."""
 
-    epochs: int
-    batch_size: int
-    accumulate: int
-    log_every: int
-    eval_every: int
+    epochs: int = 15
+    batch_size: int = 8
+    accumulate: int = 1
+    log_every: int = 20
+    eval_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,9 @@ class TapCacheConfig:
     """`tap_cache.*`: whether to run the backbone once per example only, where to keep the result (empty: the user's
     cache directory) and its largest size."""
 
-    enabled: bool
-    directory: str
-    limit_gib: float
+    enabled: bool = True
+    directory: str = ""
+    limit_gib: float = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,8 @@ class RouterOptions(RouterConfig):
         budget: instead, the largest share of held-out tokens to ask for, from which the threshold follows; 0 for none.
     """
 
-    threshold: float
-    budget: float
+    threshold: float = 0.5
+    budget: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,31 +113,31 @@ class PeftOptions:
             products with weights, `none` keeps everything.
     """
 
-    rank: int
-    alpha: float
-    targets: str
-    width: int
-    remat: Remat
+    rank: int = 24
+    alpha: float = 48.0
+    targets: str = "q,v"
+    width: int = 48
+    remat: Remat = "full"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A training run; `dtype` is that of backbone and activations, and trainable parameters are float32."""
 
-    backbone: str
-    dtype: Literal["float32", "bfloat16"]
-    setting: Literal["spa", "s1", "s2", "s3"] | PeftSetting
-    seed: int
-    side: SideOptions
-    router: RouterOptions
-    peft: PeftOptions
-    data: DataConfig
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    tap_cache: TapCacheConfig
-    compute: Compute
-    mesh: MeshConfig
-    distributed: DistributedConfig
+    backbone: str = "smollm2-135m-instruct"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    setting: Literal["spa", "s1", "s2", "s3"] | PeftSetting = "spa"
+    seed: int = 0
+    side: SideOptions = dataclasses.field(default_factory=SideOptions)
+    router: RouterOptions = dataclasses.field(default_factory=RouterOptions)
+    peft: PeftOptions = dataclasses.field(default_factory=PeftOptions)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    tap_cache: TapCacheConfig = dataclasses.field(default_factory=TapCacheConfig)
+    compute: Compute = dataclasses.field(default_factory=Compute)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         bounds = {
@@ -204,6 +205,33 @@ class RunConfig:
                 f"side.width={self.side.width} does not give each of side.heads={self.side.heads} an even width: "
                 f"make it a multiple of {2 * self.side.heads}"
             )
+
+
+def default_config() -> dict[str, Any]:
+    """Returns every config key with its default, as nested dictionaries."""
+    return dataclasses.asdict(RunConfig())
+
+
+def with_defaults(keys: Mapping[str, Any]) -> RunConfig:
+    """Returns the config of a run that sets some keys and leaves the others at their defaults.
+
+    Args:
+        keys: dotted keys such as `{"train.epochs": 6}`, or nested mappings such as `{"train": {"epochs": 6}}`.
+
+    Raises:
+        UserError: an unknown key, or a value that is of the wrong type or out of range.
+    """
+    config = default_config()
+    for name, value in keys.items():
+        *path, last = name.split(".")
+        group = config
+        for part in path:
+            group = group.setdefault(part, {})
+            if not isinstance(group, dict):
+                raise UserError(f"unknown config key {name}: '{part}' has no keys of its own")
+        merge = isinstance(value, Mapping) and isinstance(group.get(last), dict)
+        group[last] = {**group[last], **value} if merge else value
+    return parse(config)
 
 
 def parse(config: Mapping[str, Any]) -> RunConfig:

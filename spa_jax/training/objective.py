@@ -44,11 +44,11 @@ class RouterConfig:
             gains over that; `improvement` only. The paper has none.
     """
 
-    objective: Objective
-    margin: float
-    weighted: bool
-    cross_fit: bool
-    offset: bool
+    objective: Objective = "improvement"
+    margin: float = 0.5
+    weighted: bool = True
+    cross_fit: bool = False
+    offset: bool = False
 
 
 def corrections(plugin: PluginConfig, params: Params, features: Features, model: Llama) -> Float[Array, "B R D"]:

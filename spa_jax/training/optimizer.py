@@ -11,22 +11,24 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Attributes:
-    learning_rate: at the end of the warm-up.
-    warmup_fraction: of all steps, over which the rate rises from 0.
-    final_fraction: of the learning rate, where the cosine ends.
-    weight_decay: decoupled, on matrices and not on vectors.
-    clip_norm: largest global norm of a gradient; 0 for no limit.
-    beta1, beta2: Adam's averages.
+    """`optimizer.*`
+
+    Attributes:
+        learning_rate: rate at the end of the warm-up.
+        warmup_fraction: share of all steps over which the rate rises from 0.
+        final_fraction: share of the learning rate at which the cosine ends.
+        weight_decay: decoupled decay, of matrices and not of vectors.
+        clip_norm: largest global norm of a gradient; 0 for no limit.
+        beta1, beta2: decay rates of Adam's averages.
     """
 
-    learning_rate: float
-    warmup_fraction: float
-    final_fraction: float
-    weight_decay: float
-    clip_norm: float
-    beta1: float
-    beta2: float
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.05
+    final_fraction: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
 
 
 WEIGHT_DECAY = {

@@ -29,11 +29,11 @@ class DistributedConfig:
         heartbeat_seconds: without a sign of life for so long a process counts as gone, and the others end.
     """
 
-    enabled: bool
-    coordinator: str
-    processes: int
-    process: int
-    heartbeat_seconds: int
+    enabled: bool = False
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
+    heartbeat_seconds: int = 100
 
 
 class Preempted(UserError):

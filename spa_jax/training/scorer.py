@@ -18,8 +18,8 @@ from spa_jax.training.sources import Source, load_batches
 from spa_jax.training.step import eval_step
 from spa_jax.weights.backbone import Backbone
 
-TAP_CACHE = TapCacheConfig(enabled=True, directory="", limit_gib=20.0)
-"""The user's tap cache, for measurements that belong to no run."""
+USER_TAP_CACHE = TapCacheConfig()
+"""The tap cache in the user's cache directory, for measurements that belong to no run."""
 
 
 class Scorer:
@@ -31,7 +31,7 @@ class Scorer:
         recipe: Recipe,
         examples: Sequence[Example],
         batch_size: int,
-        tap_cache: TapCacheConfig = TAP_CACHE,
+        tap_cache: TapCacheConfig = USER_TAP_CACHE,
         source: Source | None = None,
     ) -> None:
         """Runs the backbone over the examples of which nothing is kept yet.

@@ -99,10 +99,10 @@ class MeshConfig:
             is what the hardware says.
     """
 
-    data: int
-    fsdp: int
-    tensor: int
-    slices: int
+    data: int = -1
+    fsdp: int = -1
+    tensor: int = -1
+    slices: int = -1
 
 
 def mesh_shape(config: MeshConfig, devices: int, slices: int, rows: int) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.paper.sizes import WIDEST, trainable_size, with_size
 from spa_jax.models.block import LlamaConfig
-from spa_jax.training.defaults import with_defaults
+from spa_jax.training.config import with_defaults
 
 BACKBONE = LlamaConfig(
     vocab_size=97, hidden_size=128, intermediate_size=256, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=32
