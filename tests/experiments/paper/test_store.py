@@ -82,6 +82,12 @@ def test_a_record_of_something_else_is_refused(store, keep_cell, keep_record):
 
 def test_a_damaged_result_is_named(store, keep_cell):
     keep_cell(store, BASE, [1.0])
+    packed = store.results / "predictions" / "sciq-base.jsonl.gz"
+    whole = packed.read_bytes()
+    for damaged in (whole[:-9], whole[:20], b"{"):
+        packed.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"sciq-base\.jsonl\.gz' is no predictions file"):
+            store.result(BASE)
     (store.results / "cells" / "sciq-base.json").write_text("{")
     with pytest.raises(UserError, match=r"sciq-base\.json' is damaged .*delete it"):
         store.result(BASE)
