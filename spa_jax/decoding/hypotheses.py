@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 IMPOSSIBLE = -1e9
 """Score of a hypothesis that does not exist."""
@@ -39,8 +39,8 @@ class Hypotheses(NamedTuple):
     """New tokens so far, the same for all hypotheses of a group."""
     is_done: Bool[Array, " G"]
     """True where nothing more is generated."""
-    keys: PRNGKeyArray
-    """`[G]`; each token is drawn by its group's key and its index, so groups do not depend on their company."""
+    keys: Key[Array, " G"]
+    """Random keys: each token is drawn by its group's key and its index, so groups do not depend on their company."""
     finished: Finished | None
     """Ended hypotheses of beam search; None when sampling."""
 
@@ -72,13 +72,13 @@ def init_hypotheses(groups: int, width: int, max_new_tokens: int, seed: int | ja
     return Hypotheses(tokens, consulted, scores, jnp.zeros(groups, jnp.int32), jnp.zeros(groups, bool), keys, finished)
 
 
-def group_keys(seed: int | jax.Array, groups: int) -> PRNGKeyArray:
-    """Derives a random key for each group, `[G]`, from the seed and its index in the batch alone."""
+def group_keys(seed: int | jax.Array, groups: int) -> Key[Array, " G"]:
+    """Derives a random key for each group from the seed and its index in the batch alone."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(groups))
 
 
-def token_keys(keys: PRNGKeyArray, index: Int[Array, " G"]) -> PRNGKeyArray:
-    """Derives from each group's key the one that its new token of this index is drawn by, `[G]`."""
+def token_keys(keys: Key[Array, " G"], index: Int[Array, " G"]) -> Key[Array, " G"]:
+    """Derives from each group's key the one that its new token of this index is drawn by."""
     return jax.vmap(jax.random.fold_in)(keys, index)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from spa_jax.decoding.hypotheses import Hypotheses, select_active, token_keys
 from spa_jax.errors import UserError
@@ -57,8 +57,8 @@ def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Flo
     return jnp.where(logits >= lowest_kept, logits, -jnp.inf)
 
 
-def sample(keys: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
-    """Draws one token id a row, int32, each by its own key of `keys` `[B]`."""
+def sample(keys: Key[Array, " B"], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
+    """Draws one token id a row, int32, each by its own key."""
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

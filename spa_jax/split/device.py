@@ -97,7 +97,7 @@ def choose_token(
 def _correct(
     config: PluginConfig, side: Params, cache: Cache | None, inputs: SideInput
 ) -> tuple[Float[Array, "R D"], Cache | None]:
-    taps = jnp.moveaxis(wire.decode(inputs.taps, jnp.float32), 2, 0)
+    taps = jnp.moveaxis(wire.decode(inputs.taps, jnp.dtype(jnp.float32)), 2, 0)
     g, cache = correction(config, {"side": side}, taps, inputs.positions, take_rows(cache, inputs.origins))
     return jnp.take_along_axis(g, inputs.last[:, None, None], axis=1)[:, 0], cache
 
