@@ -10,19 +10,7 @@ Train a plugin on rows of your own, and ask it something:
     >>> answer.text, answer.consulted_share  # doctest: +SKIP
     ('my dog', 1.0)
 
-The same generation by two programs that share no parameter and meet only in messages. The device says what it wants
-generated and answers the cloud's questions; the cloud has the backbone:
-
-    >>> from spa_jax.split.request import device_for, open_message
-    >>> request = open_message(plugin, ["What is thing 3?"], max_new_tokens=8)
-    >>> session = spa_jax.Cloud(backbone).open(request)
-    >>> device = device_for(plugin, request, session.lengths)
-    >>> isinstance(device, spa_jax.Device)
-    True
-    >>> while (question := session.next_question()) is not None:
-    ...     session.apply_reply(device.receive(question))
-    >>> session.result()[0].tokens == answer.tokens
-    True
+`Cloud` and `Device` are the same generation by two programs that share no parameter and meet only in messages.
 
 The names are imported when they are first used: `import spa_jax` by itself loads neither JAX nor Flax.
 """

@@ -13,8 +13,6 @@ from spa_jax.errors import UserError
 from spa_jax.training.config import RunConfig, with_defaults
 
 SCIENCE = {"question": "What do cows eat?", "correct_answer": "grass", "support": "Cows graze."}
-IN_PACKAGE = {"Cloud", "Device"}
-"""Names whose example is in the package's docstring."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_the_examples_of_the_package_run(trained):
     run_examples(spa_jax, "spa_jax")
 
 
-@pytest.mark.parametrize("name", sorted(set(spa_jax.__all__) - IN_PACKAGE))
+@pytest.mark.parametrize("name", spa_jax.__all__)
 def test_the_examples_of_a_public_name_run(name, trained):
     run_examples(getattr(spa_jax, name), name)
 

@@ -103,7 +103,21 @@ def _correct(
 
 
 class Device:
-    """A side network that answers the cloud's questions about one generation."""
+    """A side network that answers the cloud's questions about one generation.
+
+    The device says what it wants generated. It shares no parameter with the cloud, and meets it only in messages:
+
+        >>> from spa_jax import Cloud, load_backbone, load_plugin
+        >>> from spa_jax.split.request import device_for, open_message
+        >>> plugin = load_plugin("runs/mine/plugin")
+        >>> request = open_message(plugin, ["What is thing 3?"], max_new_tokens=8)
+        >>> session = Cloud(load_backbone(plugin.backbone)).open(request)
+        >>> device = device_for(plugin, request, session.lengths)
+        >>> while (question := session.next_question()) is not None:
+        ...     session.apply_reply(device.receive(question))
+        >>> len(session.result()[0].tokens) <= 8
+        True
+    """
 
     def __init__(
         self,

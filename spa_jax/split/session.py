@@ -230,7 +230,17 @@ def _scatter(part: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
 
 
 class Cloud:
-    """A backbone that opens sessions."""
+    """A backbone that opens sessions, each the cloud's side of one generation.
+
+    >>> from spa_jax import Cloud, load_backbone, load_plugin
+    >>> from spa_jax.split.generation import generate
+    >>> from spa_jax.split.request import open_message
+    >>> plugin = load_plugin("runs/mine/plugin")
+    >>> request = open_message(plugin, ["What is thing 3?"], max_new_tokens=8)
+    >>> result = generate(Cloud(load_backbone(plugin.backbone)), plugin, request)
+    >>> len(result.generations[0].tokens) <= 8, result.degraded
+    (True, 0)
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
