@@ -41,7 +41,6 @@ Run = Callable[..., Result]
 def environment(compilation_cache, tmp_path_factory) -> dict[str, str]:
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
         "SPA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
     }
