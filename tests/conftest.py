@@ -32,7 +32,7 @@ from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "standard")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, with its children
 
 TINY = LlamaConfig(

@@ -144,7 +144,7 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, " pairs"]:
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
-def rope_angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
+def rope_angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T pairs"]:
     """Angles in radians that `rotate` turns the rotary pairs of tokens at these positions by, float32."""
     return positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
 

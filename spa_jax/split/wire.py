@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
     """float32, one for each vector; `int8` only."""
 
 
-def encode(codec: Codec, x: Float[Array, "... D"]) -> Encoded:
+def encode(codec: Codec, x: Float[Array | np.ndarray, "... D"]) -> Encoded:
     """Encodes vectors: `int8` rounds to the 255 steps between minus and plus the largest magnitude of each vector, and
     `float16` clips at 65504."""
     if codec == "float16":
