@@ -22,6 +22,8 @@ def read_config() -> RunConfig:
     Raises:
         UserError: there is no such file, or what it says is no config.
     """
+    if CONFIG.value is None:
+        raise UserError("--config=FILE is needed")
     if not isinstance(CONFIG.value, ConfigDict):
         path = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(f"cannot use the config '{path}': no such file, or its get_config() returns no ConfigDict")

@@ -4,6 +4,12 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a program computes shows without LLVM's optimisations, which cost ten times what these tiny ones take to run. In
+# the environment, so that the processes that tests start compile so too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import json
 import signal
@@ -26,7 +32,7 @@ from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "standard")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, with its children
 
 TINY = LlamaConfig(
@@ -63,8 +69,11 @@ def smollm2() -> Backbone:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory) -> Path:
-    """The same program compiles once a session, also in other processes; set the variable to keep it for the next."""
-    directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("compiled"))
+    """The directory where a program compiled by one process of this session, or of one before it when the environment
+    names a directory, is found by all others."""
+    root = tmp_path_factory.getbasetemp()
+    own = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "compiled"  # a worker's root is its own
+    directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or own)
     settings = {
         "jax_compilation_cache_dir": str(directory),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -77,12 +86,11 @@ def compilation_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """What a program does and holds shows without LLVM's optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")  # a folder may have it so already
-    jax.config.update("jax_disable_most_optimizations", True)
+def optimised() -> Iterator[None]:
+    """Compiles with LLVM's optimisations, for tests of what is fast or of the program that users get."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ def examples_directory(tmp_path_factory, tiny_backbone_directory, rows_file, tap
 
 
 @pytest.fixture(scope="module")
-def trained(examples_directory, quick_compilation):
+def trained(examples_directory):
     """The run that the examples of loading, evaluating and generating go on from."""
     spa_jax.train_plugin({"data.train": "mine.jsonl", "train.epochs": 2}, "runs/mine")
 

@@ -11,13 +11,14 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from spa_jax.data.padding import padded_length
 from spa_jax.models.block import PADDING, Cache, CachePlacement, LlamaConfig
 
 
-def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """Creates an empty cache `{"k", "v"}` of `[B,L,K,H,S]`; a `CachePlacement` says which slot holds which token."""
     shape = (batch, config.num_layers, config.num_kv_heads, config.head_dim, slots)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

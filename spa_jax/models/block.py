@@ -18,6 +18,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.models.attention import attend
@@ -128,7 +129,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "..."], eps: float) -
     return (normed * jnp.broadcast_to(scale, x.shape).astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
+def rope_frequencies(config: LlamaConfig) -> Float[Array, " pairs"]:
     """Angular frequency of each rotary pair in radians per position, float32."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -143,7 +144,7 @@ def rope_frequencies(config: LlamaConfig) -> Float[Array, " H/2"]:
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
-def rope_angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
+def rope_angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T pairs"]:
     """Angles in radians that `rotate` turns the rotary pairs of tokens at these positions by, float32."""
     return positions.astype(jnp.float32)[:, :, None] * rope_frequencies(config)[None, None, :]
 
@@ -169,7 +170,7 @@ class Attention(nn.Module):
     """Grouped-query attention over the given tokens, or over the cache after adding them to it."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
@@ -177,7 +178,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "B T H/2"],
+        angles: Float[Array, "B T pairs"],
         places: CachePlacement,
         cache: Cache | None,
         layer: int | Int[Array, ""],
@@ -213,7 +214,7 @@ class MLP(nn.Module):
     """SwiGLU feed-forward layer."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
@@ -230,7 +231,7 @@ class Block(nn.Module):
     """One pre-norm block: a pure function `(h, cache) -> (h, cache)` of its parameters."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
@@ -245,7 +246,7 @@ class Block(nn.Module):
         h: Float[Array, "B T D"],
         cache: Cache | None,
         layer: int | Int[Array, ""],
-        angles: Float[Array, "B T H/2"],
+        angles: Float[Array, "B T pairs"],
         places: CachePlacement,
         hook: ForwardHook = no_hook,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -273,7 +274,7 @@ class Block(nn.Module):
         h: Float[Array, "B T D"],
         cache: Cache | None,
         layer: int | Int[Array, ""],
-        angles: Float[Array, "B T H/2"],
+        angles: Float[Array, "B T pairs"],
         places: CachePlacement,
         hook: ForwardHook = no_hook,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:

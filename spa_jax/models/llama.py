@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from spa_jax.models.block import (
@@ -71,7 +72,7 @@ class Embedding(nn.Module):
 
     vocabulary: int
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def setup(self) -> None:
         initializer = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -98,7 +99,7 @@ class Llama(nn.Module):
 
     config: LlamaConfig
     taps: tuple[int, ...] = ()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     partitioner: Partitioner = SINGLE_DEVICE
     compute: Compute = AUTOMATIC

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
@@ -51,7 +52,7 @@ class PluginConfig(Method):
         return setting == "base" or (same_correction and (self.routed or setting not in ROUTED))
 
 
-def side_network(config: PluginConfig, dtype: jnp.dtype = jnp.float32) -> TokenwiseSide | TransformerSide:
+def side_network(config: PluginConfig, dtype: DTypeLike = jnp.float32) -> TokenwiseSide | TransformerSide:
     """The side network's module; g starts at zero where it is added to f, so that a fresh plugin equals the base."""
     kind = TransformerSide if config.side.attends else TokenwiseSide
     return kind(config.side, config.hidden_size, zero_output=config.setting in ADDED, dtype=dtype)
@@ -63,7 +64,7 @@ def correction(
     taps: Float[Array, "P B T D"],
     positions: Int[Array, "B T"],
     cache: Cache | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     places: CachePlacement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """g of normalised taps at their positions, and the cache with them added.

@@ -9,6 +9,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from spa_jax.models.block import (
@@ -80,7 +81,7 @@ class TokenwiseSide(nn.Module):
     config: SideConfig
     hidden_size: int
     zero_output: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, taps: Float[Array, "P B T D"]) -> Float[Array, "B T D"]:
@@ -119,7 +120,7 @@ class Rung(nn.Module):
     """One step of the transformer ladder: the gate between the state and the tap, then a LLaMA block of width E."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(
@@ -127,7 +128,7 @@ class Rung(nn.Module):
         carry: tuple[jax.Array, Cache | None],
         state: Float[Array, "B T E"],
         layer: Int[Array, ""],
-        angles: Float[Array, "B T H/2"],
+        angles: Float[Array, "B T pairs"],
         places: CachePlacement,
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         s, cache = carry
@@ -154,7 +155,7 @@ class TransformerSide(nn.Module):
     config: SideConfig
     hidden_size: int
     zero_output: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -7,7 +7,7 @@ implements `Channel`.
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Answer = Callable[[bytes], bytes | None]
 """The device's end of a channel: takes a message, and returns its reply, or None for a message that wants none."""
@@ -36,6 +36,7 @@ class Traffic:
     device_seconds: float = 0.0
 
 
+@runtime_checkable
 class Channel(Protocol):
     """The cloud's connection to one device."""
 

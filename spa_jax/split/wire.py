@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from google.protobuf.message import DecodeError, Message
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spa_jax.errors import UserError
@@ -45,7 +46,7 @@ class Encoded(NamedTuple):
     """float32, one for each vector; `int8` only."""
 
 
-def encode(codec: Codec, x: Float[Array, "... D"]) -> Encoded:
+def encode(codec: Codec, x: Float[Array | np.ndarray, "... D"]) -> Encoded:
     """Encodes vectors: `int8` rounds to the 255 steps between minus and plus the largest magnitude of each vector, and
     `float16` clips at 65504."""
     if codec == "float16":
@@ -58,7 +59,7 @@ def encode(codec: Codec, x: Float[Array, "... D"]) -> Encoded:
     return Encoded(jnp.round(steps).astype(jnp.int8), scales)
 
 
-def decode(encoded: Encoded, dtype: jnp.dtype) -> Float[Array, "... D"]:
+def decode(encoded: Encoded, dtype: DTypeLike) -> Float[Array, "... D"]:
     """Restores what `encode` was given, as nearly as the codec can."""
     x = encoded.values.astype(dtype if encoded.scales is None else jnp.float32)
     return x if encoded.scales is None else (x * encoded.scales[..., None]).astype(dtype)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.traverse_util
 import jax
@@ -61,6 +61,7 @@ IGNORED_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """A checkpoint's tensors by their Hugging Face names, in Hugging Face's layout."""
 

@@ -1,7 +1,11 @@
-"""Commands in processes of their own, and a finished training run for them to work on."""
+"""Commands in processes of their own and in the tests' process, and a finished training run for them to work on."""
 
+import contextlib
+import io
 import json
+import logging
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rich
+from absl import flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +47,6 @@ Run = Callable[..., Result]
 def environment(compilation_cache, tmp_path_factory) -> dict[str, str]:
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
         "SPA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
     }
@@ -76,6 +81,63 @@ def start(environment, tmp_path_factory) -> Iterator[Start]:
 def command(start) -> Run:
     """The same, to its end."""
     return lambda *arguments, **keywords: start(*arguments, **keywords).wait()
+
+
+def take_flags() -> dict[str, flags.Flag]:
+    """Takes the flags of commands, which one process cannot all have, and of configs away from absl."""
+    # A module that is run has its path for a name, and keys of configs are defined by the last one.
+    ours = ("spa_jax.", "experiments.", "ml_collections.", str(ROOT), "absl.flags._flag")
+    defined = flags.FLAGS.flags_by_module_dict().items()
+    taken = {flag.name: flag for module, some in defined if module.startswith(ours) for flag in some}
+    for name in taken:
+        delattr(flags.FLAGS, name)
+    return taken
+
+
+@contextlib.contextmanager
+def fresh_flags() -> Iterator[None]:
+    """Flags as a process begins with them; those of modules that tests have imported come back."""
+    kept = take_flags()
+    try:
+        yield
+    finally:
+        take_flags()
+        for name, flag in kept.items():
+            flags.FLAGS[name] = flag
+
+
+@contextlib.contextmanager
+def fresh_logs() -> Iterator[None]:
+    """Logs without handlers, and a console as before when the command has ended."""
+    logs = [logging.getLogger(), logging.getLogger("spa_jax")]
+    kept = [(log.level, log.handlers, log.propagate) for log in logs]
+    for log in logs:
+        log.handlers = []
+    try:
+        yield
+    finally:
+        for log, (level, handlers, propagate) in zip(logs, kept):
+            log.level, log.handlers, log.propagate = level, handlers, propagate
+        rich.reconfigure()
+
+
+@pytest.fixture
+def command_here(environment, monkeypatch) -> Run:
+    """Runs a command to its end as `command` does, but in this process: the cheap way to see what is refused."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SPA_JAX_CACHE", environment["SPA_JAX_CACHE"])
+
+    def run(module: str, *arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        for name in {module, "spa_jax.train"}:  # aot imports the second, which defines flags
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        out, err = io.StringIO(), io.StringIO()
+        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with fresh_flags(), fresh_logs(), streams[0], streams[1], pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return Result(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_answered_is_refused_in_one_line(
-    case, command, plugin, tiny_backbone_directory, make_backbone_directory
+    case, command_here, plugin, tiny_backbone_directory, make_backbone_directory
 ):
     arguments, message = REFUSED[case]
     places = {"PLUGIN": plugin, "BACKBONE": tiny_backbone_directory}
@@ -195,7 +195,7 @@ def test_what_cannot_be_answered_is_refused_in_one_line(
         places["OTHER"] = make_backbone_directory(seed=1)
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
-    command(GENERATE, *arguments).assert_refused(message)
+    command_here(GENERATE, *arguments).assert_refused(message)
 
 
 @pytest.mark.parametrize("config", [PeftConfig("lora", 2, 4.0), PeftConfig("adapter", 3)], ids=["lora", "adapter"])
@@ -221,12 +221,12 @@ def test_a_lora_and_an_adapter_answer_within_one_program_alone(config, command, 
     )
 
 
-def test_a_damaged_plugin_is_one_message(command, plugin, tmp_path):
+def test_a_damaged_plugin_is_one_message(command_here, plugin, tmp_path):
     copy = tmp_path / "plugin"
     shutil.copytree(plugin, copy)
     weights = (copy / "plugin.safetensors").read_bytes()
     (copy / "plugin.safetensors").write_bytes(weights[:-1])
-    command(GENERATE, f"--plugin={copy}", PROMPT).assert_refused(f"cannot read '{copy}/plugin.safetensors'")
+    command_here(GENERATE, f"--plugin={copy}", PROMPT).assert_refused(f"cannot read '{copy}/plugin.safetensors'")
     (copy / "plugin.safetensors").write_bytes(weights)
     assert load_plugin(copy).config.setting == "spa"
 

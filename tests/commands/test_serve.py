@@ -105,19 +105,19 @@ def test_the_cloud_counts_what_it_does(command, cloud, plugin):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_will_not_do_is_refused_in_one_line(arguments, says, command, plugin, tiny_backbone_directory):
+def test_what_will_not_do_is_refused_in_one_line(arguments, says, command_here, plugin, tiny_backbone_directory):
     own = [f"--backbone={tiny_backbone_directory}"] if arguments[:1] == ["cloud"] else []
-    command(SERVE, *(argument.replace("PLUGIN", str(plugin)) for argument in arguments), *own).assert_refused(says)
+    command_here(SERVE, *(argument.replace("PLUGIN", str(plugin)) for argument in arguments), *own).assert_refused(says)
 
 
-def test_beam_search_with_tokens_is_refused(command, plugin, head):
+def test_beam_search_with_tokens_is_refused(command_here, plugin, head):
     arguments = [f"--plugin={plugin}", *ASK, "--reply=token", f"--head={head}", "--beams=2"]
-    result = command(SERVE, "device", *arguments)
+    result = command_here(SERVE, "device", *arguments)
     assert result.status == 2
     assert "reply mode 'token' can only be greedy or sample" in result.err
 
 
-def test_a_cloud_that_is_not_there_is_named(command, plugin):
-    result = command(SERVE, "device", f"--plugin={plugin}", *ASK, "--cloud=127.0.0.1:9")
+def test_a_cloud_that_is_not_there_is_named(command_here, plugin):
+    result = command_here(SERVE, "device", f"--plugin={plugin}", *ASK, "--cloud=127.0.0.1:9")
     assert result.status == 2
     assert "the cloud at 127.0.0.1:9 is gone" in result.err

@@ -13,7 +13,6 @@ from spa_jax.models.llama import init_params
 from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.architectures import ARCHITECTURES, architecture
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 V, D, F, L, N, K, H = 512, 256, 1024, 6, 8, 4, 32
 ROWS, LENGTH, TAPS, WIDTH = 4, 32, 3, 16
 

@@ -22,8 +22,6 @@ from spa_jax.models.side import SideConfig
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 EOS = (51, 96)
 """51 is what `spa` says in the midst of its answer to the third prompt, and to no other."""
 CONTEXT, NEW, TAPS = 64, 14, (0, 2, 3)

@@ -16,8 +16,6 @@ from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import PeftPlugin
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NEW = 10
 PROMPTS = [np.random.default_rng(seed).integers(0, 96, length).tolist() for seed, length in enumerate((3, 11, 6))]
 LORA, ADAPTER = PeftConfig("lora", 3, 6.0), PeftConfig("adapter", 3)

@@ -6,6 +6,7 @@ import pytest
 from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.fused import FusedModel
 
+pytestmark = pytest.mark.usefixtures("optimised")  # so large a model is worth it
 NEW = 40
 QUESTIONS = [
     "What is the capital of France?",

@@ -10,8 +10,6 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.prompt_store import PromptState, PromptStore
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("kind", ["tokenwise", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_another_model_goes_on_from_what_the_first_one_left(backbone, kind):  # noqa: F811

@@ -5,7 +5,7 @@ Splash attention runs by Pallas's interpreter; of cuDNN's only how it is split i
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import json
 

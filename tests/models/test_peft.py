@@ -13,7 +13,6 @@ from spa_jax.models.llama import Llama
 from spa_jax.models.peft import TARGETS, Peft, PeftConfig, init_peft, rank_for
 from spa_jax.models.plugin import count_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LORA, ADAPTER = PeftConfig("lora", 3, 6.0), PeftConfig("adapter", 5)
 EVERYWHERE = dataclasses.replace(LORA, targets=TARGETS)
 KINDS = pytest.mark.parametrize("config", [LORA, EVERYWHERE, ADAPTER], ids=["lora", "lora everywhere", "adapter"])

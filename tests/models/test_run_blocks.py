@@ -12,7 +12,6 @@ from spa_jax.models.llama import Llama, LlamaOutput, init_params
 from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.models.quantized import quantize
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TAPS = (0, 1, 3)
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 6)).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(6, dtype=np.int32), TOKENS.shape)

@@ -24,8 +24,6 @@ from spa_jax.scoring.predictions import Prediction, Predictions, read_prediction
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SCIQ = [
     {"question": f"What is {word}?", "support": f"{word} is a {word}thing." * (i % 3), "correct_answer": f"{word}thing"}
     for i, word in enumerate(("rain", "snow", "ice", "mud", "sand"))

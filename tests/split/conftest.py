@@ -1,22 +1,12 @@
 """A small backbone in the cloud, and compilation that does not optimise."""
 
 import dataclasses
-from collections.abc import Iterator
 
-import jax
 import pytest
 from tiny_split import CONTEXT, EOS, FINGERPRINT
 
 from spa_jax.split.session import Cloud
 from spa_jax.weights.backbone import Backbone
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Programs that run for milliseconds are not worth LLVM's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ with atheris.instrument_imports(include=["spa_jax.split"]):
 import dataclasses
 from pathlib import Path
 
-import jax
 from tiny_split import FINGERPRINT, make_plugin, make_prompts
 
 from spa_jax.errors import UserError
@@ -78,7 +77,6 @@ class Reading:
 
 
 def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     backbone, corpus = dataclasses.replace(load_backbone(sys.argv.pop(1)), fingerprint=FINGERPRINT), Path(sys.argv[1])
     reading = Reading(backbone)
     for number, seed in enumerate(reading.seeds()):

@@ -18,6 +18,7 @@ from spa_jax.training.config import parse
 from spa_jax.training.run import train
 from spa_jax.weights.plugin import load_plugin
 
+pytestmark = pytest.mark.usefixtures("optimised")  # so large a model is worth it
 NEW = 24
 
 

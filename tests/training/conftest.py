@@ -1,7 +1,7 @@
 """A small backbone, and what it makes of a batch of random rows."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,14 +17,6 @@ from spa_jax.models.side import SideConfig
 from spa_jax.training.features import Features, extract
 
 TAPS = (0, 2, 3)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Programs that run for milliseconds are not worth LLVM's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class World(NamedTuple):

@@ -3,7 +3,7 @@ devices is fixed when JAX starts. Writes JSON for `test_eight_devices.py` to sta
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import dataclasses
 import json

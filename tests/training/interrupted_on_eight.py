@@ -5,7 +5,7 @@ python -m tests.training.interrupted_on_eight WORKDIR KEYS_AS_JSON
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import json
 import sys

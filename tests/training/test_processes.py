@@ -1,7 +1,6 @@
 """Several processes train as one: they agree with one, and go on after one or all of them are gone."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -32,12 +31,11 @@ def start(tiny_overrides, tmp_path):
         given = {**tiny_overrides, **keys, **{f"distributed.{key}": value for key, value in together.items()}}
         flags = [f"--config.{key}={value}" for key, value in given.items()]
         command = [sys.executable, "-m", "spa_jax.train", "--config=configs/default.py", f"--workdir={tmp_path / name}"]
-        environment = {**os.environ, "XLA_FLAGS": ""}
         for process in range(count):
             log = (tmp_path / f"{name}-{process}.log").open("a+")
             done = subprocess.Popen(
                 [*command, *flags, f"--config.distributed.process={process}"], stdout=log, stderr=log,
-                env=environment, cwd=Path(__file__).parents[2], start_new_session=True,
+                cwd=Path(__file__).parents[2], start_new_session=True,
             )  # fmt: skip
             started.append(done)
             done.said = lambda file=log: (file.seek(0), file.read())[1]

@@ -5,8 +5,6 @@ import pytest
 from experiments.benchmarks import wire_bytes
 from spa_jax.split.wire import CODECS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_fewer_bytes_lose_little_and_float32_nothing(tiny_store):
     found = wire_bytes.measure(tiny_store, "spa seed 0")

@@ -5,8 +5,6 @@ import pytest
 from experiments.paper import ablations
 from experiments.paper.scales import BUDGET, MINI, PAPER
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_every_row_is_another_training_with_the_protocol_of_its_task():
     for task, protocol in MINI.ablations.items():

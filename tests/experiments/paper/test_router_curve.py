@@ -10,8 +10,6 @@ from spa_jax.data.tasks import load_split
 from spa_jax.training.rows import task_encoder
 from spa_jax.weights.plugin import load_plugin
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_entropy_is_that_of_the_backbones_next_token(tiny_store):
     plugin = load_plugin(tiny_store.train(plugin_training(tiny_store.scale, "xsum")) / "plugin")

@@ -7,8 +7,6 @@ from experiments.paper.store import CellStore
 from spa_jax.models.plugin import count_params
 from spa_jax.split.simulated import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):

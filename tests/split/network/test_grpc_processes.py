@@ -124,7 +124,7 @@ def test_a_backbone_over_two_devices_says_what_one_says(
     beams, tiny_backbone_directory, plugin, cloud, request_of, monkeypatch
 ):
     here = in_process(cloud, plugin, request_of(beams))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4")
     with cloud_process(str(tiny_backbone_directory), "--tensor=2", "--deadline=60") as split:
         there = asyncio.run(generate(Connection(split.address), plugin, request_of(beams)))
     assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
