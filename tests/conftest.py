@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+import functools
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,6 +35,20 @@ from spa_jax.weights.registry import load_backbone
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def under_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a function of a library mix dtypes; ours, and all else of theirs, must not."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **keywords)
+
+    return call
+
+
+optax.tree.bias_correction = under_standard_promotion(optax.tree.bias_correction)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, with its children
 
 TINY = LlamaConfig(

@@ -164,7 +164,9 @@ def decode(
             config, frozen, trainable, hidden, g, s.hypotheses, active, sampling, beams, threshold
         )
         slot_mask = take_rows(slot_mask, parent_rows(parents))
-        return DecodeState(_not_none(out.cache), side_cache, slot_mask, s.position + active, hypotheses)
+        return DecodeState(
+            _not_none(out.cache), side_cache, slot_mask, s.position + active.astype(jnp.int32), hypotheses
+        )
 
     return jax.lax.while_loop(lambda s: jnp.sum(is_active(s)) > min_active, step, state)
 

@@ -23,7 +23,7 @@ def combine(
     f: Float[Array, "... D"],
     g: Float[Array, "... D"],
     sigma: Bool[Array, "..."],
-    offset: Float[Array, " D"] | None = None,
+    offset: Float[Array, "... D"] | None = None,
 ) -> Float[Array, "... D"]:
     """Computes the LM head's input: corrected by g where sigma is true, and `without_correction` elsewhere.
 
@@ -35,7 +35,7 @@ def combine(
     return jnp.where(sigma[..., None], consulted, without_correction(f, offset)) if setting in ROUTED else consulted
 
 
-def without_correction(f: Float[Array, "... D"], offset: Float[Array, " D"] | None) -> Float[Array, "... D"]:
+def without_correction(f: Float[Array, "... D"], offset: Float[Array, "... D"] | None) -> Float[Array, "... D"]:
     """Computes the LM head's input where the device is not asked: f, or f plus the router's learned `offset`."""
     return f if offset is None else f + jnp.broadcast_to(offset, f.shape).astype(f.dtype)
 

@@ -195,7 +195,7 @@ def advance(
         places, slot_mask = place_newest(s.slot_mask, s.position, s.hypotheses.num_generated, active)
         out = config.model.apply({"params": frozen}, tokens, positions, s.cache, places)
         assert out.cache is not None
-        s = s._replace(cache=out.cache, slot_mask=slot_mask, position=s.position + active)
+        s = s._replace(cache=out.cache, slot_mask=slot_mask, position=s.position + active.astype(jnp.int32))
         hidden, taps = jax.tree.map(
             lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (out.hidden, _encode_taps(config, frozen, out.taps))
         )

@@ -59,7 +59,7 @@ def encode(codec: Codec, x: Float[Array | np.ndarray, "... D"]) -> Encoded:
     return Encoded(jnp.round(steps).astype(jnp.int8), scales)
 
 
-def decode(encoded: Encoded, dtype: DTypeLike) -> Float[Array, "... D"]:
+def decode(encoded: Encoded, dtype: DTypeLike) -> Float[Array | np.ndarray, "... D"]:
     """Restores what `encode` was given, as nearly as the codec can."""
     x = encoded.values.astype(dtype if encoded.scales is None else jnp.float32)
     return x if encoded.scales is None else (x * encoded.scales[..., None]).astype(dtype)

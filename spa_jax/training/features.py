@@ -88,7 +88,9 @@ def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix
     return jax.lax.stop_gradient(jax.tree.map(lambda leaf: model.partitioner.constrain(leaf, "B"), features))
 
 
-def tap_positions(batch: Batch, everywhere: bool) -> tuple[Int[Array | np.ndarray, "B S"], Int[Array | np.ndarray, "B R"]]:
+def tap_positions(
+    batch: Batch, everywhere: bool
+) -> tuple[Int[Array | np.ndarray, "B S"], Int[Array | np.ndarray, "B R"]]:
     """Returns `Features.positions` and `Features.reads` for a batch of NumPy or traced arrays."""
     xp = np if isinstance(batch.predict, np.ndarray) else jnp
     if not everywhere:

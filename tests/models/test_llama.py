@@ -239,7 +239,7 @@ def test_bfloat16_is_near_float32(tiny_config, tiny_params, uncached):
 
     @jax.jit
     def forward(params):
-        out = model.apply({"params": params}, TOKENS, positions_of(24, 3), cache)
+        out = model.apply({"params": params}, jnp.asarray(TOKENS), positions_of(24, 3), cache)
         return out, model.apply({"params": params}, out.hidden, method="logits")
 
     out, logits = forward(half)

@@ -1,6 +1,7 @@
 """One backbone pass with the common beginning of all rows run once."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ def test_features_after_a_common_prefix_are_those_of_the_whole(everywhere, lengt
     batch = world.batch._replace(tokens=tokens)
     program = jax.jit(extract, static_argnums=(0, 3))
     expected = program(world.model, world.frozen, batch, everywhere)
-    prefix = run_prefix(world.model, world.frozen, tokens[:1, :length])
+    prefix = run_prefix(world.model, world.frozen, jnp.asarray(tokens[:1, :length]))
     found = program(world.model, world.frozen, batch, everywhere, prefix)
     assert [leaf.shape for leaf in found] == [leaf.shape for leaf in expected]
     for ours, theirs in zip(found, expected):

@@ -44,7 +44,7 @@ def test_loss_and_gradient_equal_log_softmax(count, tied, dtype, tiny_config, pl
     frozen = init_params(config, seed=1)
     rng = np.random.default_rng(count)
     hidden = jnp.asarray(3 * rng.standard_normal((count, config.hidden_size)), dtype)
-    targets = rng.integers(0, config.vocab_size, count).astype(np.int32)
+    targets = jnp.asarray(rng.integers(0, config.vocab_size, count), jnp.int32)
     cotangent = jnp.asarray(rng.standard_normal(count), jnp.float32)
     exact = (Llama(config), frozen, hidden.astype(jnp.float32), targets, cotangent)
     expected, expected_gradient = loss_and_gradient(plain_losses, *exact)
