@@ -49,6 +49,7 @@ class Encoded(NamedTuple):
 def encode(codec: Codec, x: Float[Array | np.ndarray, "... D"]) -> Encoded:
     """Encodes vectors: `int8` rounds to the 255 steps between minus and plus the largest magnitude of each vector, and
     `float16` clips at 65504."""
+    x = jnp.asarray(x)
     if codec == "float16":
         x = jnp.clip(x, -LARGEST_FLOAT16, LARGEST_FLOAT16)
     if codec != "int8":
@@ -59,9 +60,9 @@ def encode(codec: Codec, x: Float[Array | np.ndarray, "... D"]) -> Encoded:
     return Encoded(jnp.round(steps).astype(jnp.int8), scales)
 
 
-def decode(encoded: Encoded, dtype: DTypeLike) -> Float[Array | np.ndarray, "... D"]:
+def decode(encoded: Encoded, dtype: DTypeLike) -> Float[Array, "... D"]:
     """Restores what `encode` was given, as nearly as the codec can."""
-    x = encoded.values.astype(dtype if encoded.scales is None else jnp.float32)
+    x = jnp.asarray(encoded.values, dtype if encoded.scales is None else jnp.float32)
     return x if encoded.scales is None else (x * encoded.scales[..., None]).astype(dtype)
 
 
