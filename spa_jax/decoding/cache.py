@@ -24,7 +24,7 @@ def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) ->
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
-def cache_bytes(config: LlamaConfig, batch: int, slots: int, dtype: jnp.dtype) -> int:
+def cache_bytes(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> int:
     """Computes the memory that `init_cache` takes."""
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_cache(config, batch, slots, dtype)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

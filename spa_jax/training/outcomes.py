@@ -35,7 +35,7 @@ class Outcomes(NamedTuple):
     """p(consult); 1 in a setting without a router."""
 
 
-def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array, "B R"]]:
+def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array | np.ndarray, "..."]]:
     """Computes the metrics of single tokens for a router's threshold.
 
     Returns:
