@@ -48,7 +48,14 @@ def under_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-optax.tree.bias_correction = under_standard_promotion(optax.tree.bias_correction)
+def chain(*parts: optax.GradientTransformation, chain: Callable[..., Any] = optax.chain) -> Any:
+    """`optax.chain`, whose parts may mix dtypes."""
+    whole = chain(*parts)
+    return whole._replace(update=under_standard_promotion(whole.update))
+
+
+optax.chain = chain
+jax.nn.dot_product_attention = under_standard_promotion(jax.nn.dot_product_attention)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, with its children
 
 TINY = LlamaConfig(

@@ -37,7 +37,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 T S"],
+    mask: Bool[Array, "#B 1 T S"],
     not_padding: Bool[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(q k^T / sqrt(H)) v over the keys that each query sees; one that sees none gets anything finite.

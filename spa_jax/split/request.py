@@ -16,7 +16,7 @@ from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import Beams as BeamsMessage
 from spa_jax.split.messages_pb2 import Open, Prompt
 from spa_jax.split.messages_pb2 import Sampling as SamplingMessage
-from spa_jax.split.wire import Codec, ReplyMode
+from spa_jax.split.wire import ReplyMode
 from spa_jax.weights.plugin import Plugin
 
 MAX_PROMPT_LENGTH = 2**17
@@ -27,7 +27,7 @@ def open_message(
     plugin: Plugin,
     prompts: Sequence[Sequence[int] | str],
     max_new_tokens: int,
-    codec: Codec = "float32",
+    codec: str = "float32",
     setting: Setting | None = None,
     threshold: float | None = None,
     sampling: Sampling = GREEDY,

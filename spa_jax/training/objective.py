@@ -118,7 +118,7 @@ def _through_the_router(
     g = corrections(plugin, params, features, model)
     p = consult_probability(router_logits(params, features.hidden))
     sigma = p > plugin.threshold
-    share = p if router.objective == "soft" else p + jax.lax.stop_gradient(sigma - p)
+    share = p if router.objective == "soft" else p + jax.lax.stop_gradient(sigma.astype(p.dtype) - p)
     losses = token_losses(model, frozen, mix(plugin.setting, features.hidden, g, share), features.targets)
     values = {"base": features.base_loss, "combined": losses, "usage": sigma.astype(jnp.float32)}
     return jnp.sum(features.weights * losses), sum_tokens(values, features.weights)

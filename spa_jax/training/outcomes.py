@@ -35,7 +35,7 @@ class Outcomes(NamedTuple):
     """p(consult); 1 in a setting without a router."""
 
 
-def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array, "B R"]]:
+def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array | np.ndarray, "*M"]]:
     """Computes the metrics of single tokens for a router's threshold.
 
     Returns:
@@ -52,7 +52,7 @@ def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array
     }
 
 
-def sum_tokens(values: dict[str, Float[Array, "B R"]], weights: Float[Array, "B R"]) -> Sums:
+def sum_tokens(values: dict[str, Float[Array | np.ndarray, "*M"]], weights: Float[Array, "*M"]) -> Sums:
     """Sums each value over target tokens, which have weight 1, and counts the tokens."""
     return {**{name: jnp.sum(weights * value) for name, value in values.items()}, "tokens": jnp.sum(weights)}
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from spa_jax.errors import UserError
@@ -154,7 +154,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     return Mesh(grid, AXES)
 
 
-def spec_of(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec_of(path: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Looks up which mesh axes split a parameter.
 
     Args:

@@ -95,7 +95,7 @@ def _forward(model: Llama, params: Params, hidden: jax.Array, targets: jax.Array
 
 
 def _backward(model: Llama, gradient: jax.Array, cotangent: jax.Array) -> tuple[None, jax.Array, None]:
-    return None, (cotangent[:, None] * gradient).astype(gradient.dtype), None
+    return None, (cotangent[:, None] * gradient.astype(cotangent.dtype)).astype(gradient.dtype), None
 
 
 _losses.defvjp(_forward, _backward)

@@ -16,8 +16,8 @@ from spa_jax.models.plugin import count_params
 LORA, ADAPTER = PeftConfig("lora", 3, 6.0), PeftConfig("adapter", 5)
 EVERYWHERE = dataclasses.replace(LORA, targets=TARGETS)
 KINDS = pytest.mark.parametrize("config", [LORA, EVERYWHERE, ADAPTER], ids=["lora", "lora everywhere", "adapter"])
-TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12)).astype(np.int32)
-POSITIONS = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 12)), jnp.int32)
+POSITIONS = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
 LLAMA_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_layers=32, num_heads=32, num_kv_heads=32,
     head_dim=128,
@@ -65,7 +65,7 @@ def test_cached_agrees_with_uncached(config, run, tiny_config, tiny_params):
 )
 def test_what_is_kept_for_the_gradient_changes_memory_and_not_the_gradient(config, kept, tiny_config, tiny_params):
     peft = random_peft(config, tiny_config)
-    tokens, positions = np.tile(TOKENS, (4, 4)), np.broadcast_to(np.arange(48, dtype=np.int32), (8, 48))
+    tokens, positions = jnp.tile(TOKENS, (4, 4)), jnp.broadcast_to(jnp.arange(48, dtype=jnp.int32), (8, 48))
 
     def gradient(remat):
         model = Llama(tiny_config, remat=remat)

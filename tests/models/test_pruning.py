@@ -83,6 +83,7 @@ def test_dead_units_are_the_ones_left_out(heads, length, frozen):
         mlp["gate"]["kernel"][layer][:, units] = 0
         mlp["up"]["kernel"][layer][:, units] = 0
         mlp["down"]["kernel"][layer][units] = 0
+    blocks = jax.tree.map(jnp.asarray, blocks)
     pruned, _ = rungs(side, {**frozen, "blocks": blocks})
     small = jax.random.normal(jax.random.key(1), (1, length, 12))
     wide = jnp.zeros((1, length, D)).at[:, :, channels].set(small)

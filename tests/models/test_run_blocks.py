@@ -13,8 +13,8 @@ from spa_jax.models.peft import Peft, PeftConfig, init_peft
 from spa_jax.models.quantized import quantize
 
 TAPS = (0, 1, 3)
-TOKENS = np.random.default_rng(0).integers(0, 97, (2, 6)).astype(np.int32)
-POSITIONS = np.broadcast_to(np.arange(6, dtype=np.int32), TOKENS.shape)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 6)), jnp.int32)
+POSITIONS = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), TOKENS.shape)
 LORA, INT8 = PeftConfig("lora", 3, 6.0, ("q", "v", "down")), Compute(weights="int8")
 
 
@@ -101,7 +101,7 @@ def test_no_second_copy_of_the_blocks_is_made(int8, first, bounds, gradient):
     floats = init_params(config, abstract=True)
     params = jax.eval_shape(in_8_bits, floats) if int8 else floats
     model = Llama(config, remat=gradient or "none", compute=INT8 if int8 else Compute())
-    positions = np.zeros((1, 1), np.int32)
+    positions = jnp.zeros((1, 1), jnp.int32)
 
     def run(h, params, first, last):
         h, *_ = model.apply({"params": params}, h, positions, first=first, last=last, method="run_blocks")

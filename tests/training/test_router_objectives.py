@@ -114,7 +114,7 @@ def test_cross_fitted_labels_come_from_the_network_that_has_not_seen_the_row(wor
     f = world.features
     fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
     for number, side in ((0, silent), (1, params["side"])):
-        half = f._replace(weights=f.weights * (fold == number)[:, None])
+        half = f._replace(weights=f.weights * (fold == number)[:, None].astype(jnp.float32))
         found = gradient(world, plugin, {**params, "folds": folds}, router, half)["router"]
         expected = gradient(world, plugin, {**params, "side": side}, plain, half)["router"]
         close(found, expected)
