@@ -83,13 +83,14 @@ def command(start) -> Run:
     return lambda *arguments, **keywords: start(*arguments, **keywords).wait()
 
 
-def take_flags() -> dict[str, flags.Flag]:
-    """Takes the flags of commands, which one process cannot all have, and of configs away from absl."""
+def take_flags() -> list[tuple[str, flags.Flag]]:
+    """Takes the flags of commands, which one process cannot all have, and of configs away from absl, each with the name
+    of its module."""
     # A module that is run has its path for a name, and keys of configs are defined by the last one.
     ours = ("spa_jax.", "experiments.", "ml_collections.", str(ROOT), "absl.flags._flag")
     defined = flags.FLAGS.flags_by_module_dict().items()
-    taken = {flag.name: flag for module, some in defined if module.startswith(ours) for flag in some}
-    for name in taken:
+    taken = [(module, flag) for module, some in defined if module.startswith(ours) for flag in some]
+    for name in {flag.name for _, flag in taken}:
         delattr(flags.FLAGS, name)
     return taken
 
@@ -102,8 +103,9 @@ def fresh_flags() -> Iterator[None]:
         yield
     finally:
         take_flags()
-        for name, flag in kept.items():
-            flags.FLAGS[name] = flag
+        for module, flag in kept:
+            flags.FLAGS[flag.name] = flag
+            flags.FLAGS.register_flag_by_module(module, flag)
 
 
 @contextlib.contextmanager
