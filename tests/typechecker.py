@@ -1,4 +1,4 @@
-"""Checks annotations of spa_jax at run time, for jaxtyping: beartype, for which an int is a float too, as PEP 484 says."""
+"""Checks annotations of spa_jax at run time, by jaxtyping: beartype, for which an int is a float too (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 
