@@ -33,6 +33,7 @@ from spa_jax.training.config import RunConfig, parse
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
+jax.config.update("jax_disable_most_optimizations", True)  # a plugin of pytest may have imported jax before
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
