@@ -84,6 +84,7 @@ def test_an_unknown_key_is_refused_by_name(key):
         with_defaults({key: 3})
 
 
-def test_an_empty_prompt_is_refused():
+def test_an_empty_prompt_is_refused(tiny_backbone_directory):
+    backbone = spa_jax.load_backbone(str(tiny_backbone_directory))
     with pytest.raises(UserError, match="the prompt is empty"):
-        spa_jax.generate_text(None, None, "  ")
+        spa_jax.generate_text(backbone, None, "  ")

@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
 
 def estimate(
     values: Sequence[float] | Float[np.ndarray, " N"],
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,

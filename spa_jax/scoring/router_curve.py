@@ -26,7 +26,7 @@ def random_loss_by_share(
     return np.linspace(unconsulted.mean(), consulted.mean(), len(unconsulted) + 1)
 
 
-def gap_recovered(losses: Float[np.ndarray, " N+1"]) -> float:
+def gap_recovered(losses: Float[np.ndarray, " shares"]) -> float:
     """Averages over all shares how much of the gap between never and always asking is closed.
 
     This is the APGR of RouteLLM (Ong et al. 2024) with the loss for quality. Chance gives 0.5; above 1, asking less is

@@ -51,7 +51,7 @@ def side_flops(config: PluginConfig, context_length: int = 1) -> int:
     return 2 * (ends + taps * matrices) + taps * 4 * e * context_length
 
 
-def fit_network(sizes: Sequence[float], seconds: Sequence[float]) -> Network:
+def fit_network(sizes: Sequence[float] | np.ndarray, seconds: Sequence[float] | np.ndarray) -> Network:
     """Fits tau and bandwidth of equation 6 to measured exchanges by least squares.
 
     Args:

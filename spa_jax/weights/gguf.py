@@ -162,7 +162,7 @@ def _with_llama3_scaling(config: LlamaConfig, file: GGUFFile) -> LlamaConfig:
     divisors = file.dequantize(ROPE_FREQS).astype(np.float32)
     if np.all(divisors == 1.0):
         return config
-    candidate = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _decimal(divisors.max())))
+    candidate = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _decimal(float(divisors.max()))))
     plain = dataclasses.replace(config, rope_scaling=None)
     expected = np.asarray(rope_frequencies(plain) / rope_frequencies(candidate))
     if config.rope_scaling or divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):

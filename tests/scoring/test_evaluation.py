@@ -87,8 +87,8 @@ def loss_by_hand(backbone, plugin, examples, sigma_of):
     taps = plugin.config.side.taps
     model, total, count, asked = Llama(backbone.config, taps), 0.0, 0, 0.0
     for example in examples:
-        tokens = example.tokens[None]
-        positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+        tokens = jnp.asarray(example.tokens)[None]
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         out = model.apply({"params": backbone.params}, tokens, positions)
         f = out.hidden[0, example.predict]
         read = normalize_taps(backbone.params, backbone.config, taps, out.taps)

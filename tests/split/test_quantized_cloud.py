@@ -42,4 +42,4 @@ def test_what_reads_floats_is_refused(in_8_bits):
     with pytest.raises(UserError, match="a copy of the LM head needs a backbone whose weights are floats"):
         head_of(in_8_bits, "int8")
     with pytest.raises(UserError, match="LoRA or Adapter on a device needs"):
-        LayerwiseCloud(in_8_bits, PeftConfig("lora", 4), "float32", None)
+        LayerwiseCloud(in_8_bits, PeftConfig("lora", 4), "float32", InProcess(lambda _: None))

@@ -143,7 +143,8 @@ def test_processes_stand_for_slices_where_the_hardware_names_none():
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would():
-    partitioner = MeshPartitioner(mesh_of(data=2, fsdp=4))
+    chips = [Chip(id=i, slice_index=0) for i in range(8)]
+    partitioner = MeshPartitioner(make_mesh(MeshConfig(2, 4, 1, 1), 16, chips))
     partitioner.check_batch(16, 2)
     with pytest.raises(UserError, match=r"train\.batch_size=8 .* multiple of 16"):
         partitioner.check_batch(8, 2)

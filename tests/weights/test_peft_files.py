@@ -47,7 +47,7 @@ def their_logits(model, tokens=TOKENS):
 def our_logits(backbone, plugin, tokens=TOKENS):
     llama, variables = Llama(backbone.config), {"params": backbone.params}
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    hidden = llama.apply(variables, tokens, positions, peft=Peft(plugin.config, plugin.params)).hidden
+    hidden = llama.apply(variables, jnp.asarray(tokens), positions, peft=Peft(plugin.config, plugin.params)).hidden
     return llama.apply(variables, hidden, method="logits")
 
 

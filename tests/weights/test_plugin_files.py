@@ -56,11 +56,11 @@ def test_saving_replaces_the_plugin_whole(directory):
     assert [path.name for path in directory.parent.iterdir()] == ["plugin"]
 
 
-def test_the_backbone_of_another_fingerprint_is_refused_with_both_names():
+def test_the_backbone_of_another_fingerprint_is_refused_with_both_names(tiny_config):
     plugin, tokenizer = make_plugin(), None
-    plugin.check(Backbone("elsewhere", None, {}, tokenizer, (), "0123"))
+    plugin.check(Backbone("elsewhere", tiny_config, {}, tokenizer, (), "0123"))
     with pytest.raises(UserError, match=r"trained on the backbone 'tiny' \(fingerprint 0123\), not on 'big' .* 4567"):
-        plugin.check(Backbone("big", None, {}, tokenizer, (), "4567"))
+        plugin.check(Backbone("big", tiny_config, {}, tokenizer, (), "4567"))
 
 
 def rewrite(directory, change):

@@ -75,10 +75,10 @@ def loaded(monkeypatch, make_backbone) -> list[pathlib.Path]:
 
 
 @pytest.fixture
-def make_backbone():
+def make_backbone(tiny_config):
     from spa_jax.weights.backbone import Backbone
 
-    return lambda: Backbone("path", None, {}, None, (), "")
+    return lambda: Backbone("path", tiny_config, {}, None, (), "")
 
 
 def test_directory_and_file_by_path(save_model) -> None:
