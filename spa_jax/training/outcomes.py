@@ -3,6 +3,7 @@
 Shape letters: B rows of a batch, R target tokens of a row.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array
     }
 
 
-def sum_tokens(values: dict[str, Float[Array | np.ndarray, "*M"]], weights: Float[Array, "*M"]) -> Sums:
+def sum_tokens(values: Mapping[str, Float[Array | np.ndarray, "*M"]], weights: Float[Array, "*M"]) -> Sums:
     """Sums each value over target tokens, which have weight 1, and counts the tokens."""
     return {**{name: jnp.sum(weights * value) for name, value in values.items()}, "tokens": jnp.sum(weights)}
 
