@@ -34,7 +34,7 @@ from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's splits as JSON lines.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/int8", "Of the two trainings.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/int8", "Directory of the two trainings.")
 
 BACKBONE, ROWS, EPOCHS, RATE, BATCH = "smollm2-135m-instruct", "250", 5, 5e-4, 8
 

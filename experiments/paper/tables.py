@@ -84,7 +84,7 @@ class Table:
             columns: what is shown of each cell.
             note: what is said below the table.
             plot: draws the table into a file, from its title and rows; None for no plot.
-            folder: of its cells' labels.
+            folder: first part of its cells' labels, such as `ablations`; empty for none.
             caption: what its cells are, in place of the scale's caption.
         """
         self.title, self.grid, self.columns, self.note = title, grid, columns, note

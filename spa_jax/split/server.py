@@ -55,10 +55,10 @@ class Limits:
     open_seconds: float = 10.0
 
     def check(self) -> "Limits":
-        """Returns itself.
+        """Refuses values out of range, and returns itself.
 
         Raises:
-            UserError: a limit that nothing could be within, by name.
+            UserError: a limit is not above 0 (`linger` and `first_deadline`: below 0); the message names it.
         """
         for name, value in dataclasses.asdict(self).items():
             if not (value > 0 or (value == 0 and name in ("linger", "first_deadline"))):

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of LLaMA, for chips that are not here. `SPA_JAX_TPU_PYTHON` names the Python of an
+"""Programs that the TPU compiler makes of LLaMA, for chips that are not here. `SPA_JAX_TPU_PYTHON` names the Python of an
 environment that has it."""
 
 import functools
