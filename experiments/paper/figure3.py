@@ -26,6 +26,7 @@ from spa_jax.scoring.effect import alternatives
 from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 
+flags.declare_key_flag("results")  # of experiments.paper.report; --help shows it
 PLUGIN = flags.DEFINE_string("plugin", "runs/quickstart/plugin", "Directory of the quickstart's plugin.")
 QUESTIONS, NEW_TOKENS, COLUMNS = 6, 48, 92
 COLUMN = 0.1  # inches

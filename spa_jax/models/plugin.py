@@ -69,8 +69,9 @@ def correction(
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Computes g from normalised taps at their positions, and returns it with the cache that these were added to.
 
-    The token-wise kind uses neither positions nor cache, and returns the cache as it is. The transformer kind sees the given positions and, with a
-    cache of its own (`init_cache` of `config.side.block`), the ones before, by position or as `places` say.
+    The token-wise kind uses neither positions nor cache, and returns the cache as it is. The transformer kind sees the
+    given positions and, with a cache of its own (`init_cache` of `config.side.block`), the ones before, by position or
+    as `places` say.
     """
     network, variables = side_network(config, dtype), {"params": params["side"]}
     if config.side.attends:

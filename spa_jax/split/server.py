@@ -98,7 +98,9 @@ class Server:
             log.info("a stream ended before its session was open")
             return
         outbox, lengths = session.attach(), session.generation.lengths
-        outbox.put(FromCloud(opened=Opened(session=session.generation.id, version=wire.VERSION, lengths=lengths)))
+        outbox.put_latest(
+            FromCloud(opened=Opened(session=session.generation.id, version=wire.VERSION, lengths=lengths))
+        )
         session.send_current()
         reader, num_sent = asyncio.create_task(self._read(session, requests)), [0] * len(lengths)
         try:

@@ -1,4 +1,4 @@
-"""Bytes that are read from the other side may be anything: they is refused by one kind of error, and changes nothing."""
+"""Bytes from the other side may be anything: they are refused by one kind of error, and change nothing."""
 
 import os
 import subprocess

@@ -228,7 +228,7 @@ def test_what_a_device_does_not_read_is_replaced_by_what_is_newer():
     steps = [FromCloud(taps=Taps(step=step)) for step in (1, 2, 3)]
     news = [FromCloud(progress=Progress(degraded=n)) for n in (1, 2)]
     for message in (opened, *prompt, steps[0], news[0], steps[1], news[1], steps[2]):
-        outbox.put(message)
+        outbox.put_latest(message)
     outbox.close()
 
     async def drained():
