@@ -10,7 +10,8 @@ Train a plugin on rows of your own, and ask it something:
     >>> answer.text, answer.consulted_share  # doctest: +SKIP
     ('my dog', 1.0)
 
-`Cloud` and `Device` are the same generation by two programs that share no parameter and meet only in messages.
+`Cloud` and `Device` are the same generation by two programs that share no parameter and meet only in messages; the
+device's request is made by `spa_jax.split.request`. What the user can correct is raised as `UserError`.
 
 The names are imported when they are first used: `import spa_jax` by itself loads neither JAX nor Flax.
 """
@@ -19,7 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spa_jax.api import evaluate_plugin, generate_text, load_plugin, train_plugin
+    from spa_jax.api import GeneratedText, evaluate_plugin, generate_text, load_plugin, train_plugin
+    from spa_jax.errors import UserError
     from spa_jax.split.device import Device
     from spa_jax.split.session import Cloud
     from spa_jax.weights.registry import load_backbone
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "Cloud": "spa_jax.split.session",
     "Device": "spa_jax.split.device",
+    "GeneratedText": "spa_jax.api",
+    "UserError": "spa_jax.errors",
     "evaluate_plugin": "spa_jax.api",
     "generate_text": "spa_jax.api",
     "load_backbone": "spa_jax.weights.registry",
@@ -35,7 +39,17 @@ _MODULES = {
 }
 """The module of each public name."""
 
-__all__ = ["Cloud", "Device", "evaluate_plugin", "generate_text", "load_backbone", "load_plugin", "train_plugin"]
+__all__ = [
+    "Cloud",
+    "Device",
+    "GeneratedText",
+    "UserError",
+    "evaluate_plugin",
+    "generate_text",
+    "load_backbone",
+    "load_plugin",
+    "train_plugin",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from spa_jax.train import read_config
 from spa_jax.training.rows import row_length
 from spa_jax.training.sharding import AXES, MeshPartitioner, make_mesh
 
+flags.declare_key_flag("config")  # of spa_jax.train; --help shows it
 TOPOLOGY = flags.DEFINE_string("topology", "cpu", "TPU topology such as v5e:2x4, or cpu or gpu for what is here.")
 PROGRAM = flags.DEFINE_enum(
     "program", "train", get_args(ProgramName), "What to compile; each is counted for one run on one chip."

@@ -185,7 +185,7 @@ def tap_directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_overrides(tiny_backbone_directory, rows_file, tap_directory) -> dict[str, Any]:
-    """What makes configs/default.py a run of seconds: three steps an epoch, evaluated on its training rows."""
+    """Changes configs/default.py to a run of seconds: three steps an epoch, evaluated on its training rows."""
     return {
         "backbone": str(tiny_backbone_directory),
         "data.train": str(rows_file),

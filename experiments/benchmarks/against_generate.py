@@ -25,7 +25,7 @@ from spa_jax.files import write_json
 from spa_jax.weights.registry import load_backbone
 
 SIDE = flags.DEFINE_enum("side", None, ["pytorch", "spa_jax"], "Runs one side; for this command's own use.")
-FOLDER = flags.DEFINE_string("folder", None, "Of the two sides' files; for this command's own use.")
+FOLDER = flags.DEFINE_string("folder", None, "Directory of the two sides' files; for this command's own use.")
 
 PROMPT, NEW, BATCH, REPEATS, ROUNDS = 64, 48, 16, 3, 2
 Measured = dict[str, float]

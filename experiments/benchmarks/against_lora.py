@@ -34,7 +34,7 @@ from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's train.jsonl.")
 SIDE = flags.DEFINE_enum("side", None, ["pytorch", "uncached", "cached"], "Runs one side; for this command's own use.")
-FOLDER = flags.DEFINE_string("folder", "runs/against_lora", "Of the sides' files; a side that is done is kept.")
+FOLDER = flags.DEFINE_string("folder", "runs/against_lora", "Directory of the sides' files; a finished side is kept.")
 
 EPOCHS, STEPS, WARM_UP = 15, 30, 3
 CONFIG = {"data.max_length": 320}

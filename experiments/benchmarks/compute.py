@@ -103,8 +103,8 @@ def compiled(lowered: jax.stages.Lowered) -> tuple[Any, dict[str, float]]:
     return program, {"compile_seconds": seconds, "temporary_mib": memory.temp_size_in_bytes / 2**20}
 
 
-def ways_of(choice: Choice) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
-    """Returns, by name, what is timed and what compiling it took."""
+def timed_programs(choice: Choice) -> tuple[dict[str, Callable[[], object]], dict[str, Any]]:
+    """Returns, by name, the calls to time and what compiling each took."""
     rng, changed = np.random.default_rng(0), choice.remat != "full"
     backbone = load_backbone(BACKBONE, jnp.dtype(choice.dtype), compute=choice.compute)
     ways: dict[str, Callable[[], object]] = {}
@@ -121,7 +121,7 @@ def ways_of(choice: Choice) -> tuple[dict[str, Callable[[], object]], dict[str, 
 def main() -> None:
     use_threads()
     jax.config.update("jax_enable_compilation_cache", False)  # or the time to compile would be one to read
-    every = {name: ways_of(choice) for name, choice in CHOICES.items()}
+    every = {name: timed_programs(choice) for name, choice in CHOICES.items()}
     times: dict[tuple[str, str], list[float]] = {}
     for repeat in range(REPEATS + 1):
         for choice, (ways, _) in every.items():

@@ -116,7 +116,7 @@ class RunningCloud:
         ca = str(self.harness.folder / "ca.pem")
         return Connection(self.cloud.address, tls=True, ca=ca, token="good-token", patience=1.0)
 
-    async def honest(self) -> Progress:
+    async def generate_without_fault(self) -> Progress:
         """Generates without a fault, as far as the device can tell."""
         seen = [Progress()]
         await generate(self.connection, self.harness.plugin, self.harness.request, seen.append)
@@ -132,7 +132,7 @@ class RunningCloud:
             yield stream
             stream.call.cancel()
 
-    async def by_hand(
+    async def run_session(
         self, respond: "Respond", first: FromDevice | None = None, until: int = 99
     ) -> tuple[str, Progress]:
         """Sends what `respond` makes of each honest reply, up to a question; returns the session and its progress."""
@@ -186,12 +186,12 @@ def _bytes(reply: Reply | None) -> bytes:
     return FromDevice(reply=reply).SerializeToString()
 
 
-async def honest(step: int, replies: list[Reply | None]) -> list[bytes]:
+async def reply_honestly(step: int, replies: list[Reply | None]) -> list[bytes]:
     """Replies honestly."""
     return [_bytes(replies[-1])]
 
 
-def instead(make: Callable[[Reply], list[bytes]]) -> Callable[[RunningCloud], Awaitable[str]]:
+def replace_reply(make: Callable[[Reply], list[bytes]]) -> Callable[[RunningCloud], Awaitable[str]]:
     """Makes a fault at step `FAULTY`: something else goes back than the honest reply."""
 
     async def respond(step: int, replies: list[Reply | None]) -> list[bytes]:
@@ -200,7 +200,7 @@ def instead(make: Callable[[Reply], list[bytes]]) -> Callable[[RunningCloud], Aw
         return make(reply) if step == FAULTY else [_bytes(reply)]
 
     async def run(site: RunningCloud) -> str:
-        return site.harness.outcome((await site.by_hand(respond))[1])
+        return site.harness.outcome((await site.run_session(respond))[1])
 
     return run
 
@@ -213,7 +213,7 @@ async def slow(site: RunningCloud) -> str:
             await asyncio.sleep(1.2 * DEADLINE)
         return [_bytes(replies[-1])]
 
-    return site.harness.outcome((await site.by_hand(respond))[1])
+    return site.harness.outcome((await site.run_session(respond))[1])
 
 
 async def reordered(site: RunningCloud) -> str:
@@ -224,13 +224,13 @@ async def reordered(site: RunningCloud) -> str:
             return []
         return [_bytes(reply) for reply in (replies[-2:] if step == FAULTY + 1 else replies[-1:])]
 
-    return site.harness.outcome((await site.by_hand(respond))[1])
+    return site.harness.outcome((await site.run_session(respond))[1])
 
 
 async def reconnected(site: RunningCloud) -> str:
     """The stream breaks after three answers, and the device comes back."""
-    session, _ = await site.by_hand(honest, until=3)
-    _, progress = await site.by_hand(honest, FromDevice(reopen=Reopen(session=session)))
+    session, _ = await site.run_session(reply_honestly, until=3)
+    _, progress = await site.run_session(reply_honestly, FromDevice(reopen=Reopen(session=session)))
     return site.harness.outcome(progress)
 
 
@@ -240,9 +240,9 @@ async def oversized(site: RunningCloud) -> str:
     async def respond(step: int, replies: list[Reply | None]) -> list[bytes]:
         return [bytes(MAX_BYTES_UP + 1)] if step == FAULTY else [_bytes(replies[-1])]
 
-    session, _ = await site.by_hand(respond)
+    session, _ = await site.run_session(respond)
     await asyncio.sleep(DEADLINE)
-    _, progress = await site.by_hand(honest, FromDevice(reopen=Reopen(session=session)))
+    _, progress = await site.run_session(reply_honestly, FromDevice(reopen=Reopen(session=session)))
     return site.harness.outcome(progress)
 
 
@@ -265,7 +265,7 @@ async def vanished(site: RunningCloud) -> str:
     mine = [found for found in re.findall(opened, site.log.read_text(encoding="utf-8")) if found not in known]
     for session in mine:  # the other one is the bystander's
         await _finished(site, session)
-        _, progress = await site.by_hand(honest, FromDevice(reopen=Reopen(session=session)))
+        _, progress = await site.run_session(reply_honestly, FromDevice(reopen=Reopen(session=session)))
         if progress.degraded:
             return site.harness.outcome(progress)
     return "the killed device's session lost nothing"
@@ -366,13 +366,13 @@ class Fault:
 FAULTS = {
     "device killed": Fault(REST, vanished),
     "slower than the deadline": Fault(ONE, slow),
-    "wrong shape": Fault(ONE, instead(lambda reply: [_bytes(Reply(step=reply.step, g=Tensor(values=b"123")))])),
-    "wrong step": Fault(ONE, instead(lambda reply: [_bytes(Reply(step=reply.step + 7, g=reply.g))])),
-    "NaN": Fault(ONE, instead(_infinite)),
-    "truncated bytes": Fault(ONE, instead(lambda reply: [_bytes(reply)[:-9]])),
-    "random bytes": Fault(ONE, instead(_random)),
+    "wrong shape": Fault(ONE, replace_reply(lambda reply: [_bytes(Reply(step=reply.step, g=Tensor(values=b"123")))])),
+    "wrong step": Fault(ONE, replace_reply(lambda reply: [_bytes(Reply(step=reply.step + 7, g=reply.g))])),
+    "NaN": Fault(ONE, replace_reply(_infinite)),
+    "truncated bytes": Fault(ONE, replace_reply(lambda reply: [_bytes(reply)[:-9]])),
+    "random bytes": Fault(ONE, replace_reply(_random)),
     "oversized bytes": Fault(ONE, oversized),
-    "duplicate": Fault(WHOLE, instead(lambda reply: 3 * [_bytes(reply)])),
+    "duplicate": Fault(WHOLE, replace_reply(lambda reply: 3 * [_bytes(reply)])),
     "reordered": Fault(ONE, reordered),
     "reconnect": Fault(WHOLE, reconnected),
     "slow reader": Fault(ALL, deaf),
@@ -389,7 +389,7 @@ async def observe(fault: Fault, site: RunningCloud) -> dict[str, str | float]:
     if fault.alone:
         observed, wrong = await fault.run(site), 0
     else:
-        observed, other = await asyncio.gather(fault.run(site), site.honest())
+        observed, other = await asyncio.gather(fault.run(site), site.generate_without_fault())
         tokens = list(other.generated[0].tokens)
         wrong = sum(a != b for a, b in zip(tokens, site.harness.expected())) + other.degraded
     seconds = round(time.perf_counter() - began, 2)

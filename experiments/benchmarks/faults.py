@@ -1,4 +1,4 @@
-"""What becomes of a generation when something goes wrong, against real clouds in processes of their own.
+"""Measures how a generation ends when something goes wrong, against real clouds in processes of their own.
 
     python -m experiments.benchmarks.faults --plugin=DIR
 

@@ -34,13 +34,13 @@ from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 
 DATA = flags.DEFINE_string("data", None, "Directory with SciQ's splits as JSON lines.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/int8", "Of the two trainings.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/int8", "Directory of the two trainings.")
 
 BACKBONE, ROWS, EPOCHS, RATE, BATCH = "smollm2-135m-instruct", "250", 5, 5e-4, 8
 
 
-def answers(backbone: Backbone, examples: list[Example]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns of each row the nats of its target tokens, and the tokens that are likeliest in their places."""
+def losses_and_best_tokens(backbone: Backbone, examples: list[Example]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns for each row the losses of its target tokens, in nats, and the likeliest tokens in their places."""
     model = backbone.model()
     best = jax.jit(functools.partial(best_tokens, model))
     losses, tokens = [], []
@@ -74,7 +74,9 @@ def main() -> None:
     examples, _ = task_encoder(backbones["float"], "auto", "sciq", 0).encode_all(
         load_split("sciq", str(DATA.value), "test")
     )
-    (plain, plain_best), (kept, kept_best) = (answers(backbones[weights], examples) for weights in WEIGHTS)
+    (plain, plain_best), (kept, kept_best) = (
+        losses_and_best_tokens(backbones[weights], examples) for weights in WEIGHTS
+    )
     count = sum(map(len, plain))
     more = [float(np.sum(b - a)) for a, b in zip(plain, kept)]
     per_token = len(plain) / count  # the mean is over rows, and is wanted over tokens

@@ -1,4 +1,4 @@
-"""What timings of one process share: two threads, and decode steps of prompts that have run."""
+"""Tools that timings of one process share: two threads, and decode steps of prompts that have run."""
 
 import dataclasses
 import os

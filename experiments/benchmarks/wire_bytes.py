@@ -36,7 +36,7 @@ from spa_jax.training.vocabulary_loss import token_losses
 from spa_jax.weights.plugin import load_plugin
 
 ROWS = ("spa taps all", "spa taps every:3", "spa seed 0", "spa taps last:4", "spa taps last:2", "spa taps last:1")
-"""Of the ablations on SciQ."""
+"""Labels of the plugins that are measured, among the ablations on SciQ."""
 BATCH = 8
 
 

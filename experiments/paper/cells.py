@@ -147,11 +147,11 @@ def cell_of(training: Training, setting: str | None = None, budget: float = 0.0,
     return Cell(label, training.task, training, changes)
 
 
-def spa(scale: Scale, task: str, size: str = "full") -> Cell:
+def spa_cell(scale: Scale, task: str, size: str = "full") -> Cell:
     """Evaluates SPA as Tables 1 and 3 to 7 show it."""
     return cell_of(plugin_training(scale, task, size=size), effect=size == "full")
 
 
-def lst(scale: Scale, task: str) -> Cell:
+def lst_cell(scale: Scale, task: str) -> Cell:
     """Evaluates S3, the token-wise LST: the side network that was trained as S2's, always asked."""
     return cell_of(plugin_training(scale, task, "s2"), "s3")

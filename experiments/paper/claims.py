@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import flags
 
+from experiments.paper import report as reporting
 from experiments.paper import table2, tables
 from experiments.paper.cells import Cell
 from experiments.paper.report import run_report
@@ -21,6 +23,8 @@ from experiments.paper.store import CellStore
 from spa_jax.files import write_bytes, write_json
 from spa_jax.scoring.bootstrap import Estimate, estimate
 from spa_jax.scoring.predictions import Prediction
+
+flags.adopt_module_key_flags(reporting)  # --help shows them
 
 
 class Claim(NamedTuple):

@@ -26,7 +26,8 @@ from spa_jax.scoring.effect import alternatives
 from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 
-PLUGIN = flags.DEFINE_string("plugin", "runs/quickstart/plugin", "Of the quickstart.")
+flags.declare_key_flag("results")  # of experiments.paper.report; --help shows it
+PLUGIN = flags.DEFINE_string("plugin", "runs/quickstart/plugin", "Directory of the quickstart's plugin.")
 QUESTIONS, NEW_TOKENS, COLUMNS = 6, 48, 92
 COLUMN = 0.1  # inches
 FONT_SIZE = 72 * COLUMN / 0.602  # points, of the font in which a letter is this much of its size wide

@@ -84,7 +84,7 @@ def write(
         rows: what it shows.
         notes: what is said below it.
         digits: decimal places of columns that do not have two.
-        folder: of the labels of its cells, see `CellStore.hardware`.
+        folder: where the labels of its cells begin with a folder, that with its slash; the machine is looked up there.
         caption: in place of the scale's.
     """
     digits = digits or {}

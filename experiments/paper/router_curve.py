@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jaxtyping import Array, Float
 
+from experiments.paper import report as reporting
 from experiments.paper.cells import Cell, cell_of, plugin_training
 from experiments.paper.report import Rows, entry, plt, run_report, write
 from experiments.paper.scales import BUDGET, TITLES, Scale
@@ -29,6 +31,8 @@ from spa_jax.training.outcomes import Outcomes
 from spa_jax.training.rows import task_encoder
 from spa_jax.training.scorer import Scorer
 from spa_jax.weights.plugin import Plugin, load_plugin
+
+flags.adopt_module_key_flags(reporting)  # --help shows them
 
 TASKS, BUDGETS = ("xsum", "sciq"), (0.25, 0.5, 0.75)
 BATCH, POINTS = 8, 41

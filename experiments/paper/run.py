@@ -16,6 +16,7 @@ from absl import flags
 from rich.console import Console
 
 from experiments.paper import claims, router_curve, table2, tables
+from experiments.paper import report as reporting
 from experiments.paper.cells import Cell, Training
 from experiments.paper.report import open_store
 from experiments.paper.scales import TITLES, Scale
@@ -24,6 +25,8 @@ from experiments.record import write_record
 from spa_jax import command
 from spa_jax.errors import UserError
 from spa_jax.models.peft import PEFT_SETTINGS
+
+flags.adopt_module_key_flags(reporting)  # --help shows them
 
 ALL = flags.DEFINE_bool("all", False, "Run everything.")
 ONLY = flags.DEFINE_string("only", "", "Run only cells in whose label this regular expression is found.")

@@ -111,7 +111,7 @@ class CellStore:
         """Names what the scale's measurements ran on, which need not be where their tables are written.
 
         Args:
-            folder: in which the labels of the measured cells are, with a slash; empty for those in none.
+            folder: with which the measured cells' labels begin, with a slash; empty for labels without one.
         """
         measured = [_read(path) for path in self.results.glob(f"*/{folder}*.json")]
         found = {each["hardware"] for each in measured if "hardware" in each}

@@ -16,6 +16,9 @@ import statistics
 import time
 from typing import Any
 
+from absl import flags
+
+from experiments.paper import report as reporting
 from experiments.paper.cells import Cell, cell_of, table2_training
 from experiments.paper.report import Rows, TableEntry, entry, run_report, write
 from experiments.paper.scales import LEARNING_RATES, TITLES, Scale
@@ -38,6 +41,8 @@ from spa_jax.training.rows import make_encoder
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.peft import load_trained
 from spa_jax.weights.plugin import Trained
+
+flags.adopt_module_key_flags(reporting)  # --help shows them
 
 TOKENS, QUESTIONS = 50, 5
 MEASURED = {

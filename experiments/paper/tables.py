@@ -11,14 +11,19 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from absl import flags
+
 from experiments.paper import ablations
-from experiments.paper.cells import Cell, cell_of, lst, one_shot, plugin_training, spa, transformer_training
+from experiments.paper import report as reporting
+from experiments.paper.cells import Cell, cell_of, lst_cell, one_shot, plugin_training, spa_cell, transformer_training
 from experiments.paper.report import Rows, TableEntry, entry, mean, open_store, plot_bars, plt, write
 from experiments.paper.scales import BUDGET, CLOSED_BOOK, EPOCHS, SIZES, TASKS, TITLES, Scale
 from experiments.paper.store import CellStore
 from spa_jax import command
 from spa_jax.data.tasks import TASKS as DATA_SETS
 from spa_jax.errors import UserError
+
+flags.adopt_module_key_flags(reporting)  # --help shows them
 
 Grid = dict[str, dict[str, Cell | None]]
 """Name of a row -> name of a group of columns, such as a task's title, or empty -> cell; None for what only the paper
@@ -84,7 +89,7 @@ class Table:
             columns: what is shown of each cell.
             note: what is said below the table.
             plot: draws the table into a file, from its title and rows; None for no plot.
-            folder: of its cells' labels.
+            folder: with which its cells' labels begin, with a slash, such as `ablations/`; empty for none.
             caption: what its cells are, in place of the scale's caption.
         """
         self.title, self.grid, self.columns, self.note = title, grid, columns, note
@@ -141,7 +146,7 @@ def rouge_l(paper: Mapping[str, Iterable[float]]) -> Column:
 
 def methods(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells of Table 1: token-wise side networks, and on some tasks the transformer that LST has."""
-    found = {"one-shot": one_shot(task), "LST": lst(scale, task), "SPA": spa(scale, task)}
+    found = {"one-shot": one_shot(task), "LST": lst_cell(scale, task), "SPA": spa_cell(scale, task)}
     if task in scale.transformer:
         found["LST, transformer"] = cell_of(transformer_training(scale, task, "s2"), "s3")
         found["SPA, transformer"] = cell_of(transformer_training(scale, task))
@@ -154,8 +159,8 @@ def settings(scale: Scale, task: str) -> dict[str, Cell]:
     return {
         "S1": cell_of(added, "s1"),
         "S2": cell_of(replaced),
-        "S3": lst(scale, task),
-        "SPA": spa(scale, task),
+        "S3": lst_cell(scale, task),
+        "SPA": spa_cell(scale, task),
         f"SPA at {BUDGET}": cell_of(added, budget=BUDGET),
         f"SPA with offset at {BUDGET}": cell_of(plugin_training(scale, task, offset=True), budget=BUDGET),
     }
@@ -163,12 +168,12 @@ def settings(scale: Scale, task: str) -> dict[str, Cell]:
 
 def sizes(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells of Tables 5 to 7."""
-    return {f"SPA {size}": spa(scale, task, size) for size in SIZES}
+    return {f"SPA {size}": spa_cell(scale, task, size) for size in SIZES}
 
 
 def texts(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells of Tables 1, 3 and 6 whose texts are compared."""
-    smaller = {f"SPA {size}": spa(scale, task, size) for size in SIZES[:-1]}
+    smaller = {f"SPA {size}": spa_cell(scale, task, size) for size in SIZES[:-1]}
     return {"one-shot": one_shot(task), **smaller, **settings(scale, task)}
 
 
@@ -191,7 +196,7 @@ def _figure4(scale: Scale) -> Grid:
 
 
 def _table4(scale: Scale) -> Grid:
-    return {PAPER_ROW: {"": None}, **{TITLES[task]: {"": spa(scale, task)} for task in TASKS}}
+    return {PAPER_ROW: {"": None}, **{TITLES[task]: {"": spa_cell(scale, task)} for task in TASKS}}
 
 
 def _ablation(task: str, scale: Scale) -> Grid:

@@ -34,7 +34,7 @@ class Beams:
     early_stopping: bool | Literal["never"] = False
 
     def check(self) -> "Beams":
-        """Returns itself.
+        """Refuses values out of range, and returns itself.
 
         Raises:
             UserError: the width is below 1.

@@ -28,10 +28,10 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
     def check(self) -> "Sampling":
-        """Returns itself.
+        """Refuses values out of range, and returns itself.
 
         Raises:
-            UserError: a value out of range, by name.
+            UserError: a value is out of range; the message names it.
         """
         if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")

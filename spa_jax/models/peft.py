@@ -120,7 +120,8 @@ def init_peft(config: PeftConfig, backbone: LlamaConfig, seed: int = 0, abstract
 
 
 def rank_for(config: PeftConfig, backbone: LlamaConfig, wanted: int) -> PeftConfig:
-    """The same with the rank whose number of parameters is nearest to `wanted`, at least 1, and LoRA's scale kept."""
+    """Returns the config with the rank, at least 1, whose number of parameters is nearest to `wanted`; LoRA's scale
+    alpha / rank is kept."""
 
     def count(rank: int) -> int:
         return count_params(init_peft(dataclasses.replace(config, rank=rank), backbone, abstract=True))

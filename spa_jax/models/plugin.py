@@ -67,10 +67,11 @@ def correction(
     dtype: DTypeLike = jnp.float32,
     places: CachePlacement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """g of normalised taps at their positions, and the cache with them added.
+    """Computes g from normalised taps at their positions, and returns it with the cache that these were added to.
 
-    The token-wise kind heeds neither positions nor cache. The transformer kind sees the given positions and, with a
-    cache of its own (`init_cache` of `config.side.block`), the ones before, by position or as `places` say.
+    The token-wise kind uses neither positions nor cache, and returns the cache as it is. The transformer kind sees the
+    given positions and, with a cache of its own (`init_cache` of `config.side.block`), the ones before, by position or
+    as `places` say.
     """
     network, variables = side_network(config, dtype), {"params": params["side"]}
     if config.side.attends:

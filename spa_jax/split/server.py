@@ -55,10 +55,10 @@ class Limits:
     open_seconds: float = 10.0
 
     def check(self) -> "Limits":
-        """Returns itself.
+        """Refuses values out of range, and returns itself.
 
         Raises:
-            UserError: a limit that nothing could be within, by name.
+            UserError: a limit is not above 0 (`linger` and `first_deadline`: below 0); the message names it.
         """
         for name, value in dataclasses.asdict(self).items():
             if not (value > 0 or (value == 0 and name in ("linger", "first_deadline"))):
@@ -98,7 +98,9 @@ class Server:
             log.info("a stream ended before its session was open")
             return
         outbox, lengths = session.attach(), session.generation.lengths
-        outbox.put(FromCloud(opened=Opened(session=session.generation.id, version=wire.VERSION, lengths=lengths)))
+        outbox.put_latest(
+            FromCloud(opened=Opened(session=session.generation.id, version=wire.VERSION, lengths=lengths))
+        )
         session.send_current()
         reader, num_sent = asyncio.create_task(self._read(session, requests)), [0] * len(lengths)
         try:

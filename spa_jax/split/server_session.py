@@ -19,8 +19,8 @@ class Outbox:
         self._changed = asyncio.Event()
         self._open = True
 
-    def put(self, message: FromCloud) -> None:
-        """Adds a message."""
+    def put_latest(self, message: FromCloud) -> None:
+        """Adds a message; a question or progress takes the place of the one of its kind that still waits."""
         replaceable = message.HasField("progress") or (message.HasField("taps") and not message.taps.prompt)
         kind = message.WhichOneof("message") if replaceable else object()
         self._queued.pop(kind, None)
@@ -92,7 +92,7 @@ class ServerSession:
     def send(self, message: FromCloud) -> None:
         """Sends a message to the attached device, if there is one."""
         if self.outbox is not None:
-            self.outbox.put(message)
+            self.outbox.put_latest(message)
 
     def send_current(self) -> None:
         """Sends a device that has just attached the prompt's taps, and the open question or the result."""

@@ -72,10 +72,10 @@ def extract(model: Llama, params: Params, batch: Batch, everywhere: bool, prefix
         room = ((0, 0), (0, 0), (0, 0), (0, 0), (0, length - start))
         cache = jax.tree.map(lambda leaf: jnp.pad(jnp.repeat(leaf, rows, axis=0), room), prefix.cache)
     out = model.apply({"params": params}, tokens[:, start:], positions[:, start:], cache)
-    within = jnp.maximum(predict - start, 0)
-    hidden = jnp.take_along_axis(out.hidden, within[:, :, None], axis=1)
+    predict_after_prefix = jnp.maximum(predict - start, 0)
+    hidden = jnp.take_along_axis(out.hidden, predict_after_prefix[:, :, None], axis=1)
     if not everywhere:
-        taps = jnp.take_along_axis(out.taps, within[None, :, :, None], axis=2)
+        taps = jnp.take_along_axis(out.taps, predict_after_prefix[None, :, :, None], axis=2)
     elif prefix is None:
         taps = out.taps
     else:

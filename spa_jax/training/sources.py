@@ -179,7 +179,7 @@ def run_backbone(
     pending = None
     with progress_bar() as bar:
         batches = load_batches(steps, partitioner, collate, examples)
-        for rows, batch in bar.track(_and_none(batches), total=len(steps), description="backbone pass"):
+        for rows, batch in bar.track(_with_sentinel(batches), total=len(steps), description="backbone pass"):
             dispatched = None
             if batch is not None:
                 dispatched = rows, _extract(model, frozen, partitioner.shard_batch(batch), everywhere, prefix)
@@ -207,6 +207,7 @@ def common_prefix(examples: Sequence[Example]) -> Int[np.ndarray, " C"]:
     return first[:length]
 
 
-def _and_none(batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
+def _with_sentinel(batches: Iterator[tuple[np.ndarray, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yields the batches and then one that is none, so that the loop has a turn for the last batch's features."""
     yield from batches
     yield np.array([], np.int32), None

@@ -1,4 +1,4 @@
-"""What all commands promise their user, seen in processes; other tests see refusals in their own, by `command_here`."""
+"""Promises of all commands to users, seen in processes; other tests see refusals in their own, by `command_here`."""
 
 import pytest
 

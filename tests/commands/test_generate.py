@@ -29,7 +29,7 @@ def plugin(trained):
 
 @pytest.fixture(scope="module")
 def answer(command, plugin, tmp_path_factory):
-    """What --output says of an answer of at most 12 tokens, and what was printed."""
+    """Returns a function that asks for at most 12 tokens, and gives what --output says and what was printed."""
 
     @functools.cache
     def ask(*arguments):

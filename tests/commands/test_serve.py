@@ -39,7 +39,7 @@ def cloud(tiny_backbone_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def here(command, plugin, tmp_path_factory):
-    """What one program says."""
+    """Returns the answer of one program, as --output writes it."""
     output = tmp_path_factory.mktemp("here") / "answer.json"
     assert command(GENERATE, f"--plugin={plugin}", *ASK, f"--output={output}").status == 0
     return json.loads(output.read_text())

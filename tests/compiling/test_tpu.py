@@ -1,5 +1,5 @@
-"""What the TPU compiler makes of LLaMA, for chips that are not here. `SPA_JAX_TPU_PYTHON` names the Python of an
-environment that has it."""
+"""Programs that the TPU compiler makes of LLaMA for chips that are not here. `SPA_JAX_TPU_PYTHON` names the Python of
+an environment that has it."""
 
 import functools
 import json

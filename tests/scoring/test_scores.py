@@ -19,7 +19,7 @@ def test_rouge_of_a_text_that_stops_early():
 
 
 def test_rouge_l_goes_by_order_and_rouge_1_does_not():
-    """Of "b a" against "a b" one word is in order."""
+    """In "b a" against "a b" one word is in order."""
     scores = rouge("beta alpha", ["alpha beta"])
     assert (scores["rouge1"], scores["rouge2"], scores["rougeL"]) == pytest.approx((100, 0, 50))
 

@@ -1,4 +1,4 @@
-"""What a channel counts, and a simulated network against closed forms."""
+"""Counts of a channel, and a simulated network against closed forms."""
 
 import dataclasses
 import time

@@ -1,4 +1,4 @@
-"""What crosses to the device, in which order, and what comes of messages that are lost, repeated or wrong."""
+"""Messages to the device, in which order they cross, and what comes of those that are lost, repeated or wrong."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""What is read from the other side may be anything: it is refused by one kind of error, and changes nothing."""
+"""Bytes from the other side may be anything: they are refused by one kind of error, and change nothing."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a fresh process loads with one half of the split: the cloud no side network, the device no backbone's tools."""
+"""Modules loaded by a process with one half of the split: the cloud no side network, the device no backbone's tools."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What a device says to the cloud, byte by byte: nothing of the side network is in it."""
+"""All that a device says to the cloud, byte by byte: nothing of the side network is in it."""
 
 import jax
 import ml_dtypes

@@ -37,7 +37,7 @@ THRESHOLDS = (0.5, 0.2, 0.8, 0.5, 0.95, 0.5, 0.4, 0.6)
 
 @pytest.fixture(scope="module")
 def divergences():
-    """Of all comparisons, those that parted at a tie."""
+    """Collects those of all comparisons that parted at a tie."""
     return []
 
 

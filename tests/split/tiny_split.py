@@ -108,7 +108,7 @@ def generate_and_record(cloud, plugin, request, outcome=lambda exchange: "arrive
 
 
 class Verdict(NamedTuple):
-    """What the judge would have generated.
+    """A generation as the judge would have made it.
 
     Attributes:
         generation: of one prompt.

@@ -222,7 +222,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_file(case, make_config,
 
 
 def refused_untouched(config: run.RunConfig, workdir: Path) -> str:
-    """What a run in this workdir is refused with."""
+    """Returns the message with which a run in this workdir is refused, which changes no file."""
     before = {path: path.read_bytes() for path in files_below(workdir)}
     with pytest.raises(UserError) as refused:
         run.train(config, workdir)

@@ -17,7 +17,8 @@ SGD = optax.sgd(1.0)
 
 @pytest.fixture(scope="module")
 def gradient_by_step(world, make_plugin):
-    """What one step of plain SGD at rate 1 subtracts, and the sums it reports, by batch and number of parts."""
+    """Returns a function that gives what one step of plain SGD at rate 1 subtracts, and the sums it reports, by batch
+    and number of parts."""
     plugin, params = make_plugin("spa")
 
     def gradient(batch, accumulate=1, cached=True):

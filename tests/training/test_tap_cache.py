@@ -38,7 +38,7 @@ EXAMPLES = [example(number) for number in range(10)]
 
 
 def features(chosen: Example, spec: FeatureSpec = SPEC) -> Features:
-    """What a backbone would say of an example, padded to eight targets."""
+    """Invents the features that a backbone might give of an example, padded to eight targets."""
     rng = np.random.default_rng(int(chosen.digest, 16) % 2**32)
     hidden, taps, base_loss = (3 * rng.standard_normal(shape).astype(dtype) for shape, dtype in spec.shapes(8, 8))
     integers = np.zeros(8, np.int32)

@@ -1,7 +1,7 @@
 """Descriptions of trainings and cells: what shares a training, and labels that no two different ones share."""
 
 from experiments.paper import run, tables
-from experiments.paper.cells import cell_of, one_shot, plugin_training, spa, table2_training, transformer_training
+from experiments.paper.cells import cell_of, one_shot, plugin_training, spa_cell, table2_training, transformer_training
 from experiments.paper.scales import MINI, PAPER, SCALES
 
 
@@ -31,8 +31,8 @@ def test_settings_that_share_a_side_network_share_a_training():
 
 
 def test_only_the_whole_spa_measures_the_effect_of_table_4():
-    assert spa(MINI, "sciq").changes == {"effect": True}
-    assert spa(MINI, "sciq", "small").changes == {}
+    assert spa_cell(MINI, "sciq").changes == {"effect": True}
+    assert spa_cell(MINI, "sciq", "small").changes == {}
 
 
 def test_a_training_is_what_it_changes():

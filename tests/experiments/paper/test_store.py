@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 
 from experiments.paper import ablations, run
 from experiments.paper import store as store_module
-from experiments.paper.cells import Cell, cell_of, plugin_training, spa, table2_training
+from experiments.paper.cells import Cell, cell_of, plugin_training, spa_cell, table2_training
 from experiments.paper.scales import MINI
 from experiments.paper.store import CellStore
 from spa_jax.errors import UserError
@@ -140,7 +140,7 @@ def test_machines_are_those_of_the_folder_and_notes_those_of_the_rows(store, kee
     assert store.hardware() == "one; two"
     assert store.hardware(ablations.FOLDER) == "three"
     cells = [("a", cell_of(offset)), ("b", cell_of(offset, budget=0.62)), ("c", cell_of(plain)), ("d", None)]
-    assert store.notes([*cells, ("e", spa(MINI, "xsum"))]) == ["a, b: N."]
+    assert store.notes([*cells, ("e", spa_cell(MINI, "xsum"))]) == ["a, b: N."]
 
 
 KEPT = CellStore(MINI, "", Path("none"), RESULTS, run=False)

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.paper import ablations, tables
 from experiments.paper import store as store_module
-from experiments.paper.cells import spa
+from experiments.paper.cells import spa_cell
 from experiments.paper.scales import MINI, PAPER, TASKS
 from spa_jax.errors import UserError
 
@@ -18,7 +18,7 @@ def rows_of_table(store, name):
 
 def test_a_table_needs_no_model_and_shows_what_is_not_done(store, keep_cell, monkeypatch):
     monkeypatch.setattr(store_module, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
-    keep_cell(store, spa(MINI, "sciq"), [10.0, 20.0, 60.0])
+    keep_cell(store, spa_cell(MINI, "sciq"), [10.0, 20.0, 60.0])
     rows = rows_of_table(store, "table1")
     assert rows["SPA"]["SciQ"]["ours"] == pytest.approx(30.0)
     low, high = rows["SPA"]["SciQ"]["interval"]
@@ -36,13 +36,13 @@ def test_a_table_needs_no_model_and_shows_what_is_not_done(store, keep_cell, mon
 
 def test_shares_are_of_generated_tokens_and_their_mean_waits_for_all_four(store, keep_cell):
     for task in ("xsum", "cnn_dailymail", "coqa"):
-        keep_cell(store, spa(MINI, task), [1.0, 2.0], sources="ddcc")
+        keep_cell(store, spa_cell(MINI, task), [1.0, 2.0], sources="ddcc")
         record = json.loads((store.results / "cells" / f"{task}-full-spa.json").read_text())
         assert "consulted_share" not in record  # it is counted from the predictions
     rows = rows_of_table(store, "table7")["SPA full"]
     assert rows["XSum"]["ours"] == 50
     assert rows["mean of the four"] == {"ours": None, "interval": None, "paper": 61.8}
-    keep_cell(store, spa(MINI, "sciq"), [1.0, 2.0], sources="ddddc")
+    keep_cell(store, spa_cell(MINI, "sciq"), [1.0, 2.0], sources="ddddc")
     assert rows_of_table(store, "table7")["SPA full"]["mean of the four"]["ours"] == pytest.approx((50 * 3 + 80) / 4)
     rows = rows_of_table(store, "table3")
     assert rows["SPA"]["XSum share"]["ours"] == 0.5
@@ -51,7 +51,7 @@ def test_shares_are_of_generated_tokens_and_their_mean_waits_for_all_four(store,
 
 
 def test_what_a_training_says_of_itself_stands_beside_its_cell(store, keep_cell, keep_record):
-    cell = spa(MINI, "xsum")
+    cell = spa_cell(MINI, "xsum")
     keep_cell(store, cell, [1.0])
     summary = {"params/trainable_percent": 0.25, "data/train_questions": 525}
     keep_record(store, "trainings", cell.training.label, {"description": cell.training.description, **summary})

@@ -228,7 +228,7 @@ def test_what_a_device_does_not_read_is_replaced_by_what_is_newer():
     steps = [FromCloud(taps=Taps(step=step)) for step in (1, 2, 3)]
     news = [FromCloud(progress=Progress(degraded=n)) for n in (1, 2)]
     for message in (opened, *prompt, steps[0], news[0], steps[1], news[1], steps[2]):
-        outbox.put(message)
+        outbox.put_latest(message)
     outbox.close()
 
     async def drained():
@@ -238,7 +238,7 @@ def test_what_a_device_does_not_read_is_replaced_by_what_is_newer():
 
 
 def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(cloud, plugin):
-    """Of a side network that attends; nothing was answered yet, so nothing can be missing."""
+    """The side network attends; nothing was answered yet, so nothing can be missing."""
     attending = dataclasses.replace(make_plugin("s1", "transformer"), fingerprint=plugin.fingerprint)
     long = ["What is thing 1? " * 3, "Short?"]
     request = open_message(attending, long, 4)

@@ -1,4 +1,4 @@
-"""What a cloud lets devices use, and what it will not start with."""
+"""Limits of what devices may use of a cloud, and what it will not start with."""
 
 import dataclasses
 import threading
@@ -47,7 +47,7 @@ def test_sessions_that_are_opened_at_once_count_for_their_token(cloud, request_,
 
 
 def test_a_finished_session_takes_no_room_and_its_result_can_be_had_again_for_a_while(cloud, plugin, request_):
-    """Of results, as many are kept as there may be sessions."""
+    """As many results are kept as there may be sessions."""
     here = in_process(cloud, plugin, request_)
 
     async def scenario(port):
