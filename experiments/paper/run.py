@@ -77,7 +77,8 @@ def _cell_kind(description: Mapping[str, Any]) -> tuple:
 
 def _measured(folder: Path, key: str, kind: Callable[[Mapping[str, Any]], tuple]) -> list[tuple[tuple, float]]:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
-    return [(kind(record["description"]), record[key]) for record in records if key in record]
+    described = [record for record in records if "description" in record]
+    return [(kind(record["description"]), record[key]) for record in described if key in record]
 
 
 def _mean(measured: list[tuple[tuple, float]], kind: tuple) -> float:

@@ -93,7 +93,8 @@ class CellStore:
 
     def predictions(self, cell: Cell) -> list[Prediction]:
         """Returns the generations of a cell that is done."""
-        return read_predictions(self._path("predictions", cell.label, ".jsonl.gz"))[1]
+        packed = self._path("predictions", cell.label, ".jsonl.gz")
+        return read_predictions(packed if packed.exists() else packed.with_suffix(""))[1]
 
     def summary(self, training: Training) -> dict[str, Any] | None:
         """Returns the record of a training; None where it is not done and may not be run.
@@ -265,13 +266,14 @@ def trials(training: Training) -> dict[str, float]:
 
 
 def _read(path: Path, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Reads a record, and checks that it is of what is described."""
+    """Reads a record, and checks that it is of what is described; one that was written before there were descriptions is
+    known by its label."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' is damaged ({error}): delete it, and it will be made again") from error
     if description is not None:
-        before = record.get("description", {})
+        before = record.get("description", description)
         changed = [name for name, value in description.items() if before.get(name) != value]
         if changed:
             raise UserError(

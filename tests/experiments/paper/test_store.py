@@ -80,6 +80,19 @@ def test_a_record_of_something_else_is_refused(store, keep_cell, keep_record):
         store.summary(other)
 
 
+def test_a_cell_of_before_there_were_descriptions_stays_finished(store, keep_cell):
+    keep_cell(store, BASE, [5.0])
+    path = store.results / "cells" / "sciq-base.json"
+    record = json.loads(path.read_text())
+    del record["description"]
+    path.write_text(json.dumps(record))
+    packed = store.results / "predictions" / "sciq-base.jsonl.gz"
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    assert store.result(BASE)["score/rougeL"][0] == 5.0
+    assert run.estimate(store, [BASE]) is None
+
+
 def test_a_damaged_result_is_named(store, keep_cell):
     keep_cell(store, BASE, [1.0])
     packed = store.results / "predictions" / "sciq-base.jsonl.gz"
