@@ -266,8 +266,10 @@ def trials(training: Training) -> dict[str, float]:
 
 
 def _read(path: Path, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Reads a record, and checks that it is of what is described; one that was written before there were descriptions is
-    known by its label."""
+    """Reads a record, and checks that it is of what is described.
+
+    A record that was written before there were descriptions is known by its label.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
