@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.models.llama import Llama, Params
 from spa_jax.training.outcomes import Outcomes, Sums
-from spa_jax.training.recipe import Recipe
+from spa_jax.training.recipe import Recipe, ScoringBatch, TrainingBatch
 
 
 class TrainState(NamedTuple):
@@ -29,13 +29,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def train_step(
-    recipe: Recipe,
+    recipe: Recipe[TrainingBatch, Any],
     model: Llama,
     optimizer: optax.GradientTransformation,
     accumulate: int,
     state: TrainState,
     frozen: Params,
-    batch: Any,
+    batch: TrainingBatch,
 ) -> tuple[TrainState, Sums]:
     """Takes one optimizer step on the mean loss of a batch's target tokens; compiled once per padded shape.
 
@@ -47,7 +47,7 @@ def train_step(
             divided by their summed target tokens, so the parts weigh by their tokens.
         state: donated.
         frozen: the backbone.
-        batch: B rows of the recipe's training source.
+        batch: B rows of the recipe's training source, a pytree with the rows first.
 
     Returns:
         The state, and sums over target tokens with the norm of the gradient.
@@ -75,7 +75,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def eval_step(
-    recipe: Recipe, model: Llama, params: Params, frozen: Params, batch: Any
+    recipe: Recipe[Any, ScoringBatch], model: Llama, params: Params, frozen: Params, batch: ScoringBatch
 ) -> tuple[Outcomes, Float[Array, "B R"]]:
     """Computes the outcomes of a batch's target tokens and their weights, whole on every device, so that every process
     can read them; the batch is one of the recipe's scoring source."""
