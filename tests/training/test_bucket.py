@@ -2,6 +2,7 @@
 
 import socket
 
+import jaxtyping
 import pytest
 from test_run import Spy, read_metrics
 
@@ -33,6 +34,9 @@ def bucket(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # a bucket's path can do what a Path can, and is none
     for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):  # one for files, one for arrays
         monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
     serving = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="spa-bucket")
