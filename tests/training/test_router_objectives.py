@@ -99,7 +99,7 @@ def test_a_fold_network_never_learns_from_the_rows_it_labels(world, make_plugin)
     fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
     assert 0 < fold.mean() < 1
     for row, number in enumerate(fold):
-        alone = f._replace(weights=f.weights * (np.arange(len(fold)) == row)[:, None])
+        alone = f._replace(weights=f.weights * (np.arange(len(fold)) == row)[:, None].astype(np.float32))
         found = gradient(world, plugin, params, router, alone)["folds"]["output"]
         assert not np.any(found[number])
         assert np.any(found[1 - number])
