@@ -65,6 +65,8 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     open_workdir(workdir, config, backbone, (examples, held_out))
     passes = {"data/backbone_passes": len(source.missing(examples + held_out))} if source.cached else {}
     source.fill(examples + held_out)
+    if scoring_source is not source:
+        scoring_source.fill(held_out)
     scorer = Scorer(backbone, recipe, held_out, options.batch_size, source=scoring_source)
 
     epoch = plan_batches(examples, options.batch_size, config.seed)

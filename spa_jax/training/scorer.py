@@ -42,15 +42,17 @@ class Scorer:
             examples: held out.
             batch_size: B.
             tap_cache: where features are kept.
-            source: the recipe's source of scoring batches, where it is open already.
+            source: the recipe's source of scoring batches, where it is open and filled already.
 
         Raises:
             UserError: the tap cache cannot be used.
         """
         self.model = recipe.model(backbone)
         self._backbone, self._recipe, self._examples, self._batch_size = backbone, recipe, examples, batch_size
-        self._source = source or recipe.sources(backbone, self.model, tap_cache, batch_size, examples)[1]
-        self._source.fill(examples)
+        if source is None:
+            _, source = recipe.sources(backbone, self.model, tap_cache, batch_size, examples)
+            source.fill(examples)
+        self._source = source
 
     def per_token(self, program: Callable[[Params, Params, Any], tuple[Any, Array]], params: Params) -> Any:
         """Runs a program over all batches.
