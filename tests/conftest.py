@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import functools
+import gc
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig
 from spa_jax.models.llama import init_params
 from spa_jax.training.config import RunConfig, parse
+from spa_jax.weights import gguf, huggingface
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
@@ -57,11 +59,18 @@ def chain(*parts: optax.GradientTransformation, chain: Callable[..., Any] = opta
 
 optax.chain = chain
 jax.nn.dot_product_attention = under_standard_promotion(jax.nn.dot_product_attention)
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects, few of them garbage
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, with its children
 
 TINY = LlamaConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8
 )
+
+
+def pytest_collection_finish() -> None:
+    """Spares the collector of garbage the modules, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,13 +91,26 @@ def tiny_params(tiny_config):
     return jax.tree_util.tree_map_with_path(perturb, params)
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Backbone:
-    """The real SmolLM2-135M-Instruct in float32."""
+def load_smollm2() -> Backbone:
     try:
         return load_backbone("smollm2-135m-instruct")
     except UserError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Backbone:
+    """The real SmolLM2-135M-Instruct in float32, for slow tests."""
+    return load_smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2_without_weights() -> Backbone:
+    """Its config and tokenizer, of which the parameters are not read."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (gguf, huggingface):
+            patch.setattr(module, "convert", lambda *_: ({}, ""))
+        return load_smollm2()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ values, only the mask of the slots that a hypothesis attends to.
 Shape letters: G groups (prompts), K hypotheses of each, R = G K rows, S cache slots.
 """
 
+import functools
 from typing import TypeVar
 
 import jax
@@ -35,6 +36,7 @@ def count_slots(longest: int, max_new_tokens: int, width: int) -> int:
     return padded_length(longest + max_new_tokens * width, 64)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def prompt_slot_mask(lengths: Int[Array, " G"], width: int, slots: int) -> Bool[Array, "R S"]:
     """Marks the slots that each of the R = G K hypotheses attends to when it has no new token yet."""
     return jnp.repeat(jnp.arange(slots)[None, :] < lengths[:, None], width, axis=0)

@@ -169,9 +169,9 @@ class FusedModel:
         state = self.start([prompt], max_new_tokens, sampling, seed)
         for count in range(max_new_tokens):
             h = state.hypotheses
-            token, consulted, is_done = jax.device_get((h.tokens[0, 0, count], h.consulted[0, 0, count], h.is_done[0]))
-            yield int(token), bool(consulted)
-            if is_done:
+            tokens, consulted, is_done = jax.device_get((h.tokens, h.consulted, h.is_done))
+            yield int(tokens[0, 0, count]), bool(consulted[0, 0, count])
+            if is_done[0]:
                 return
             state = self.advance(state, sampling, count + 2)
 

@@ -106,13 +106,12 @@ def select_active(active: Bool[Array, " G"], new: Hypotheses, old: Hypotheses) -
 def to_generations(hypotheses: Hypotheses, eos_ids: Sequence[int]) -> list[Generation]:
     """Fetches the best hypothesis of each group from the device."""
     best = hypotheses.finished or hypotheses
-    fetched = jax.device_get((best.tokens[:, 0], best.consulted[:, 0], hypotheses.num_generated))
-    tokens, consulted, num_generated = fetched
-    scores = None if hypotheses.finished is None else jax.device_get(best.scores[:, 0]).tolist()
+    fetched = jax.device_get((best.tokens, best.consulted, best.scores, hypotheses.num_generated))
+    tokens, consulted, scores, num_generated = *(array[:, 0] for array in fetched[:3]), fetched[3]
     result = []
     for group in range(len(tokens)):
         ends = np.flatnonzero(np.isin(tokens[group, : num_generated[group]], list(eos_ids)))
         length = int(ends[0]) + 1 if len(ends) else int(num_generated[group])
-        score = None if scores is None else scores[group]
+        score = None if hypotheses.finished is None else scores[group].item()
         result.append(Generation(tokens[group, :length].tolist(), consulted[group, :length].tolist(), score))
     return result

@@ -233,10 +233,15 @@ def normalize_taps(
 
 def init_params(config: LlamaConfig, seed: int = 0, abstract: bool = False) -> Params:
     """Makes random float32 parameters for tests and benchmarks; with `abstract`, their shapes and dtypes only."""
-    model = Llama(config)
+    init = _initializer(config, seed)
+    return init.eval_shape() if abstract else init()
 
+
+@functools.lru_cache(64)
+def _initializer(config: LlamaConfig, seed: int) -> Any:
+    @jax.jit
     def init() -> Params:
-        variables = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32), method="touch_every_parameter")
-        return variables["params"]
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return Llama(config).init(jax.random.key(seed), tokens, method="touch_every_parameter")["params"]
 
-    return jax.eval_shape(init) if abstract else jax.jit(init)()
+    return init

@@ -9,7 +9,7 @@ Shape letters: B batch, T tokens, L blocks, D backbone width, E rank of LoRA or 
 
 import dataclasses
 import functools
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,13 @@ def init_peft(config: PeftConfig, backbone: LlamaConfig, seed: int = 0, abstract
 
     A is uniform within 1 / sqrt(I) of zero, as in LoRA's reference implementation, and all else zero.
     """
+    init = _initializer(config, backbone, seed)
+    return init.eval_shape() if abstract else init()
 
+
+@functools.lru_cache(64)
+def _initializer(config: PeftConfig, backbone: LlamaConfig, seed: int) -> Any:
+    @jax.jit
     def init() -> Params:
         params, keys = {}, jax.random.split(jax.random.key(seed), len(config.places))
         for key, name in zip(keys, config.places):
@@ -116,7 +122,7 @@ def init_peft(config: PeftConfig, backbone: LlamaConfig, seed: int = 0, abstract
                 params[name] |= {"a_bias": jnp.zeros((layers, config.rank)), "b_bias": jnp.zeros((layers, out))}
         return params
 
-    return jax.eval_shape(init) if abstract else jax.jit(init)()
+    return init
 
 
 def rank_for(config: PeftConfig, backbone: LlamaConfig, wanted: int) -> PeftConfig:

@@ -1,6 +1,8 @@
 """The trainable half: side network and router of one setting, over a backbone of width D."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +96,13 @@ def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False, ran
 
     The router starts at zero, p(consult) = 0.5, or at random for an objective that would never leave zero.
     """
+    init = _initializer(config, seed, random_router)
+    return init.eval_shape() if abstract else init()
 
+
+@functools.lru_cache(64)
+def _initializer(config: PluginConfig, seed: int, random_router: bool) -> Any:
+    @jax.jit
     def init() -> Params:
         taps = jnp.zeros((len(config.side.taps), 1, 1, config.hidden_size))
         positions = (jnp.zeros((1, 1), jnp.int32),) if config.side.attends else ()
@@ -105,7 +113,7 @@ def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False, ran
                 params["router"]["offset"] = jnp.zeros(config.hidden_size)
         return params
 
-    return jax.eval_shape(init) if abstract else jax.jit(init)()
+    return init
 
 
 def count_params(params: Params) -> int:

@@ -207,6 +207,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
+@functools.cache
 def _leaves(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], list[str], TensorLayout]]:
     """Returns for each parameter its shape without the block axis, its tensors in the checkpoint, and their layout."""
     c = config

@@ -178,7 +178,8 @@ def test_the_digest_identifies_the_content():
     assert len({same, *(example.digest for example in others)}) == 6
 
 
-def test_smollm2_prompts_are_its_chat_format(smollm2):
+def test_smollm2_prompts_are_its_chat_format(smollm2_without_weights):
+    smollm2 = smollm2_without_weights
     encoder = Encoder(smollm2.tokenizer, "chat", 512)
     turn = [{"role": "user", "content": PAIR.source}]
     judge = smollm2.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -190,9 +191,10 @@ def test_smollm2_prompts_are_its_chat_format(smollm2):
     assert example.targets[-1] in smollm2.eos_ids
 
 
-def test_smollm2_conversations_are_its_chat_format(smollm2):
+def test_smollm2_conversations_are_its_chat_format(smollm2_without_weights):
+    tokenizer = smollm2_without_weights.tokenizer
     turns = [{"role": "user", "content": TALK.source}]
     for turn, before in zip(TALK.later, TALK.turns):
         turns += [{"role": "assistant", "content": before.target}, {"role": "user", "content": turn.source}]
-    judge = smollm2.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert Encoder(smollm2.tokenizer, "chat", 512).encode(TALK)[0].prompts[-1] == judge
+    judge = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert Encoder(tokenizer, "chat", 512).encode(TALK)[0].prompts[-1] == judge

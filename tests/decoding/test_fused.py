@@ -46,7 +46,7 @@ def make_plugin(setting, threshold=0.5, kind="tokenwise", offset=False):
     config = PluginConfig(setting, side, 32, threshold, offset)
     rng = np.random.default_rng(4)
     shapes = init_plugin(config, abstract=True)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.4 * rng.standard_normal(leaf.shape))), shapes)
     return Plugin(config, params, "tiny", "f" * 32, "plain")
 
 

@@ -24,7 +24,7 @@ LORA, ADAPTER = PeftConfig("lora", 3, 6.0), PeftConfig("adapter", 3)
 def make_plugin(config, backbone):
     rng = np.random.default_rng(1)
     shapes = init_peft(config, backbone.config, abstract=True)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.2 * rng.standard_normal(leaf.shape))), shapes)
     return PeftPlugin(config, params, "tiny", "f" * 32, "plain")
 
 

@@ -31,7 +31,7 @@ def difference(kernel: str, rows: int, *mesh: int) -> float:
     """The largest, of the output at real tokens and of the gradients."""
     rng = np.random.default_rng(0)
     shapes = [(rows, LENGTH, heads, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
-    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    arrays = [jnp.asarray(np.float32(rng.standard_normal(shape))) for shape in shapes]
     real = jnp.arange(LENGTH) < jnp.asarray(rng.integers(1, LENGTH + 1, (rows, 1)))
     mask = (jnp.tri(LENGTH, dtype=bool) & real[:, None, :])[:, None]
     partitioner = MeshPartitioner(make_mesh(MeshConfig(*mesh, 1), rows, jax.devices()))

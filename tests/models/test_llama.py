@@ -149,7 +149,7 @@ def uncached(run):
 def cache_of(config, garbage=0.0):
     cache = init_cache(config, 3, SLOTS, jnp.float32)
     rng = np.random.default_rng(2)
-    return jax.tree.map(lambda leaf: jnp.asarray(garbage * rng.standard_normal(leaf.shape), jnp.float32), cache)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.float32(garbage * rng.standard_normal(leaf.shape))), cache)
 
 
 def run_in_pieces(run, cache, sizes):

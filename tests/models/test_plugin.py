@@ -80,7 +80,7 @@ def test_a_fresh_plugin_equals_the_base_and_a_trained_one_does_not(setting, base
 
 
 def test_a_fresh_plugin_says_something_only_where_it_replaces_f():
-    taps = jnp.asarray(np.random.default_rng(6).standard_normal((3, 1, 2, D)), jnp.float32)
+    taps = jnp.asarray(np.float32(np.random.default_rng(6).standard_normal((3, 1, 2, D))))
     for setting in ("s2", "s3"):
         assert np.abs(g_of(plugin_config(setting), fresh(setting), taps)).min() > 0
     for setting in ADDED:
@@ -100,7 +100,7 @@ def test_combine_follows_its_formula(setting):
 def test_the_offset_enters_where_the_device_is_not_asked_and_nowhere_else():
     rng = np.random.default_rng(8)
     f, g = (jnp.asarray(x, jnp.float32) for x in rng.standard_normal((2, 2, 6, D)))
-    sigma, offset = rng.random((2, 6)) < 0.5, jnp.asarray(rng.standard_normal(D), jnp.float32)
+    sigma, offset = rng.random((2, 6)) < 0.5, jnp.asarray(np.float32(rng.standard_normal(D)))
     for setting in SETTINGS:
         found = combine(setting, f, g, jnp.asarray(sigma), offset)
         plain = combine(setting, f, g, jnp.asarray(sigma))

@@ -1,6 +1,7 @@
 """A backbone in 8 bits against rounding written out in NumPy, and against a float one with the same numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ def path_of(keys):
     return "/".join(key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
 
 
+@jax.jit
 def in_8_bits(params):
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: quantize(path_of(keys), leaf), params)
 
@@ -62,6 +64,7 @@ def test_the_model_is_the_float_one_with_rounded_weights(both):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(compute, params):
         model = Llama(config, TAPS, compute=compute)
         out = model.apply({"params": params}, tokens, positions)
@@ -72,7 +75,7 @@ def test_the_model_is_the_float_one_with_rounded_weights(both):
 
 
 def test_rows_are_looked_up_before_they_are_floats():
-    table = quantize("embed/embedding", jnp.asarray(np.random.default_rng(1).standard_normal((50, 8)), jnp.float32))
+    table = quantize("embed/embedding", jnp.asarray(np.float32(np.random.default_rng(1).standard_normal((50, 8)))))
     tokens = jnp.array([[3, 3], [49, 0]])
     np.testing.assert_array_equal(take_embeddings(table, tokens), dequantize(table)[tokens])
     lowered = jax.jit(take_embeddings).lower(table, tokens).as_text()

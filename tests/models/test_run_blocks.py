@@ -18,6 +18,7 @@ POSITIONS = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), TOKENS.shape)
 LORA, INT8 = PeftConfig("lora", 3, 6.0, ("q", "v", "down")), Compute(weights="int8")
 
 
+@jax.jit
 def in_8_bits(params):
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: quantize("/".join(k.key for k in keys), leaf), params)
 

@@ -19,12 +19,12 @@ ROWS, LENGTH = 2, 9
 def params():
     rng = np.random.default_rng(1)
     shapes = init_plugin(CONFIG, abstract=True)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.3 * rng.standard_normal(leaf.shape))), shapes)
 
 
 @pytest.fixture(scope="module")
 def taps():
-    return jnp.asarray(np.random.default_rng(2).standard_normal((len(TAPS), ROWS, LENGTH, D)), jnp.float32)
+    return jnp.asarray(np.float32(np.random.default_rng(2).standard_normal((len(TAPS), ROWS, LENGTH, D))))
 
 
 POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (ROWS, LENGTH))

@@ -15,8 +15,9 @@ from spa_jax.data.tasks import TASKS, load_split
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
+from spa_jax.models.block import PADDING
 from spa_jax.models.llama import Llama, normalize_taps
-from spa_jax.models.plugin import PluginConfig, correction, init_plugin, router_logits
+from spa_jax.models.plugin import PluginConfig, correction, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.scoring.effect import alternatives, side_effect
 from spa_jax.scoring.evaluation import EvaluationConfig, Question, evaluate, generate_all
@@ -60,7 +61,7 @@ def plugin(backbone):
     config = PluginConfig("spa", SideConfig("tokenwise", 6, (0, 2, 3)), 32, 0.5)
     rng = np.random.default_rng(4)
     shapes = init_plugin(config, abstract=True)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.3 * rng.standard_normal(leaf.shape))), shapes)
     return Plugin(config, params, "tiny", backbone.fingerprint, "chat")
 
 
@@ -79,24 +80,35 @@ def encode(backbone, data, task="sciq"):
 
 
 def over(threshold, p):
-    return (p > threshold).astype(jnp.float32)
+    return (p > threshold).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def states_and_corrections(config, side, params, plugin_params, tokens, positions):
+    """f and g of every position of one text."""
+    out = Llama(config, side.side.taps).apply({"params": params}, tokens, positions)
+    read = normalize_taps(params, config, side.side.taps, out.taps)
+    return out.hidden[0], correction(side, plugin_params, read, positions)[0][0]
 
 
 def loss_by_hand(backbone, plugin, examples, sigma_of):
     """Nats per target token of what `sigma_of(p)` lets enter the LM head."""
-    taps = plugin.config.side.taps
-    model, total, count, asked = Llama(backbone.config, taps), 0.0, 0, 0.0
+    total, count, asked = 0.0, 0, 0.0
     for example in examples:
-        tokens = jnp.asarray(example.tokens)[None]
-        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        out = model.apply({"params": backbone.params}, tokens, positions)
-        f = out.hidden[0, example.predict]
-        read = normalize_taps(backbone.params, backbone.config, taps, out.taps)
-        g = correction(plugin.config, plugin.params, read, positions)[0][0, example.predict]
-        sigma = sigma_of(jax.nn.softmax(router_logits(plugin.params, f))[:, 1])
-        log_p = jax.nn.log_softmax(model.apply({"params": backbone.params}, f + sigma[:, None] * g, method="logits"))
-        total -= float(jnp.sum(log_p[jnp.arange(len(f)), example.targets]))
-        asked += float(jnp.sum(sigma))
+        tokens = np.zeros((1, 128), np.int32)
+        positions = np.full(tokens.shape, PADDING, np.int32)
+        tokens[0, : len(example.tokens)], positions[0, : len(example.tokens)] = (
+            example.tokens,
+            range(len(example.tokens)),
+        )
+        both = states_and_corrections(backbone.config, plugin.config, backbone.params, plugin.params, tokens, positions)
+        f, g = (np.asarray(every)[example.predict] for every in both)
+        scores = f @ np.asarray(plugin.params["router"]["kernel"])
+        sigma = sigma_of(1 / (1 + np.exp(scores[:, 0] - scores[:, 1])))
+        logits = (f + sigma[:, None] * g) @ np.asarray(backbone.params["lm_head"]["kernel"])
+        log_p = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+        total -= float(np.sum(log_p[np.arange(len(f)), example.targets]))
+        asked += float(np.sum(sigma))
         count += len(f)
     return total / count, asked / count
 
@@ -109,8 +121,8 @@ def test_losses_and_generations_are_those_by_hand(backbone, plugin, data, tmp_pa
     assert 0 < share < 1
     assert summary["loss/spa"] == pytest.approx(loss, abs=1e-5)
     assert summary["router/usage"] == pytest.approx(share)
-    assert summary["loss/base"] == pytest.approx(loss_by_hand(backbone, plugin, examples, jnp.zeros_like)[0], abs=1e-5)
-    assert summary["loss/always"] == pytest.approx(loss_by_hand(backbone, plugin, examples, jnp.ones_like)[0], abs=1e-5)
+    assert summary["loss/base"] == pytest.approx(loss_by_hand(backbone, plugin, examples, np.zeros_like)[0], abs=1e-5)
+    assert summary["loss/always"] == pytest.approx(loss_by_hand(backbone, plugin, examples, np.ones_like)[0], abs=1e-5)
     model, rows = FusedModel(backbone, plugin), read_predictions(tmp_path / "out" / "predictions.jsonl")[1]
     assert [row.id for row in rows] == ["1", "2", "3", "4", "5"]
     for row, example in zip(rows, examples):
@@ -225,7 +237,7 @@ def test_the_backbone_alone_has_the_loss_that_a_plugin_reports_for_it(backbone, 
 def test_a_budget_sets_the_threshold_on_validation_rows(backbone, plugin, data, tmp_path):
     shares = []
     for budget in (0.2, 0.5, 0.8):
-        evaluate(config_of(data, budget=budget), backbone, plugin, tmp_path / str(budget))
+        evaluate(config_of(data, budget=budget, limit=1), backbone, plugin, tmp_path / str(budget))
         identity, _ = read_predictions(tmp_path / str(budget) / "predictions.jsonl")
         _, examples = encode(backbone, data)
         sigma_of = functools.partial(over, identity["threshold"])

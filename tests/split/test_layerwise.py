@@ -36,7 +36,7 @@ def random_peft(config, backbone):
     """With random numbers in place of zeros, so that it says something."""
     rng = np.random.default_rng(1)
     shapes = init_peft(config, backbone, abstract=True)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.2 * rng.standard_normal(leaf.shape))), shapes)
 
 
 def run(backbone, config, codec="float32"):

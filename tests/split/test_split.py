@@ -117,12 +117,13 @@ def test_int8_changes_g_a_little_and_bytes_a_lot(cloud):
     assert 0 < np.abs(first[1] - first[0]).max() < 0.02 * np.abs(first[0]).max()
 
 
+@pytest.mark.slow
 def test_smollm2_says_the_same_over_a_channel(smollm2):
     """Taps and g of the real backbone's size, and scores as close as real ones."""
     config = PluginConfig("spa", SideConfig("tokenwise", 16, (10, 20, 30)), smollm2.config.hidden_size)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32), init_plugin(config, abstract=True)
+        lambda leaf: jnp.asarray(np.float32(0.1 * rng.standard_normal(leaf.shape))), init_plugin(config, abstract=True)
     )
     plugin = Plugin(config, params, smollm2.name, smollm2.fingerprint, "chat")
     encoder = Encoder(smollm2.tokenizer, "chat", 512)

@@ -115,7 +115,7 @@ def test_a_question_without_f_is_refused(cloud, head):
 def test_the_head_is_the_backbones(tied, backbone):
     config = dataclasses.replace(backbone.config, tie_word_embeddings=tied)
     other = dataclasses.replace(backbone, config=config, params=init_params(config, seed=3))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, config.hidden_size)), jnp.float32)
+    x = jnp.asarray(np.float32(np.random.default_rng(0).standard_normal((3, config.hidden_size))))
     want = Llama(config).apply({"params": other.params}, x, method="logits")
     np.testing.assert_allclose(logits(head_of(other), x), want, rtol=1e-5, atol=1e-5)
 

@@ -36,7 +36,7 @@ def make_plugin(setting, kind="tokenwise", seed=4):
     config = PluginConfig(setting, SIDES[kind], 32, 0.5, offset=kind == "tokenwise")
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes_of(config)
+        lambda leaf: jnp.asarray(np.float32(0.4 * rng.standard_normal(leaf.shape))), shapes_of(config)
     )
     return Plugin(config, params, "tiny", FINGERPRINT, "plain")
 
@@ -46,7 +46,7 @@ def random_plugin(backbone, setting, seed=4):
     config = PluginConfig(setting, SIDES["tokenwise"], 32)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), jnp.float32), shapes_of(config)
+        lambda leaf: jnp.asarray(np.float32(0.4 * rng.standard_normal(leaf.shape))), shapes_of(config)
     )
     return Plugin(config, params, backbone.name, backbone.fingerprint, "chat")
 
@@ -141,13 +141,15 @@ def _rerun(model, config, setting, frozen, params, tokens, lengths, threshold, a
     return model.apply({"params": frozen}, state, method="logits"), sigma, distance, g
 
 
+_init_hypotheses = jax.jit(init_hypotheses, static_argnums=range(5))
 _search_step = jax.jit(beam.search_step, static_argnums=(0, 5))
+_log_softmax = jax.jit(jax.nn.log_softmax)
 
 
 def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=()):
     """A `Verdict` on one prompt; the device does not answer for tokens, by their index, that are in `lost`."""
     width = beams.width if beams else 1
-    hypotheses = init_hypotheses(1, width, NEW, 0, search=beams is not None)
+    hypotheses = _init_hypotheses(1, width, NEW, 0, beams is not None)
     texts, tokens, asked, gaps, corrections = [list(prompt)] * width, [], [], [], []
     for num_generated in range(NEW):
         padded = np.zeros((width, 48), np.int32)
@@ -167,10 +169,11 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
             num_generated not in lost,
         )
         corrections.append(np.asarray(g))
-        exists = hypotheses.scores[0] > IMPOSSIBLE / 2
+        logits, sigma, distance, scores = map(np.asarray, (logits, sigma, distance, hypotheses.scores))
+        exists = scores[0] > IMPOSSIBLE / 2
         gap = float(distance[exists].min())
         if beams is None:
-            first, second = np.sort(np.asarray(logits[0]))[[-1, -2]]
+            first, second = np.sort(logits[0])[[-1, -2]]
             gaps.append(min(gap, float(first - second)))
             tokens.append(int(logits[0].argmax()))
             asked.append(bool(sigma[0]))
@@ -178,14 +181,14 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
             if tokens[-1] in EOS:
                 break
             continue
-        before = np.asarray(hypotheses.scores[0][:, None] + jax.nn.log_softmax(logits))
-        hypotheses, _ = _search_step(beams, hypotheses, logits[None], sigma[None], jnp.ones(1, bool), EOS)
+        before = scores[0][:, None] + np.asarray(_log_softmax(logits))
+        hypotheses, _ = _search_step(beams, hypotheses, logits[None], sigma[None], np.ones(1, bool), EOS)
         gaps.append(min(gap, _closest(before, width, num_generated + 1 == NEW)))
-        if hypotheses.is_done[0]:
-            best = hypotheses.finished.scores[0]
+        if np.asarray(hypotheses.is_done)[0]:
+            best = np.asarray(hypotheses.finished.scores)[0]
             gaps.append(float(best[0] - best[1]))
             return Verdict(to_generations(hypotheses, EOS)[0], gaps, corrections)
-        texts = [[*prompt, *new] for new in np.asarray(hypotheses.tokens[0, :, : num_generated + 1]).tolist()]
+        texts = [[*prompt, *new] for new in np.asarray(hypotheses.tokens)[0, :, : num_generated + 1].tolist()]
     return Verdict(Generation(tokens, asked), gaps, corrections)
 
 

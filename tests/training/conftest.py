@@ -53,7 +53,7 @@ def make_plugin(tiny_config) -> Callable[..., tuple[PluginConfig, Params]]:
         rng = np.random.default_rng(5)
 
         def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.asarray(0.15 * rng.standard_normal(leaf.shape), jnp.float32)
+            return jnp.asarray(np.float32(0.15 * rng.standard_normal(leaf.shape)))
 
         return config, jax.tree.map(random, init_plugin(config, abstract=True))
 

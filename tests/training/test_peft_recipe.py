@@ -114,7 +114,7 @@ def test_what_was_trained_gives_the_answers_it_was_taught(setting, runs, tiny_ba
 def test_the_parts_of_a_batch_and_evaluation_agree_with_the_whole(world):
     config, rng = PeftConfig("adapter", 3), np.random.default_rng(5)
     shapes = init_peft(config, world.model.config, abstract=True)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.15 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.15 * rng.standard_normal(leaf.shape))), shapes)
     recipe, scored = PeftRecipe(config), ScoredBatch(world.batch, np.zeros_like(world.batch.weights))
     outcomes, weights = eval_step(recipe, world.model, params, world.frozen, scored)
     losses = float(jnp.sum(outcomes.consulted * weights))

@@ -15,13 +15,23 @@ from spa_jax.training.outcomes import threshold_for
 from spa_jax.training.run import train
 
 
-def gradient(world, plugin, params, router, features=None):
-    def loss(params):
-        return summed_loss(
-            params, world.frozen, features or world.features, plugin=plugin, router=router, model=world.model
-        )[0]
+def loss_and_gradient(world, plugin, params, router):
+    """((loss, sums), gradient) of all rows."""
 
-    return jax.jit(jax.grad(loss))(params)
+    def loss(params):
+        return summed_loss(params, world.frozen, world.features, plugin=plugin, router=router, model=world.model)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+def gradients(world, plugin, router, *cases):
+    """The gradient of each case of parameters and features, by one program."""
+
+    def loss(params, features):
+        return summed_loss(params, world.frozen, features, plugin=plugin, router=router, model=world.model)[0]
+
+    gradient = jax.jit(jax.grad(loss))
+    return [gradient(params, features) for params, features in cases]
 
 
 def close(found, expected):
@@ -46,8 +56,8 @@ def mixture(world, plugin, plain_losses, share_of):
 @pytest.mark.parametrize("setting", ["spa", "s2"])
 def test_soft_is_the_loss_of_the_mixture_by_p(setting, world, make_plugin, plain_losses):
     plugin, params = make_plugin(setting)
-    expected = jax.grad(mixture(world, plugin, plain_losses, lambda p: p))(params)
-    close(gradient(world, plugin, params, RouterConfig("soft", 0.0, True, False, False)), expected)
+    expected = jax.jit(jax.grad(mixture(world, plugin, plain_losses, lambda p: p)))(params)
+    close(loss_and_gradient(world, plugin, params, RouterConfig("soft", 0.0, True, False, False))[1], expected)
 
 
 @pytest.mark.parametrize("setting", ["spa", "s2"])
@@ -57,11 +67,12 @@ def test_straight_through_is_hard_forward_and_soft_backward(setting, world, make
     hard = (np.asarray(p) > plugin.threshold).astype(np.float32)
     assert 0.3 < hard.mean() < 0.7
     router = RouterConfig("straight_through", 0.0, True, False, False)
-    total, _ = summed_loss(params, world.frozen, world.features, plugin=plugin, router=router, model=world.model)
     shift = hard - np.asarray(p)  # a constant that makes the soft mixture take the hard values
     written_out = mixture(world, plugin, plain_losses, lambda p: p + shift)
-    np.testing.assert_allclose(total, written_out(params), rtol=1e-4)
-    close(gradient(world, plugin, params, router), jax.grad(written_out)(params))
+    expected, expected_gradient = jax.jit(jax.value_and_grad(written_out))(params)
+    (total, _), found = loss_and_gradient(world, plugin, params, router)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    close(found, expected_gradient)
 
 
 @pytest.mark.parametrize("setting", ["spa", "s2"])
@@ -83,9 +94,10 @@ def test_the_offset_learns_alone_and_the_router_learns_what_asking_gains_over_it
         return jnp.sum(f.weights * (asked + unasked + router))
 
     router = RouterConfig("improvement", 0.1, True, False, True)
-    total, sums = summed_loss(params, world.frozen, f, plugin=plugin, router=router, model=world.model)
-    np.testing.assert_allclose(total, written_out(params), rtol=1e-4)
-    close(gradient(world, plugin, params, router), jax.grad(written_out)(params))
+    expected, expected_gradient = jax.jit(jax.value_and_grad(written_out))(params)
+    (total, sums), found = loss_and_gradient(world, plugin, params, router)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    close(found, expected_gradient)
     assert sums["oracle"] < min(sums["consulted"], sums["combined"])
 
 
@@ -98,11 +110,14 @@ def test_a_fold_network_never_learns_from_the_rows_it_labels(world, make_plugin)
     f = world.features
     fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
     assert 0 < fold.mean() < 1
-    for row, number in enumerate(fold):
-        alone = f._replace(weights=f.weights * (np.arange(len(fold)) == row)[:, None].astype(np.float32))
-        found = gradient(world, plugin, params, router, alone)["folds"]["output"]
-        assert not np.any(found[number])
-        assert np.any(found[1 - number])
+    alone = (
+        f._replace(weights=f.weights * (np.arange(len(fold)) == row)[:, None].astype(np.float32))
+        for row in range(len(fold))
+    )
+    found = gradients(world, plugin, router, *((params, row) for row in alone))
+    for number, gradient in zip(fold, found, strict=True):
+        assert not np.any(gradient["folds"]["output"][number])
+        assert np.any(gradient["folds"]["output"][1 - number])
 
 
 def test_cross_fitted_labels_come_from_the_network_that_has_not_seen_the_row(world, make_plugin):
@@ -113,11 +128,12 @@ def test_cross_fitted_labels_come_from_the_network_that_has_not_seen_the_row(wor
     plain = RouterConfig("improvement", 0.1, True, False, False)
     f = world.features
     fold = np.sum(f.targets * f.weights.astype(jnp.int32), axis=1) % 2
-    for number, side in ((0, silent), (1, params["side"])):
-        half = f._replace(weights=f.weights * (fold == number)[:, None].astype(jnp.float32))
-        found = gradient(world, plugin, {**params, "folds": folds}, router, half)["router"]
-        expected = gradient(world, plugin, {**params, "side": side}, plain, half)["router"]
-        close(found, expected)
+    halves = [f._replace(weights=f.weights * (fold == number)[:, None].astype(np.float32)) for number in (0, 1)]
+    found = gradients(world, plugin, router, *(({**params, "folds": folds}, half) for half in halves))
+    sides = ({**params, "side": side} for side in (silent, params["side"]))
+    expected = gradients(world, plugin, plain, *zip(sides, halves))
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours["router"], theirs["router"])
 
 
 def test_the_budget_is_kept_as_nearly_as_it_can_be():
@@ -148,7 +164,7 @@ def test_a_random_router_starts_apart_from_one_half(make_plugin):
     ids=lambda keys: ",".join(map(str, keys.values())),
 )
 def test_every_kind_of_run_learns(keys, make_config, tmp_path):
-    summary = train(make_config({"train.epochs": 15, **keys}), tmp_path / "run")
+    summary = train(make_config({"train.epochs": 15, "train.eval_every": 45, **keys}), tmp_path / "run")
     setting = keys.get("setting", "spa")
     assert summary[f"loss/{setting}"] < 0.8 * summary["loss/base"]
     if "router.budget" in keys:

@@ -45,7 +45,7 @@ def test_loss_and_gradient_equal_log_softmax(count, tied, dtype, tiny_config, pl
     rng = np.random.default_rng(count)
     hidden = jnp.asarray(3 * rng.standard_normal((count, config.hidden_size)), dtype)
     targets = jnp.asarray(rng.integers(0, config.vocab_size, count), jnp.int32)
-    cotangent = jnp.asarray(rng.standard_normal(count), jnp.float32)
+    cotangent = jnp.asarray(np.float32(rng.standard_normal(count)))
     exact = (Llama(config), frozen, hidden.astype(jnp.float32), targets, cotangent)
     expected, expected_gradient = loss_and_gradient(plain_losses, *exact)
     losses, gradient = loss_and_gradient(

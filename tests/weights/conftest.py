@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,10 +79,13 @@ def assert_same_logits() -> Callable[[Backbone, Any], None]:
         with torch.no_grad():
             expected = model(torch.from_numpy(tokens).long()).logits.float().numpy()
         llama = Llama(backbone.config)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        variables = {"params": backbone.params}
-        hidden = llama.apply(variables, jnp.asarray(tokens), positions).hidden
-        logits = llama.apply(variables, hidden, method="logits")
+
+        @jax.jit
+        def forward(variables: Any, tokens: np.ndarray) -> jax.Array:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+            return llama.apply(variables, llama.apply(variables, tokens, positions).hidden, method="logits")
+
+        logits = forward({"params": backbone.params}, tokens)
         assert np.abs(expected).max() > 0.5
         np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
 

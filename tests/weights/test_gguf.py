@@ -1,6 +1,10 @@
 """GGUF files that llama.cpp's own Python package writes from tiny Hugging Face models, and the real SmolLM2."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +19,7 @@ from spa_jax.models.block import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.models.llama import Llama
 from spa_jax.weights.gguf import load_gguf
 from spa_jax.weights.gguf_file import GGUFFile
+from spa_jax.weights.registry import load_backbone
 
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -220,6 +225,24 @@ def test_every_truncation_is_noticed(make_model, write_gguf, tmp_path) -> None:
     cut.write_bytes(b"GGML" + content[4:])
     with pytest.raises(UserError, match=r"cut\.gguf"):
         GGUFFile(cut)
+
+
+def test_both_formats_load_without_torch(save_model, write_gguf) -> None:
+    """The same ids and weights in a process where importing torch fails."""
+    model, directory = save_model()
+    paths = [str(directory), str(write_gguf(model))]
+    program = (
+        "import json, sys; sys.modules['torch'] = None\n"
+        "from spa_jax.weights.registry import load_backbone\n"
+        f"for backbone in map(load_backbone, {paths!r}):\n"
+        "    print(json.dumps([backbone.fingerprint, backbone.tokenizer('ab b')['input_ids']]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, check=True, env=environment, timeout=120, stdout=subprocess.PIPE, text=True)
+    here = [[backbone.fingerprint, backbone.tokenizer("ab b")["input_ids"]] for backbone in map(load_backbone, paths)]
+    assert [json.loads(line) for line in finished.stdout.splitlines()] == here
+    assert all(ids for _, ids in here)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from spa_jax.errors import UserError
+from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf_file import GGUFFile
 from spa_jax.weights.gguf_tokenizer import eos_ids, tokenizer_from_metadata
 from spa_jax.weights.registry import cache_directory
@@ -24,6 +25,11 @@ TEXTS = [
 ]  # fmt: skip
 SPACES_BEFORE_NUMBERS = ["in  42", "  1", "½ ² Ⅷ ٣", "a   2  b"]
 CORPUS = ["the quick brown fox doesn't jump over 1234 lazy dogs\n\n", "in 1999 THE prices rose 3.14%  twice"] * 20
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_without_weights) -> Backbone:
+    return smollm2_without_weights
 
 
 @pytest.fixture(scope="module")

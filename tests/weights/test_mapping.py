@@ -124,30 +124,31 @@ def test_tied_head_must_equal_the_embedding() -> None:
 
 
 def test_fingerprint_is_of_config_and_weights_alone() -> None:
-    tensors = _tensors(CONFIG)
-    _, fingerprint = convert(CONFIG, MemorySource(tensors))
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    tensors = _tensors(config)
+    _, fingerprint = convert(config, MemorySource(tensors))
     assert len(fingerprint) >= 16
     assert int(fingerprint, 16)
-    assert convert(CONFIG, MemorySource(tensors), jnp.bfloat16)[1] == fingerprint
+    assert convert(config, MemorySource(tensors), jnp.bfloat16)[1] == fingerprint
     reordered = dict(reversed(tensors.items()))
-    assert convert(CONFIG, MemorySource(reordered))[1] == fingerprint
-    assert convert(dataclasses.replace(CONFIG, rope_theta=1.0), MemorySource(tensors))[1] != fingerprint
+    assert convert(config, MemorySource(reordered))[1] == fingerprint
+    assert convert(dataclasses.replace(config, rope_theta=1.0), MemorySource(tensors))[1] != fingerprint
     for name, tensor in tensors.items():
         changed = {**tensors, name: tensor + 1e-3}
-        assert convert(CONFIG, MemorySource(changed))[1] != fingerprint, name
+        assert convert(config, MemorySource(changed))[1] != fingerprint, name
 
 
 def test_fingerprint_samples_every_column_of_a_large_tensor() -> None:
-    config = LlamaConfig(2048, 64, 8, 1, 1, 1, 64)
+    config = LlamaConfig(2048, 16, 8, 1, 1, 1, 16)  # 32 rows for a sample: a stride of whole rows sees few columns
     tensors = _tensors(config)
     _, fingerprint = convert(config, MemorySource(tensors))
     seen = 0
-    for column in range(64):
+    for column in range(16):
         embedding = tensors["model.embed_tokens.weight"].copy()
         embedding[:, column] += 1
         _, changed = convert(config, MemorySource({**tensors, "model.embed_tokens.weight": embedding}))
         seen += changed != fingerprint
-    assert seen == 64
+    assert seen == 16
 
 
 def test_placement_on_a_mesh() -> None:

@@ -45,16 +45,20 @@ def their_logits(model, tokens=TOKENS):
 
 
 def our_logits(backbone, plugin, tokens=TOKENS):
-    llama, variables = Llama(backbone.config), {"params": backbone.params}
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    hidden = llama.apply(variables, jnp.asarray(tokens), positions, peft=Peft(plugin.config, plugin.params)).hidden
-    return llama.apply(variables, hidden, method="logits")
+    @jax.jit
+    def forward(variables, peft):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        hidden = llama.apply(variables, jnp.asarray(tokens), positions, peft=peft).hidden
+        return llama.apply(variables, hidden, method="logits")
+
+    llama = Llama(backbone.config)
+    return forward({"params": backbone.params}, Peft(plugin.config, plugin.params))
 
 
 def random_plugin(config, backbone, seed=1):
     rng = np.random.default_rng(seed)
     shapes = init_peft(config, backbone.config, abstract=True)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.2 * rng.standard_normal(leaf.shape))), shapes)
     return PeftPlugin(config, params, backbone.name, backbone.fingerprint, "plain")
 
 

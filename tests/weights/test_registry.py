@@ -201,19 +201,7 @@ def test_two_processes_at_once(cache, published) -> None:
     assert [path.name for path in cache.iterdir()] == ["model.gguf"]
 
 
-def test_works_without_torch(save_model) -> None:
-    """Both formats' modules, tokenizer included, in a process where importing torch fails."""
-    _, directory = save_model()
-    program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from spa_jax.weights.registry import load_backbone\n"
-        f"backbone = load_backbone({str(directory)!r})\n"
-        "assert backbone.tokenizer('abc')['input_ids'] and backbone.params\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(registry.__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
-
-
+@pytest.mark.slow
 def test_smollm2_works_without_torch(smollm2, monkeypatch) -> None:
     """The same ids and weights from the real file in a process without torch."""
     monkeypatch.delenv("SPA_JAX_CACHE")
