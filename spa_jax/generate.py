@@ -27,10 +27,10 @@ from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.printer import Printer
 from spa_jax.split import client
-from spa_jax.split.channel import InProcess, Traffic
-from spa_jax.split.client import CloudGone, Connection, read_token
+from spa_jax.split.channel import InProcess, describe_opening
+from spa_jax.split.client import CloudGone, Connection, RemoteResult, read_token
 from spa_jax.split.cloud_process import cloud_process
-from spa_jax.split.generation import Connect, generate
+from spa_jax.split.generation import Connect, SplitResult, generate
 from spa_jax.split.grpc_channel import check_address
 from spa_jax.split.head import Head, head_of, load_head
 from spa_jax.split.messages_pb2 import Open
@@ -105,7 +105,7 @@ def generate_split(
     """Generates by two programs in this process, and adds what passed between them to `cost`."""
     result = generate(cloud, plugin, request_for(plugin, sampling, beams, prompt), connect, head)
     (generation,) = result.generations
-    cost |= describe_cost(result.traffic, len(generation.tokens), result.degraded, result.cloud_seconds)
+    cost |= describe_cost(result, len(generation.tokens), result.cloud_seconds)
     yield from zip(generation.tokens, generation.consulted)
 
 
@@ -134,15 +134,19 @@ def head_for(plugin: Plugin, backbone: Backbone) -> Head | None:
     )
 
 
-def describe_cost(traffic: Traffic, tokens: int, degraded: int, cloud_seconds: float) -> dict[str, Any]:
+def describe_cost(result: SplitResult | RemoteResult, tokens: int, cloud_seconds: float) -> dict[str, Any]:
     """Describes the traffic of a generation for `--output`."""
+    traffic = result.traffic
     return {
         "exchanges": traffic.exchanges,
         "bytes_up": traffic.bytes_up,
         "bytes_down": traffic.bytes_down,
         "prefill_bytes": traffic.prefill_bytes,
         "ratio": traffic.exchanges / tokens,
-        "degraded": degraded,
+        "degraded": result.degraded,
+        "opening_exchanges": traffic.opening_exchanges,
+        "opening_seconds": traffic.opening_seconds,
+        "uncorrected_prompts": result.uncorrected_prompts,
         "cloud_seconds": cloud_seconds,
         "device_seconds": traffic.device_seconds,
         "network_seconds": traffic.network_seconds,
@@ -168,9 +172,9 @@ def generate_remote(
         for generation in gone.generations:
             yield from zip(generation.tokens, generation.consulted)
         raise
-    (generation,), traffic = result.generations, result.traffic
-    seconds = time.perf_counter() - began - traffic.device_seconds
-    cost |= describe_cost(traffic, len(generation.tokens), result.degraded, seconds)
+    (generation,) = result.generations
+    seconds = time.perf_counter() - began - result.traffic.device_seconds
+    cost |= describe_cost(result, len(generation.tokens), seconds)
     yield from zip(generation.tokens, generation.consulted)
 
 
@@ -207,6 +211,7 @@ def answer(generate_tokens: GenerateTokens, encoder: Encoder, prompt: str) -> di
             f"{cost['exchanges']} exchanges (ratio M {cost['ratio']:.2f}), {cost['bytes_down']:,} bytes down and "
             f"{cost['bytes_up']:,} up, {cost['prefill_bytes']:,} before the first; {cost['cloud_seconds']:.2f} s in "
             f"the cloud, {cost['device_seconds']:.2f} s in the device, {cost['network_seconds']:.2f} s on the network"
+            + describe_opening(cost["opening_exchanges"], cost["opening_seconds"], cost["uncorrected_prompts"])
         )
     whole = encoder.tokenizer.decode(tokens, skip_special_tokens=True)
     return {"prompt": prompt, "text": whole, "tokens": tokens, "sources": sources, "consulted_share": share, **cost}

@@ -30,6 +30,7 @@ from spa_jax.files import write_json
 from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.printer import Printer
+from spa_jax.split.channel import describe_opening
 from spa_jax.split.client import CloudGone, Connection, RemoteResult, generate, read_token
 from spa_jax.split.grpc_channel import ServerSecurity, check_address
 from spa_jax.split.head import Head, load_head, save_head
@@ -37,7 +38,7 @@ from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.session import Cloud
-from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec
+from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec, check_reply
 from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.mapping import DTYPES
@@ -56,7 +57,9 @@ TLS_KEY = flags.DEFINE_string("tls_key", "", "cloud: PEM file of its private key
 TOKENS = flags.DEFINE_string("tokens", "", "cloud: file with one device token a line; none serves everybody.")
 DEADLINE = flags.DEFINE_float("deadline", Limits.deadline, "cloud: seconds a device has for an answer.")
 FIRST_DEADLINE = flags.DEFINE_float(
-    "first_deadline", Limits.first_deadline, "cloud: seconds for its first answer, before which a device compiles."
+    "first_deadline",
+    Limits.first_deadline,
+    "cloud: seconds for its first answer of a kind, before which a device compiles.",
 )
 SESSIONS = flags.DEFINE_integer("sessions", Limits.sessions, "cloud: most generations at once.")
 SESSIONS_PER_TOKEN = flags.DEFINE_integer(
@@ -174,10 +177,11 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
     finally:
         printer.finish()
     (generation,), traffic = result.generations, result.traffic
+    opening = describe_opening(traffic.opening_exchanges, 0, result.uncorrected_prompts)
     print(
         f"{len(generation.tokens)} tokens, consulted share {generation.consulted_share:.2f}; {traffic.exchanges} "
-        f"exchanges, {traffic.bytes_down:,} bytes down and {traffic.bytes_up:,} up, {result.degraded} tokens degraded "
-        f"(tokens from the plugin {printer.style_description})"
+        f"exchanges, {traffic.bytes_down:,} bytes down and {traffic.bytes_up:,} up, {result.degraded} tokens "
+        f"degraded{opening} (tokens from the plugin {printer.style_description})"
     )
     if OUTPUT.value:
         described = {
@@ -190,6 +194,8 @@ def ask(plugin: Plugin, head: Head | None, connection: Connection, prompt: str) 
             "bytes_down": traffic.bytes_down,
             "prefill_bytes": traffic.prefill_bytes,
             "degraded": result.degraded,
+            "opening_exchanges": traffic.opening_exchanges,
+            "uncorrected_prompts": result.uncorrected_prompts,
             "device_seconds": traffic.device_seconds,
         }
         write_json(Path(OUTPUT.value), described)
@@ -203,6 +209,7 @@ def run_device() -> None:
         raise UserError("give either --prompt='...' or --interactive")
     plugin = load_plugin(Path(PLUGIN.value))
     head = None
+    check_reply(REPLY.value, False, plugin.config.entry)
     if REPLY.value == "token":
         if HEAD.value is None:
             raise UserError("--reply=token needs --head=FILE: write one with python -m spa_jax.serve head")

@@ -192,7 +192,7 @@ def tiny_backbone_directory(make_backbone_directory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory) -> Path:
-    """Twenty training rows that all fall into one bucket."""
+    """Twenty training rows that all have one padded shape."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     answers = ("red", "a cat", "no", "my dog")
     rows = [{"source": f"What is thing {i}?", "target": answers[i % 4]} for i in range(20)]

@@ -3,10 +3,10 @@
     python -m experiments.benchmarks.compiled --python=.venv-tpu/bin/python
 
 LLaMA of 7, 13 and 70 billion parameters by SPA, LST, LoRA, Adapter and full fine-tuning, 8 rows of 1024 tokens a step;
-what `compute.*` and `peft.remat` change on the 7 billion, and the cloud's programs on one chip and on four; and SPA on
-the 7 billion from 4 to 256 chips with a row on every chip. Nothing is run and no TPU is needed: `--python`
-is of an environment with the TPU compiler (pip install -e '.[tpu]'). Each program is compiled once and kept, so that a
-killed run goes on; then the table and the plot are made from what is there.
+what `compute.*`, `peft.remat` and an inner entry change on the 7 billion, and the cloud's programs on one chip and on
+four; and SPA on the 7 billion from 4 to 256 chips with a row on every chip. Nothing is run and no TPU is needed:
+`--python` is of an environment with the TPU compiler (pip install -e '.[tpu]'). Each program is compiled once and kept,
+so that a killed run goes on; then the table and the plot are made from what is there.
 """
 
 import json
@@ -29,10 +29,11 @@ PYTHON = flags.DEFINE_string(
 OUTPUT = flags.DEFINE_string("output", "experiments/results/compiled", "Directory of the results.")
 
 BACKBONES = {"llama-7b": "v5e:2x4", "llama-13b": "v5e:4x4", "llama-2-70b": "v5p:4x4x4"}
-SPA = ("--config.setting=spa", "--config.tap_cache.enabled=False")
+HEAD = ("--config.side.entry=head", "--config.side.edits=targets")
+SPA = ("--config.setting=spa", "--config.tap_cache.enabled=False", *HEAD)
 METHODS: dict[str, tuple[str, ...]] = {
     "SPA": SPA,
-    "LST": ("--config.setting=s3", "--config.side.kind=transformer", "--config.tap_cache.enabled=False"),
+    "LST": ("--config.setting=s3", "--config.side.kind=transformer", "--config.tap_cache.enabled=False", *HEAD),
     "LoRA": ("--config.setting=lora",),
     "Adapter": ("--config.setting=adapter",),
     "full": ("--program=finetune",),
@@ -46,22 +47,31 @@ TOPOLOGIES = {
     128: "v5e:8x16",
     256: "v5e:16x16",
 }
+INNER = {
+    f"e={entry}, edits={edits}": (f"--config.side.entry={entry}", f"--config.side.edits={edits}")
+    for entry in (16, 24)
+    for edits in ("targets", "all")
+}
+"""Corrections in front of an inner block."""
 LORA = METHODS["LoRA"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "SPA, compute.attention=xla": (*SPA, "--config.compute.attention=xla"),
     "SPA, compute.unroll=4": (*SPA, "--config.compute.unroll=4"),
     "SPA, compute.weights=int8": (*SPA, "--config.compute.weights=int8"),
+    **{f"SPA, {name}": (*SPA, *options) for name, options in INNER.items()},
     "LoRA, compute.attention=xla": (*LORA, "--config.compute.attention=xla"),
     "LoRA, peft.remat=dots": (*LORA, "--config.peft.remat=dots"),
     "LoRA, peft.remat=none": (*LORA, "--config.peft.remat=none"),
     "LoRA, compute.weights=int8": (*LORA, "--config.compute.weights=int8"),
 }
 """On eight chips, beside the defaults: splash attention, a block at a time, bfloat16 weights, remat=full."""
-CLOUD = ("--program=cloud", "--rows=8", "--length=896")
+CLOUD = ("--program=cloud", "--rows=8", "--length=896", *HEAD)
+ON_FOUR = ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4", "--config.compute.weights=int8")
 CLOUDS: dict[str, tuple[str, ...]] = {
     "bfloat16": ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"),
-    "int8 on four": ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4", "--config.compute.weights=int8"),
+    "int8 on four": ON_FOUR,
     "int8": ("v5e:1x1", "--config.compute.weights=int8"),
+    **{f"int8 on four, {name}": (*ON_FOUR, *options) for name, options in INNER.items()},
 }
 """The topology, and options."""
 GIB = 2**30

@@ -47,7 +47,7 @@ def losses_and_best_tokens(backbone: Backbone, examples: list[Example]) -> tuple
     for _, one in run_backbone(model, backbone.params, BATCH, examples):
         real = one.weights > 0
         losses.append(np.asarray(one.base_loss)[real])
-        tokens.append(np.asarray(best(backbone.params, one.hidden))[real])
+        tokens.append(np.asarray(best(backbone.params, one.states))[real])
     return losses, tokens
 
 

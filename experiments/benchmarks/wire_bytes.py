@@ -24,9 +24,10 @@ from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.pairs import read_json_lines
 from spa_jax.models.combine import with_correction
-from spa_jax.models.llama import Llama, Params
+from spa_jax.models.llama import Llama, Params, unit
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.split.wire import CODECS, Codec, bytes_per_position, decode, encode
+from spa_jax.training.corrected import corrected_row, run_upper
 from spa_jax.training.features import Features
 from spa_jax.training.methods import recipe_for
 from spa_jax.training.objective import corrections
@@ -50,8 +51,10 @@ def losses(
     def crossed(x: jax.Array) -> jax.Array:
         return decode(encode(codec, x), jnp.dtype(jnp.float32))
 
+    row = corrected_row(model, frozen, features, plugin.edits == "all")
     g = corrections(plugin, params, features._replace(taps=crossed(features.taps)), model)
-    hidden = with_correction(plugin.setting, features.hidden, crossed(g))
+    g = unit(model, row.states) * crossed(g)
+    hidden = run_upper(model, frozen, row, with_correction(plugin.setting, row.states, g))
     return token_losses(model, frozen, hidden, features.targets), features.weights
 
 

@@ -137,7 +137,7 @@ def cell_of(training: Training, setting: str | None = None, budget: float = 0.0,
 
     Args:
         training: what is evaluated.
-        setting: what enters the LM head; None for the training's own setting.
+        setting: what goes on from the entry; None for the training's own setting.
         budget: share of the validation tokens that sets the router's threshold; 0 for the plugin's own threshold.
         effect: whether to measure also what the side network changes (Table 4).
     """

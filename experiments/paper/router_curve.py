@@ -84,7 +84,7 @@ def outcomes_of(store: CellStore, plugin: Plugin, task: str) -> tuple[Outcomes, 
             log_p = jax.nn.log_softmax(scorer.model.apply({"params": frozen}, hidden, method="logits"))
             return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
-        return jax.lax.map(of_row, features.hidden), features.weights
+        return jax.lax.map(of_row, features.states), features.weights
 
     return scorer.outcomes(plugin.params), scorer.per_token(entropy, plugin.params)
 

@@ -27,7 +27,6 @@ from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, 
 from spa_jax.scoring.predictions import Prediction, read_predictions
 from spa_jax.training.config import RunConfig, with_defaults
 from spa_jax.training.methods import recipe_for
-from spa_jax.training.outcomes import threshold_for
 from spa_jax.training.rows import make_encoder
 from spa_jax.training.run import train
 from spa_jax.training.scorer import Scorer
@@ -206,8 +205,8 @@ class CellStore:
         outcomes = scorer.outcomes(trained.params)
         metrics = scorer.metrics(outcomes, method.threshold, "plugin")
         if method.routed:
-            name, threshold = f"at {BUDGET}", threshold_for(outcomes.probability, BUDGET)
-            metrics[f"loss/{name}"] = scorer.metrics(outcomes, threshold, name)[f"loss/{name}"]
+            name, within = f"at {BUDGET}", scorer.outcomes_within(trained.params, BUDGET)
+            metrics[f"loss/{name}"] = scorer.metrics(*within, name)[f"loss/{name}"]
             metrics["oracle/usage"] = float(np.mean(outcomes.consulted < outcomes.unconsulted))
         return metrics
 

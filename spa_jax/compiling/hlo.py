@@ -84,7 +84,7 @@ class Cost:
         bytes: approximate bytes read from and written to the main memory.
         collectives: bytes of the arrays that are exchanged between devices, by collective.
         largest_outside: bytes of the largest exchange of each collective outside of all loops.
-        unknown_loops: number of loops whose length is known only at run time; their body counts once.
+        unknown_loops: number of loops whose length is neither known before run time nor given; their body counts once.
     """
 
     flops: int
@@ -135,10 +135,15 @@ def _arrays(result: str) -> tuple[Array, ...]:
     )
 
 
-def cost(text: str) -> Cost:
-    """Counts the cost of a compiled program, from `compiled.as_text()`."""
+def cost(text: str, inner_trips: int | None = None) -> Cost:
+    """Counts the cost of a compiled program.
+
+    Args:
+        text: of `compiled.as_text()`.
+        inner_trips: how often a loop within another one runs whose length is known only at run time.
+    """
     entry, computations = parse(text)
-    runs, looped, fused, unknown = _count_runs(entry, computations)
+    runs, looped, fused, unknown = _count_runs(entry, computations, inner_trips)
     flops = moved = 0
     collectives: Counter[str] = Counter()
     counted: set[str] = set()
@@ -158,7 +163,9 @@ def cost(text: str) -> Cost:
     return Cost(flops, moved, dict(collectives), outside, unknown)
 
 
-def _count_runs(entry: str, computations: dict[str, Computation]) -> tuple[Counter[str], set[str], set[str], int]:
+def _count_runs(
+    entry: str, computations: dict[str, Computation], inner_trips: int | None
+) -> tuple[Counter[str], set[str], set[str], int]:
     """Returns how often each computation runs, which run in a loop or are fused, and the number of unknown loops."""
     order: list[str] = []
     seen: set[str] = set()
@@ -179,6 +186,8 @@ def _count_runs(entry: str, computations: dict[str, Computation]) -> tuple[Count
     for name in reversed(order):
         for instruction in computations[name].values():
             trips = _trip_count(instruction, computations[name], computations) if instruction.opcode == "while" else 1
+            if trips is None and name in looped:
+                trips = inner_trips
             unknown += trips is None
             for called in instruction.calls():
                 runs[called] += runs[name] * (trips or 1)
@@ -205,15 +214,20 @@ def _trip_count(loop: Instruction, body: Computation, computations: dict[str, Co
     given = body[loop.operands[0]]
     start = _constant_value(body[given.operands[int(index[1])]], body) if given.opcode == "tuple" else None
     turned = next(instruction for instruction in turn.values() if instruction.root)
-    following = turn[turned.operands[int(index[1])]]
+    following = _uncopied(turn[turned.operands[int(index[1])]], turn)
     steps = [_constant_value(turn[name], turn) for name in following.operands] if following.opcode == "add" else []
     step = next((step for step in steps if step), None)
     return None if start is None or step is None else -(-(bound - start) // step)
 
 
-def _constant_value(instruction: Instruction, body: Computation) -> int | None:
+def _uncopied(instruction: Instruction, body: Computation) -> Instruction:
     while instruction.opcode == "copy":
         instruction = body[instruction.operands[0]]
+    return instruction
+
+
+def _constant_value(instruction: Instruction, body: Computation) -> int | None:
+    instruction = _uncopied(instruction, body)
     value = re.match(r"\(?(-?\d+)\)?", instruction.text) if instruction.opcode == "constant" else None
     return int(value[1]) if value else None
 

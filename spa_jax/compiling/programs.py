@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from spa_jax.models.llama import Llama, Params, init_params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import Matrix, quantize
 from spa_jax.split import wire
-from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
+from spa_jax.split.cloud import CloudConfig, RouterState, advance, correct_prompts, prefill
 from spa_jax.split.device import SideInput, correct
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.training.config import RunConfig
-from spa_jax.training.features import extract, tap_positions
+from spa_jax.training.features import extract, kept_for, tap_positions
 from spa_jax.training.methods import plugin_config, recipe_from_config
 from spa_jax.training.optimizer import make_optimizer
 from spa_jax.training.sharding import MeshPartitioner
@@ -105,7 +105,7 @@ def compile_programs(
         yield _finetune(config, backbone, partitioner, sizes)
         return
     plugin = plugin_config(config, shape)
-    model = backbone.model(plugin.side.taps)
+    model = backbone.model(plugin.side.taps, entry=plugin.entry)
     if which == "cloud":
         yield from _cloud(plugin, model, frozen, sizes, codec)
     else:
@@ -125,7 +125,7 @@ def _train(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, 
     state = _placed(partitioner, jax.eval_shape(fresh, backbone.params))
     if config.tap_cache.enabled and recipe.method.side is not None:
         backbone_pass = jax.jit(extract, static_argnums=(0, 3))
-        arguments = (model, backbone.params, batch, recipe.method.side.attends)
+        arguments = (model, backbone.params, batch, kept_for(cast(PluginConfig, recipe.method)))
         yield _compile("backbone pass", backbone_pass, *arguments)[0]
         features = jax.eval_shape(lambda params, batch: extract(model, params, batch, arguments[3]), *arguments[1:3])
         batch = jax.tree.map(lambda leaf: _array(partitioner, leaf.shape, leaf.dtype), features)
@@ -171,7 +171,8 @@ def _finetune(config: RunConfig, backbone: Backbone, partitioner: MeshPartitione
 
 def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, codec: Codec) -> Iterator[Compiled]:
     groups, d = sizes.rows, model.config.hidden_size
-    config = CloudConfig(model, plugin.setting, codec, plugin.side.attends, "correction", None, (2,))
+    corrects_prompt = plugin.edits == "all"
+    config = CloudConfig(model, plugin.setting, codec, plugin.side.attends, "correction", None, (2,), corrects_prompt)
     everywhere = NamedSharding(_mesh(model), PartitionSpec())
 
     def array(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -181,15 +182,27 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     slots = count_slots(sizes.length, sizes.room, 1)
     program, outputs = _compile(
         "prefill", prefill, config, frozen, router, array(groups, padded_length(sizes.length, 32), dtype=jnp.int32),
-        array(groups, dtype=jnp.int32), 0, GREEDY, slots=slots, max_new_tokens=sizes.room,
+        array(groups, dtype=jnp.int32), 0, slots=slots, max_new_tokens=sizes.room,
     )  # fmt: skip
     yield program
     if outputs is None:
         return
-    state = outputs[0]
-    answers = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, (groups, d)))
+    state, opening = outputs
+
+    def answers(*shape: int) -> Any:
+        return jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, shape))
+
+    if corrects_prompt:
+        g, answered = answers(*opening.states.shape), array(dtype=jnp.bool)
+        program, state = _compile("correct prompts", correct_prompts, config, frozen, state, opening, g, answered)
+        yield program
+        if state is None:
+            return
     flags = array(groups, dtype=jnp.bool)
-    yield _compile("advance", advance, config, frozen, state, answers, flags, flags, GREEDY)[0]
+    # Whether the lower blocks run at all depends on whether any token is left to run.
+    lower_blocks = model.config.num_layers if model.entry == "head" else model.entry
+    arguments = config, frozen, state, answers(groups, d), flags, flags, GREEDY
+    yield _compile("advance", advance, *arguments, inner_trips=lower_blocks)[0]
 
 
 def _device(plugin: PluginConfig, partitioner: MeshPartitioner, sizes: Sizes, codec: Codec) -> Compiled:
@@ -229,8 +242,13 @@ def _placed(partitioner: MeshPartitioner, tree: Any) -> Any:
     )
 
 
-def _compile(name: str, program: Any, *arguments: Any, **static: Any) -> tuple[Compiled, Any]:
-    """Compiles a program; also returns its results as shapes with shardings, or None if it does not fit."""
+def _compile(
+    name: str, program: Any, *arguments: Any, inner_trips: int | None = None, **static: Any
+) -> tuple[Compiled, Any]:
+    """Compiles a program; also returns its results as shapes with shardings, or None if it does not fit.
+
+    `inner_trips` is as for `cost`.
+    """
     lowered = program.lower(*arguments, **static)
     began = time.perf_counter()
     try:
@@ -249,7 +267,9 @@ def _compile(name: str, program: Any, *arguments: Any, **static: Any) -> tuple[C
         compiled.output_shardings,
     )
     arguments_and_temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Compiled(name, seconds, *arguments_and_temporaries, peak, True, cost(compiled.as_text())), outputs
+    return Compiled(
+        name, seconds, *arguments_and_temporaries, peak, True, cost(compiled.as_text(), inner_trips)
+    ), outputs
 
 
 def _requested_bytes(message: str) -> int | None:

@@ -53,8 +53,8 @@ class FusedModel:
         Args:
             backbone: the frozen model.
             plugin: None for the backbone alone. A LoRA or Adapter counts as consulted for every token.
-            setting: what enters the LM head; by default the plugin's own. `base`, and `s1` of a plugin trained as `spa`
-                or `s3` of one trained as `s2`, need nothing the plugin does not have.
+            setting: what goes on from the entry; by default the plugin's own. `base`, and `s1` of a plugin trained as
+                `spa` or `s3` of one trained as `s2`, need nothing the plugin does not have.
             threshold: the device is asked where p(consult) is above it; by default the plugin's own.
             prompts: a store of prompts that have run, shared with other models on this backbone; by default none. It is
                 not used with a LoRA or Adapter, which change what the backbone computes for a prompt.
@@ -70,7 +70,7 @@ class FusedModel:
         if method is not None and method.side is not None:
             # The threshold is an argument of the programs: plugins that differ in it alone share them.
             method = dataclasses.replace(cast(PluginConfig, method), threshold=0.5)
-        self.model = backbone.model(method.taps if method else ())
+        self.model = backbone.model(method.taps, entry=method.entry) if method else backbone.model()
         self._config = FusedConfig(self.model, method, self.setting, backbone.eos_ids)
         self._prompt_store = prompts if method is None or method.side is not None else None
 
@@ -104,18 +104,23 @@ class FusedModel:
         if self._prompt_store is None:
             prompt = run_prompts()
         else:
-            identity = (self.backbone.identity, self.model.dtype, self.model.taps, self._config.attends)
-            key = (*identity, batch.tokens.shape, *(part.tobytes() for part in batch))
+            config = self._config
+            program = (self.model.dtype, self.model.taps, self.model.entry, config.reads_prompt, config.corrects_prompt)
+            key = (self.backbone.identity, *program, batch.tokens.shape, *(part.tobytes() for part in batch))
             prompt = self._prompt_store.get(key, batch.tokens.shape[1], slots, run_prompts)
-        hypotheses, side_cache = choose_first_token(
-            self._config, frozen, trainable, prompt.hidden, prompt.taps, batch, seed, sampling, self.threshold,
+        extended = len(unextended) < len(prompts)
+        cache = prompt.cache
+        if extended and not self._config.corrects_prompt:
+            cache = take_rows(cache, jnp.asarray(rows))
+        hypotheses, (cache, side_cache) = choose_first_token(
+            self._config, frozen, trainable, cache, prompt.states, prompt.taps, batch, seed, sampling, self.threshold,
             slots=slots, max_new_tokens=max_new_tokens, beams=beams,
         )  # fmt: skip
-        caches = (prompt.cache, side_cache)
-        if len(unextended) < len(prompts):
-            caches = take_rows(caches, jnp.asarray(rows))
+        if extended:
+            side_cache = take_rows(side_cache, jnp.asarray(rows))
+            cache = take_rows(cache, jnp.asarray(rows)) if self._config.corrects_prompt else cache
         position = jnp.asarray(lengths)
-        return DecodeState(*caches, prompt_slot_mask(position, width, slots), position, hypotheses)
+        return DecodeState(cache, side_cache, prompt_slot_mask(position, width, slots), position, hypotheses)
 
     def advance(
         self,

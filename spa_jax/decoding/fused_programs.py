@@ -25,7 +25,7 @@ from spa_jax.decoding.prompt_store import PromptState
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, positions_from_mask
 from spa_jax.models.combine import ROUTED, Setting, combine
-from spa_jax.models.llama import Llama, LlamaOutput, Params, normalize_taps
+from spa_jax.models.llama import Llama, Params, normalize_state, normalize_taps, unit
 from spa_jax.models.method import Method
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import consult
@@ -38,7 +38,7 @@ class FusedConfig:
     Attributes:
         model: the backbone's program, with the taps that the side network reads.
         method: what adapts the backbone; None for the backbone alone.
-        setting: what enters the LM head, or the name of a method within the blocks.
+        setting: what goes on from the entry, or the name of a method within the blocks.
         eos_ids: tokens that end a generation.
     """
 
@@ -54,8 +54,18 @@ class FusedConfig:
 
     @property
     def attends(self) -> bool:
-        """Whether there is a side network that attends, and so reads the taps of all tokens."""
+        """Whether there is a side network that attends."""
         return self.plugin is not None and self.plugin.side.attends
+
+    @property
+    def corrects_prompt(self) -> bool:
+        """Whether the prompt's tokens are corrected too."""
+        return self.plugin is not None and self.plugin.edits == "all"
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the side network reads the taps of all the prompt's tokens."""
+        return self.attends or self.corrects_prompt
 
 
 class PromptBatch(NamedTuple):
@@ -89,20 +99,24 @@ def prefill(config: FusedConfig, frozen: Params, trainable: Params, prompts: Pro
     tokens = jnp.asarray(prompts.tokens)
     mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < prompts.run_lengths[:, None]
     positions = positions_from_mask(mask)
-    cache = init_cache(config.model.config, len(tokens), slots, config.model.dtype)
-    out = _run_backbone(config, frozen, trainable, tokens, positions, cache, place_by_position(positions, None))
+    cache, places = init_cache(config.model.config, len(tokens), slots, config.model.dtype), _place_prompt(positions)
+    states, taps, cache = _run_lower(config, frozen, trainable, tokens, positions, cache, places)
     rows, last = prompts.rows, prompts.lengths - 1
-    taps = out.taps if config.attends else out.taps[:, rows, last][:, :, None]
-    return PromptState(out.hidden[rows, last], taps, _not_none(out.cache))
+    if not config.corrects_prompt:
+        _, cache = _run_upper(config, frozen, trainable, states, positions, cache, places)
+        states = states[rows, last][:, None]
+    taps = taps if config.reads_prompt else taps[:, rows, last][:, :, None]
+    return PromptState(states, taps, cache)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens", "beams"))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3, static_argnames=("slots", "max_new_tokens", "beams"))
 def choose_first_token(
     config: FusedConfig,
     frozen: Params,
     trainable: Params,
-    hidden: Float[Array, "G D"],
-    taps: Float[Array, "P B M D"],
+    cache: Cache,
+    states: Float[Array, "B M D"],
+    taps: Float[Array, "P C N D"],
     prompts: PromptBatch,
     seed: Int[Array, ""],
     sampling: Sampling,
@@ -111,26 +125,37 @@ def choose_first_token(
     slots: int,
     max_new_tokens: int,
     beams: Beams | None,
-) -> tuple[Hypotheses, Cache | None]:
-    """Chooses the first new token of each prompt, from the `hidden` and the `taps` of its `PromptState`.
+) -> tuple[Hypotheses, tuple[Cache, Cache | None]]:
+    """Chooses the first new token of each prompt, from the parts of its `PromptState`; the cache is donated.
+
+    It has G prompts, or U where the prompts' tokens are corrected too; the side network's always has U.
 
     Returns:
-        The hypotheses, and the cache of U prompts of a side network that attends.
+        The hypotheses, and the caches of the backbone and of a side network that attends.
     """
     side_cache = None
-    if config.plugin is not None and config.attends:
+    rows, last = jnp.asarray(prompts.rows), jnp.asarray(prompts.lengths) - 1
+    positions = last[:, None]
+    if config.reads_prompt:
         mask = jnp.arange(taps.shape[2], dtype=jnp.int32)[None, :] < prompts.run_lengths[:, None]
-        side_cache = init_cache(config.plugin.side.block, len(mask), slots, config.model.dtype)
-        g, side_cache = _correct(config, frozen, trainable, taps, positions_from_mask(mask), side_cache)
-        g = g[prompts.rows, prompts.lengths - 1]
-    else:
-        g, _ = _correct(config, frozen, trainable, taps, jnp.asarray(prompts.lengths)[:, None] - 1, None)
-        g = g[:, 0]
+        positions = positions_from_mask(mask)
+    if config.plugin is not None and config.attends:
+        side_cache = init_cache(config.plugin.side.block, len(positions), slots, config.model.dtype)
+    g, side_cache = _correct(config, frozen, trainable, taps, positions, side_cache)
+    if config.reads_prompt and not config.corrects_prompt:
+        g, positions = g[rows, last][:, None], last[:, None]
+    states, sigma = _enter(config, frozen, trainable, states, g, threshold)
+    places = _place_prompt(positions) if config.corrects_prompt else None
+    hidden, cache = _run_upper(config, frozen, trainable, states, positions, cache, places)
+    if config.corrects_prompt:
+        hidden, sigma = hidden[rows, last][:, None], sigma[rows, last][:, None]
     groups, width = len(prompts.lengths), beams.width if beams else 1
     hypotheses = init_hypotheses(groups, width, max_new_tokens, seed, search=beams is not None)
-    active = jnp.ones(groups, bool)
-    hypotheses, _ = _choose(config, frozen, trainable, hidden, g, hypotheses, active, sampling, beams, threshold)
-    return hypotheses, side_cache
+    hypotheses, _ = choose_next_token(
+        config.model, frozen, hidden[:, 0], sigma[:, 0], hypotheses, jnp.ones(groups, bool), sampling, beams,
+        config.eos_ids,
+    )  # fmt: skip
+    return hypotheses, (cache, side_cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="beams", donate_argnums=3)
@@ -157,21 +182,26 @@ def decode(
         tokens = last_tokens(s.hypotheses)
         positions = jnp.broadcast_to(jnp.where(active, s.position, PADDING)[:, None], tokens.shape)
         places, slot_mask = place_newest(s.slot_mask, s.position, s.hypotheses.num_generated, active)
-        out = _run_backbone(config, frozen, trainable, tokens, positions, s.cache, places)
-        g, side_cache = _correct(config, frozen, trainable, out.taps, positions, s.side_cache, places)
-        hidden, g = (x.reshape(-1, x.shape[-1]) for x in (out.hidden, g))
-        hypotheses, parents = _choose(
-            config, frozen, trainable, hidden, g, s.hypotheses, active, sampling, beams, threshold
-        )
+        states, taps, cache = _run_lower(config, frozen, trainable, tokens, positions, s.cache, places)
+        g, side_cache = _correct(config, frozen, trainable, taps, positions, s.side_cache, places)
+        states, sigma = _enter(config, frozen, trainable, states, g, threshold)
+        hidden, cache = _run_upper(config, frozen, trainable, states, positions, cache, places)
+        hypotheses, parents = choose_next_token(
+            config.model, frozen, hidden.reshape(-1, hidden.shape[-1]), sigma.reshape(-1), s.hypotheses, active,
+            sampling, beams, config.eos_ids,
+        )  # fmt: skip
         slot_mask = take_rows(slot_mask, parent_rows(parents))
-        return DecodeState(
-            _not_none(out.cache), side_cache, slot_mask, s.position + active.astype(jnp.int32), hypotheses
-        )
+        return DecodeState(cache, side_cache, slot_mask, s.position + active.astype(jnp.int32), hypotheses)
 
     return jax.lax.while_loop(lambda s: jnp.sum(is_active(s)) > min_active, step, state)
 
 
-def _run_backbone(
+def _place_prompt(positions: Int[Array, "B T"]) -> CachePlacement:
+    """Places a prompt in an empty cache: its tokens see only each other."""
+    return place_by_position(positions, None)
+
+
+def _run_lower(
     config: FusedConfig,
     frozen: Params,
     trainable: Params,
@@ -179,10 +209,24 @@ def _run_backbone(
     positions: Int[Array, "B T"],
     cache: Cache,
     places: CachePlacement,
-) -> LlamaOutput:
-    """Runs tokens through the backbone, with what the method adds to its blocks."""
+) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"], Cache]:
+    """Runs tokens up to the entry, with what the method adds to the blocks."""
     adapter = None if config.method is None else config.method.block_adapter(trainable)
-    return config.model.apply({"params": frozen}, tokens, positions, cache, places, adapter)
+    return config.model.apply({"params": frozen}, tokens, positions, cache, places, adapter, method="lower")
+
+
+def _run_upper(
+    config: FusedConfig,
+    frozen: Params,
+    trainable: Params,
+    states: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    places: CachePlacement | None,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Goes on from states at the entry, to the LM head's input."""
+    adapter = None if config.method is None else config.method.block_adapter(trainable)
+    return config.model.apply({"params": frozen}, states, positions, cache, places, adapter, method="upper")
 
 
 def _correct(
@@ -202,34 +246,37 @@ def _correct(
     return correction(config.plugin, trainable, taps, positions, side_cache, model.dtype, places)
 
 
-def _choose(
+def _enter(
     config: FusedConfig,
     frozen: Params,
     trainable: Params,
-    hidden: Float[Array, "B D"],
-    g: Float[Array, "B D"],
-    hypotheses: Hypotheses,
-    active: Bool[Array, " G"],
-    sampling: Sampling,
-    beams: Beams | None,
+    states: Float[Array, "B T D"],
+    g: Float[Array, "B T D"],
     threshold: Float[Array, ""],
-) -> tuple[Hypotheses, Int[Array, "G K"]]:
-    """Adds one token to the active groups; there are B = G rows after the prompt, and B = R later."""
+) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
+    """Corrects the states at the entry.
+
+    Args:
+        config: what the program is compiled for.
+        frozen: the backbone's parameters.
+        trainable: the method's.
+        states: uncorrected.
+        g: of the side network, in units of the entry.
+        threshold: p(consult) above which the device is asked.
+
+    Returns:
+        The corrected states, and sigma.
+    """
     if config.setting in ROUTED:
-        sigma = consult(router_logits(trainable, hidden), threshold)
+        sigma = consult(router_logits(trainable, normalize_state(frozen, config.model, states)), threshold)
     else:
-        sigma = jnp.full(hidden.shape[:1], config.setting != "base")
-    head_input = hidden
-    if config.plugin is not None:
-        head_input = combine(cast(Setting, config.setting), hidden, g, sigma, offset_of(trainable))
-    return choose_next_token(
-        config.model, frozen, head_input, sigma, hypotheses, active, sampling, beams, config.eos_ids
-    )
-
-
-def _not_none(cache: Cache | None) -> Cache:
-    assert cache is not None
-    return cache
+        sigma = jnp.full(states.shape[:2], config.setting != "base")
+    if config.plugin is None:
+        return states, sigma
+    size, offset = unit(config.model, states), offset_of(trainable)
+    if offset is not None:
+        offset = size * offset.astype(size.dtype)[None, None, :]
+    return combine(cast(Setting, config.setting), states, size * g, sigma, offset), sigma
 
 
 @functools.partial(jax.jit, donate_argnums=0)

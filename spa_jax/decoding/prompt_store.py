@@ -19,13 +19,15 @@ from spa_jax.models.block import Cache
 class PromptState(NamedTuple):
     """The backbone's outputs for a batch of prompts."""
 
-    hidden: Float[Array, "G D"]
-    """f after the last token of each."""
-    taps: Float[Array, "P B M D"]
-    """Taps of the last token of each prompt (B = G, M = 1), or of all tokens (B = U, M = T) for a side network that
-    attends."""
+    states: Float[Array, "B M D"]
+    """The state at the entry of the last token of each prompt (B = G, M = 1), or of all tokens (B = U, M = T) where
+    corrections enter at all of them."""
+    taps: Float[Array, "P C N D"]
+    """Taps of the last token of each prompt (C = G, N = 1), or of all tokens (C = U, N = T) where the side network
+    reads all of them."""
     cache: Cache
-    """Keys and values of U prompts."""
+    """The backbone's own keys and values of U prompts; where all tokens are corrected, those of the blocks before the
+    entry, and zeros above it."""
 
 
 class PromptStore:

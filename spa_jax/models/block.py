@@ -183,6 +183,7 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: int | Int[Array, ""],
         hook: ForwardHook = no_hook,
+        context: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
 
@@ -203,8 +204,13 @@ class Attention(nn.Module):
                     jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
                     for name in ("k", "v")
                 )
-        not_padding = None if places.reads_cache else places.slots != PADDING
         k, v = k.astype(self.dtype), v.astype(self.dtype)
+        if context is not None:
+            k, v = (
+                jnp.concatenate([jnp.moveaxis(context[name], -1, 1).astype(self.dtype), own], axis=1)
+                for name, own in (("k", k), ("v", v))
+            )
+        not_padding = None if places.reads_cache or context is not None else places.slots != PADDING
         mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding)
         out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
         return hook("o", mixed, out(mixed)), cache
@@ -249,6 +255,7 @@ class Block(nn.Module):
         angles: Float[Array, "B T pairs"],
         places: CachePlacement,
         hook: ForwardHook = no_hook,
+        context: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs the block.
 
@@ -259,11 +266,13 @@ class Block(nn.Module):
             angles: of the tokens' rotary embedding, by `rope_angles`.
             places: where the tokens live in the cache and what they see.
             hook: replaces outputs within the block.
+            context: keys and values `[B,K,H,C]` of other tokens, which are read in front of the tokens' own; the mask
+                of `places` then has C + T keys.
 
         Returns:
             The residual stream after the block, and the cache with the tokens' keys and values added.
         """
-        x, cache = self.attend(h, cache, layer, angles, places, hook)
+        x, cache = self.attend(h, cache, layer, angles, places, hook, context)
         h = h + hook("attention", x, x)
         x = self.feed_forward(h, hook)
         h = h + hook("mlp", x, x)
@@ -277,9 +286,10 @@ class Block(nn.Module):
         angles: Float[Array, "B T pairs"],
         places: CachePlacement,
         hook: ForwardHook = no_hook,
+        context: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Computes the attention's output, which is not added to h yet; arguments and cache as for the whole block."""
-        return self.attention(self.attention_norm(h), angles, places, cache, layer, hook)
+        return self.attention(self.attention_norm(h), angles, places, cache, layer, hook, context)
 
     def feed_forward(self, h: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
         """Computes the feed-forward layer's output, which is not added to h yet."""

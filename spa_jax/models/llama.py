@@ -1,6 +1,8 @@
 """LLaMA, the frozen backbone f: tokens -> hidden state in front of the LM head, and the taps the side network reads.
 
-Shape letters: those of `spa_jax.models.block`, and V vocabulary, P number of taps.
+The *entry* is where a correction meets the residual stream: in front of a block, or of the LM head (`head`). It divides
+the backbone into a `lower` part, which knows nothing of corrections, and an `upper` part that goes on from a corrected
+state. Shape letters: those of `spa_jax.models.block`, and V vocabulary, P number of taps.
 """
 
 import functools
@@ -11,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.models.block import (
     Block,
@@ -30,6 +32,9 @@ from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 from spa_jax.models.quantized import dequantize, take_embeddings
 
 Params = dict[str, Any]
+
+Entry = int | Literal["head"]
+"""Where corrections enter: in front of the block of that index, or after the final norm, in front of the LM head."""
 
 Remat = Literal["none", "full", "dots"]
 """Rematerialisation: for the backward pass blocks keep everything, their input alone (`full`), or their input and the
@@ -54,16 +59,19 @@ class LlamaOutput(NamedTuple):
 
     hidden: Float[Array, "B T D"]
     """f: the state after the final norm, the LM head's input."""
+    state: Float[Array, "B T D"]
+    """The state at the entry: h_e in front of block e, or f at `head`."""
     taps: Float[Array, "P B T D"]
     """h_0 (embedding) ... h_L (output of the last block, before the final norm), in the order asked for."""
     cache: Cache | None
     """The cache with these tokens' keys and values added; None when none was given."""
 
 
-def take_layer(stack: Any, layer: int | Int[Array, ""]) -> Any:
-    """Reads one layer out of a tree whose leaves have the L layers first."""
+def take_layer(stack: Any, layer: int | Int[Array, ""], axis: int = 0) -> Any:
+    """Reads one layer out of a tree whose leaves have the layers on an axis, by default the first."""
     return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False, allow_negative_indices=False), stack
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, axis, keepdims=False, allow_negative_indices=False),
+        stack,
     )
 
 
@@ -95,6 +103,7 @@ class Llama(nn.Module):
         remat: what blocks keep for a gradient.
         partitioner: where activations lie on devices.
         compute: kernels, unrolling, and the precision of weights.
+        entry: where `lower` ends and `upper` begins.
     """
 
     config: LlamaConfig
@@ -103,6 +112,7 @@ class Llama(nn.Module):
     remat: Remat = "none"
     partitioner: Partitioner = SINGLE_DEVICE
     compute: Compute = AUTOMATIC
+    entry: Entry = "head"
 
     def setup(self) -> None:
         c = self.config
@@ -137,8 +147,52 @@ class Llama(nn.Module):
             places: where the tokens live in the cache and what they see; by default `place_by_position`.
             peft: adapts the blocks' outputs: a pytree whose leaves have the L blocks first, `spa_jax.models.peft.Peft`.
         """
-        h, taps, cache = self.run_blocks(self.embed_tokens(tokens), positions, cache, places, peft, taps=self.taps)
-        return LlamaOutput(self.final_norm(h), taps, cache)
+        state, taps, cache = self.lower(tokens, positions, cache, places, peft)
+        hidden, cache = self.upper(state, positions, cache, places, peft)
+        return LlamaOutput(hidden, state, taps, cache)
+
+    def lower(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        places: CachePlacement | None = None,
+        peft: ForwardHook | None = None,
+        when: Bool[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"], Cache | None]:
+        """Runs tokens up to the entry; other arguments as for the whole.
+
+        Args:
+            tokens, positions, cache, places, peft: see above.
+            when: where given and false, no block runs, and the results mean nothing.
+
+        Returns:
+            The state at the entry, the taps, and the cache with the keys and values of the blocks before the entry.
+        """
+        entry = self.config.num_layers if self.entry == "head" else self.entry
+        last = entry if when is None else jnp.where(when, jnp.int32(entry), 0)
+        h = self.embed_tokens(tokens)
+        h, taps, cache = self.run_blocks(h, positions, cache, places, peft, last=last, taps=self.taps)
+        return self.final_norm(h) if self.entry == "head" else h, taps, cache
+
+    def upper(
+        self,
+        state: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache: Cache | None = None,
+        places: CachePlacement | None = None,
+        peft: ForwardHook | None = None,
+        context: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Goes on from states at the entry; other arguments as for `run_blocks`.
+
+        Returns:
+            f, which at `head` is the state itself, and the cache with the keys and values of the blocks that ran.
+        """
+        if self.entry == "head":
+            return state, cache
+        h, _, cache = self.run_blocks(state, positions, cache, places, peft, first=self.entry, context=context)
+        return self.final_norm(h), cache
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up h_0, the residual stream in front of the first block."""
@@ -156,6 +210,7 @@ class Llama(nn.Module):
         first: int | Int[Array, ""] = 0,
         last: int | Int[Array, ""] | None = None,
         taps: tuple[int, ...] = (),
+        context: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"], Cache | None]:
         """Runs the blocks `first`, ..., `last - 1` on the residual stream.
 
@@ -165,12 +220,15 @@ class Llama(nn.Module):
         Args:
             h: the residual stream in front of the block `first`, h_first.
             positions: absolute position of each token, int32, `PADDING` for padding.
-            cache: keys and values of the tokens before, of all L blocks; those of the range are read and written.
+            cache: keys and values of the tokens before, of all blocks or the last ones; those of the range are read
+                and written.
             places: where the tokens live in the cache and what they see; by default `place_by_position`.
             peft: adapts the blocks' outputs: a pytree whose leaves have all L blocks first.
             first: the first block that runs.
             last: the first block after it that does not run; by default L.
             taps: which of h_0 ... h_L to return, ascending; those outside h_first ... h_last are returned as zeros.
+            context: keys and values `[B,L',K,H,C]` of other tokens, of the last L' blocks, which are read in front of
+                the tokens' own and never written; `places` then has a mask of C + T keys, and there is no cache.
 
         Returns:
             h_last, the taps in the order asked for, and the cache, None when none was given.
@@ -184,13 +242,18 @@ class Llama(nn.Module):
             cache = {name: self.partitioner.constrain(leaf, "BLKHS") for name, leaf in cache.items()}
         slots = [taps.index(layer) if layer in taps else len(taps) for layer in range(c.num_layers + 1)]
 
+        def index_in(kept: Cache | None, layer: jax.Array) -> jax.Array:
+            """Returns a block's index in a cache of the last blocks."""
+            return layer if kept is None else layer - (c.num_layers - kept["k"].shape[1])
+
         def keep_tap(tapped: jax.Array, layer: int | jax.Array, h: jax.Array) -> jax.Array:
             return tapped.at[jnp.array(slots, jnp.int32)[layer]].set(h, mode="drop") if taps else tapped
 
         @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         def run_block(layer: jax.Array, h: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
             params, hook = dequantize(take_layer(stack, layer)), take_layer(peft, layer) or no_hook
-            return block.apply({"params": params}, h, cache, layer, angles, places, hook)
+            read = None if context is None else take_layer(context, index_in(context, layer), axis=1)
+            return block.apply({"params": params}, h, cache, index_in(cache, layer), angles, places, hook, read)
 
         def turn(layer: jax.Array, carry: tuple[jax.Array, jax.Array, Cache | None]) -> Any:
             h, tapped, cache = carry
@@ -231,17 +294,28 @@ def normalize_taps(
     return rms_norm(taps, scales[jnp.array(tap_list, jnp.int32), None, None, :], config.rms_norm_eps)
 
 
+def normalize_state(params: Params, model: Llama, state: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Normalises a state at the entry as its tap is, for the router; at `head` it is f, which is normalised already."""
+    if model.entry == "head":
+        return state
+    scale = params["blocks"]["attention_norm"]["scale"][model.entry]
+    return rms_norm(state, scale.reshape(*[1] * (state.ndim - 1), -1), model.config.rms_norm_eps)
+
+
+def unit(model: Llama, state: Float[Array, "... D"]) -> Float[Array, "... #D"]:
+    """Computes the unit of a correction at each state: its RMS in front of a block, and 1 at `head`."""
+    if model.entry == "head":
+        return jnp.ones((*state.shape[:-1], 1), state.dtype)
+    square = jnp.mean(jnp.square(state.astype(jnp.float32)), axis=-1, keepdims=True)
+    return jnp.sqrt(square + model.config.rms_norm_eps).astype(state.dtype)
+
+
 def init_params(config: LlamaConfig, seed: int = 0, abstract: bool = False) -> Params:
     """Makes random float32 parameters for tests and benchmarks; with `abstract`, their shapes and dtypes only."""
-    init = _initializer(config, seed)
-    return init.eval_shape() if abstract else init()
+    return _init.eval_shape(config, seed) if abstract else _init(config, seed)
 
 
-@functools.lru_cache(64)
-def _initializer(config: LlamaConfig, seed: int) -> Any:
-    @jax.jit
-    def init() -> Params:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return Llama(config).init(jax.random.key(seed), tokens, method="touch_every_parameter")["params"]
-
-    return init
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: LlamaConfig, seed: int) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Llama(config).init(jax.random.key(seed), tokens, method="touch_every_parameter")["params"]

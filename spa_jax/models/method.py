@@ -1,16 +1,16 @@
 """The interface of what is trained on a frozen backbone: a side plugin beside it, a LoRA or Adapter within its blocks.
 
 A method is chosen once, from a config or from a trained directory. Whoever runs a backbone asks the method what it
-needs, and never which one it is.
+needs: whether there is a side network, taps, a router, an adapter of blocks.
 """
 
 import abc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 
 from spa_jax.models.block import ForwardHook, LlamaConfig
-from spa_jax.models.llama import Params
+from spa_jax.models.llama import Entry, Params
 
 if TYPE_CHECKING:
     from spa_jax.models.side import SideConfig
@@ -26,6 +26,8 @@ class Method(abc.ABC):
         side: the side network; None for a method that works within the backbone's blocks.
         taps: which hidden states h_0 ... h_L the side network reads, ascending.
         routed: whether a router decides for each token.
+        entry: where corrections enter the backbone.
+        edits: which positions are corrected, see `spa_jax.models.combine.Edits`.
     """
 
     setting: str
@@ -33,6 +35,8 @@ class Method(abc.ABC):
     side: "SideConfig | None"
     taps: tuple[int, ...]
     routed: bool
+    entry: Entry = "head"
+    edits: Literal["targets", "all"] = "targets"
 
     @abc.abstractmethod
     def init_params(self, backbone: LlamaConfig, seed: int = 0) -> Params:

@@ -9,7 +9,7 @@ Shape letters: B batch, T tokens, L blocks, D backbone width, E rank of LoRA or 
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -102,27 +102,22 @@ def init_peft(config: PeftConfig, backbone: LlamaConfig, seed: int = 0, abstract
 
     A is uniform within 1 / sqrt(I) of zero, as in LoRA's reference implementation, and all else zero.
     """
-    init = _initializer(config, backbone, seed)
-    return init.eval_shape() if abstract else init()
+    return _init.eval_shape(config, backbone, seed) if abstract else _init(config, backbone, seed)
 
 
-@functools.lru_cache(64)
-def _initializer(config: PeftConfig, backbone: LlamaConfig, seed: int) -> Any:
-    @jax.jit
-    def init() -> Params:
-        params, keys = {}, jax.random.split(jax.random.key(seed), len(config.places))
-        for key, name in zip(keys, config.places):
-            layers, (into, out) = backbone.num_layers, widths(name, backbone)
-            bound = into**-0.5
-            params[name] = {
-                "a": jax.random.uniform(key, (layers, into, config.rank), minval=-bound, maxval=bound),
-                "b": jnp.zeros((layers, config.rank, out)),
-            }
-            if config.setting == "adapter":
-                params[name] |= {"a_bias": jnp.zeros((layers, config.rank)), "b_bias": jnp.zeros((layers, out))}
-        return params
-
-    return init
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init(config: PeftConfig, backbone: LlamaConfig, seed: int) -> Params:
+    params, keys = {}, jax.random.split(jax.random.key(seed), len(config.places))
+    for key, name in zip(keys, config.places):
+        layers, (into, out) = backbone.num_layers, widths(name, backbone)
+        bound = into**-0.5
+        params[name] = {
+            "a": jax.random.uniform(key, (layers, into, config.rank), minval=-bound, maxval=bound),
+            "b": jnp.zeros((layers, config.rank, out)),
+        }
+        if config.setting == "adapter":
+            params[name] |= {"a_bias": jnp.zeros((layers, config.rank)), "b_bias": jnp.zeros((layers, out))}
+    return params
 
 
 def rank_for(config: PeftConfig, backbone: LlamaConfig, wanted: int) -> PeftConfig:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from spa_jax.errors import UserError
 from spa_jax.models.block import Cache, CachePlacement, LlamaConfig
-from spa_jax.models.combine import ADDED, ROUTED, Setting
-from spa_jax.models.llama import Params
+from spa_jax.models.combine import ADDED, ROUTED, Edits, Setting
+from spa_jax.models.llama import Entry, Params
 from spa_jax.models.method import Method
 from spa_jax.models.router import Router
 from spa_jax.models.side import SideConfig, TokenwiseSide, TransformerSide
@@ -29,6 +28,9 @@ class PluginConfig(Method):
         threshold: the device is asked where p(consult) is above it.
         offset: whether the router has a constant `[D]` that the cloud adds to f where the device is not asked. The
             paper's has none.
+        entry: where g meets the residual stream. In front of a block, g and the offset are in units of the RMS of the
+            state there, and no tap is above it.
+        edits: which positions are corrected; for `head` always `targets`.
     """
 
     setting: Setting
@@ -36,6 +38,8 @@ class PluginConfig(Method):
     hidden_size: int
     threshold: float = 0.5
     offset: bool = False
+    entry: Entry = "head"
+    edits: Edits = "targets"
 
     @property
     def taps(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -82,7 +86,7 @@ def correction(
 
 
 def router_logits(params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... 2"]:
-    """The router on f."""
+    """Computes the router's logits from the normalised state at the entry."""
     return Router().apply({"params": params["router"]}, hidden)
 
 
@@ -96,24 +100,36 @@ def init_plugin(config: PluginConfig, seed: int = 0, abstract: bool = False, ran
 
     The router starts at zero, p(consult) = 0.5, or at random for an objective that would never leave zero.
     """
-    init = _initializer(config, seed, random_router)
-    return init.eval_shape() if abstract else init()
+    arguments = (config, seed, random_router)
+    return _init.eval_shape(*arguments) if abstract else _init(*arguments)
 
 
-@functools.lru_cache(64)
-def _initializer(config: PluginConfig, seed: int, random_router: bool) -> Any:
-    @jax.jit
-    def init() -> Params:
-        taps = jnp.zeros((len(config.side.taps), 1, 1, config.hidden_size))
-        positions = (jnp.zeros((1, 1), jnp.int32),) if config.side.attends else ()
-        params = {"side": side_network(config).init(jax.random.key(seed), taps, *positions)["params"]}
-        if config.routed:
-            params["router"] = Router(random_router).init(jax.random.key(seed), taps[0])["params"]
-            if config.offset:
-                params["router"]["offset"] = jnp.zeros(config.hidden_size)
-        return params
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init(config: PluginConfig, seed: int, random_router: bool) -> Params:
+    taps = jnp.zeros((len(config.side.taps), 1, 1, config.hidden_size))
+    positions = (jnp.zeros((1, 1), jnp.int32),) if config.side.attends else ()
+    params = {"side": side_network(config).init(jax.random.key(seed), taps, *positions)["params"]}
+    if config.routed:
+        params["router"] = Router(random_router).init(jax.random.key(seed), taps[0])["params"]
+        if config.offset:
+            params["router"]["offset"] = jnp.zeros(config.hidden_size)
+    return params
 
-    return init
+
+def parse_entry(text: str, backbone: LlamaConfig) -> Entry:
+    """Reads the entry of a config, `head` or the index of a block.
+
+    Raises:
+        UserError: the backbone has no such block.
+    """
+    if text == "head":
+        return "head"
+    if text.isdecimal() and int(text) < backbone.num_layers:
+        return int(text)
+    raise UserError(
+        f"side.entry is '{text}': write 'head' or the index of a block, 0 to {backbone.num_layers - 1}, in front of "
+        "which corrections enter"
+    )
 
 
 def count_params(params: Params) -> int:
@@ -121,17 +137,18 @@ def count_params(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def select_taps(spec: str, backbone: LlamaConfig) -> tuple[int, ...]:
+def select_taps(spec: str, backbone: LlamaConfig, entry: Entry = "head") -> tuple[int, ...]:
     """The tap list a config asks for.
 
     Args:
-        spec: `all`; `every:K`, that is L, L - K, ... down to at least 0; `last:K`; or indices such as `0,6,12`.
+        spec: `all`; `every:K`, that is e, e - K, ... down to at least 0; `last:K`; or indices such as `0,6,12`.
         backbone: gives L.
+        entry: gives e, which is L for `head`.
 
     Raises:
         UserError: the text is no tap list of this backbone.
     """
-    last = backbone.num_layers
+    last = backbone.num_layers if entry == "head" else entry
     word, _, count = spec.partition(":")
     if word == "all" and not count:
         return tuple(range(last + 1))

@@ -1,4 +1,4 @@
-"""The router sigma: a linear D x 2 on the final hidden state decides per token who is asked (equation 2)."""
+"""The router sigma: a linear D x 2 on the normalised state at the entry decides per token who is asked (equation 2)."""
 
 import flax.linen as nn
 import jax

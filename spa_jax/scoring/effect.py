@@ -1,10 +1,10 @@
 """The effect of the side network on generated tokens: the paper's Table 4, as we read it.
 
-Along the tokens a model generates greedily, with f the backbone's hidden state and f + g the one with the side network
-(g alone in `s2` and `s3`):
+Along the tokens a model generates greedily, with f the backbone's state and f + g the one with the side network (g
+alone in `s2` and `s3`); in front of an inner block, both after the history that the generation had:
 
 - `effect/M`: exchanges per generated token, which is the share of tokens the device is asked for;
-- `effect/diff_rate`: share of tokens where f + g would choose another token than f, in per cent;
+- `effect/diff_rate`: share of tokens where f + g would lead to another token than f, in per cent;
 - `effect/diff_pick_rate`: share of those for which the device was asked, in per cent.
 """
 
@@ -21,12 +21,12 @@ from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import Batch, collate, plan_batches
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ROUTED, Setting, with_correction
+from spa_jax.models.combine import ROUTED, Setting
 from spa_jax.models.llama import Llama, Params
-from spa_jax.models.plugin import PluginConfig, router_logits
-from spa_jax.models.router import consult
-from spa_jax.training.features import extract
-from spa_jax.training.objective import corrections
+from spa_jax.models.plugin import PluginConfig
+from spa_jax.training.corrected import corrected_row
+from spa_jax.training.features import Kept, extract, kept_for
+from spa_jax.training.objective import possible_states, run_with_and_without_device
 from spa_jax.training.vocabulary_loss import best_tokens
 
 
@@ -75,12 +75,13 @@ def _consulted_and_changed(
     batch: Batch,
 ) -> tuple[Bool[Array, "B R"], Bool[Array, "B R"]]:
     """Tells for each token whether the device is asked, and whether the side network changes the choice."""
-    features = extract(llama, frozen, batch, config.side.attends)
-    f, g = features.hidden, corrections(config, params, features, llama)
-    sigma = jnp.ones(f.shape[:2], bool)
-    if setting in ROUTED:
-        sigma = consult(router_logits(params, f), threshold)
-    return sigma, best_tokens(llama, frozen, f) != best_tokens(llama, frozen, with_correction(setting, f, g))
+    features = extract(llama, frozen, batch, kept_for(config))
+    row = corrected_row(llama, frozen, features, config.edits == "all")
+    states = possible_states(config, llama, params, frozen, features, row)
+    if setting not in ROUTED:
+        states = states._replace(probability=jnp.ones_like(states.probability))
+    sigma, asked, unasked = run_with_and_without_device(llama, frozen, states, threshold)
+    return sigma, best_tokens(llama, frozen, asked) != best_tokens(llama, frozen, unasked)
 
 
 def alternatives(model: FusedModel, generated: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
@@ -100,7 +101,7 @@ def alternatives(model: FusedModel, generated: Sequence[tuple[list[int], list[in
 
 @functools.partial(jax.jit, static_argnums=0)
 def _best_of_backbone(llama: Llama, frozen: Params, batch: Batch) -> Int[Array, "B R"]:
-    return best_tokens(llama, frozen, extract(llama, frozen, batch, everywhere=False).hidden)
+    return best_tokens(llama, frozen, extract(llama.clone(entry="head"), frozen, batch, Kept()).states)
 
 
 def _example(prompt: list[int], new: list[int]) -> Example:

@@ -24,7 +24,7 @@ from spa_jax.decoding.hypotheses import Generation
 from spa_jax.decoding.prompt_store import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
-from spa_jax.models.combine import Setting
+from spa_jax.models.combine import ROUTED, Setting
 from spa_jax.models.llama import Params
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
@@ -53,7 +53,7 @@ class EvaluationConfig:
         directory: directory with the task's splits as JSON lines; empty for the hub.
         split: split of the task.
         limit: most questions to generate for, in whole rows; 0 for all. Losses are of the whole split.
-        setting: what enters the LM head; None for the plugin's own setting.
+        setting: what goes on from the entry; None for the plugin's own setting.
         threshold: the device is asked where p(consult) is above it; None for the plugin's own threshold.
         budget: instead, the largest share of the validation split's target tokens to ask for; 0 for none.
         beams: width of the beam search; 1 is greedy.
@@ -219,7 +219,8 @@ def _losses(
         return {"loss/base": total / sum(float(np.sum(one.weights)) for one in features)}
     scorer = Scorer(backbone, recipe_for(plugin.config), examples, batch_size)
     setting = plugin.config.setting if model.setting == "base" else model.setting
-    return scorer.metrics(scorer.outcomes(plugin.params), model.threshold, setting)
+    threshold = model.threshold if setting in ROUTED else -1.0  # below every p(consult)
+    return scorer.metrics(scorer.outcomes(plugin.params, threshold), threshold, setting)
 
 
 def _threshold(
@@ -237,7 +238,10 @@ def _identity(
     """Describes all that the predictions depend on, and no place of this machine."""
     asked = [hash_of(question.prompt, question.references) for question in questions]
     kept = ("task", "split", "beams", "length_penalty", "shots")
+    method = plugin.config if plugin is not None else None
+    where = {} if method is None or method.entry == "head" else {"entry": method.entry, "edits": method.edits}
     return {
+        **where,
         **{name: getattr(config, name) for name in kept},
         "setting": model.setting,
         "threshold": model.threshold,

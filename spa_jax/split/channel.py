@@ -22,8 +22,11 @@ class Traffic:
         lost: questions whose reply did not come in time.
         bytes_down: bytes of questions, cloud to device.
         bytes_up: bytes of replies, device to cloud.
-        prefill_bytes: bytes of messages that bring a prompt's taps and want no reply, and of opening.
-        network_seconds: time on the wire.
+        opening_exchanges: questions about a prompt that is corrected.
+        opening_seconds: time on the wire before the first question about a new token.
+        prefill_bytes: bytes of all messages before that question: of the request, of the prompt's taps, and of the
+            replies that correct a prompt.
+        network_seconds: time on the wire from then on.
         device_seconds: time in the device's program.
     """
 
@@ -32,8 +35,27 @@ class Traffic:
     bytes_down: int = 0
     bytes_up: int = 0
     prefill_bytes: int = 0
+    opening_exchanges: int = 0
+    opening_seconds: float = 0.0
     network_seconds: float = 0.0
     device_seconds: float = 0.0
+
+    def end_opening(self) -> None:
+        """Counts what was sent so far apart: the next question is the first about a new token."""
+        self.opening_exchanges, self.exchanges = self.exchanges, 0
+        self.prefill_bytes += self.bytes_down + self.bytes_up
+        self.bytes_down = self.bytes_up = 0
+        self.opening_seconds, self.network_seconds = self.network_seconds, 0.0
+        self.lost = 0
+
+
+def describe_opening(exchanges: int, seconds: float, uncorrected_prompts: int) -> str:
+    """Describes what it took to correct a prompt, as the end of a line; empty where there was nothing to correct."""
+    if not exchanges:
+        return ""
+    took = f" in {seconds:.2f} s" if seconds else ""
+    failed = ", in vain: the prompt is uncorrected" if uncorrected_prompts else ""
+    return f"; {exchanges} opening exchange{'s' if exchanges > 1 else ''}{took}{failed}"
 
 
 @runtime_checkable

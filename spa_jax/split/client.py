@@ -69,13 +69,14 @@ class CloudGone(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class RemoteResult:
-    """The generations of a request, with their texts, the traffic that this device saw, and the tokens that were chosen
-    without the reply they waited for."""
+    """The generations of a request, with their texts, the traffic that this device saw, the tokens that were chosen
+    without the reply they waited for, and the prompts that were to be corrected and were not."""
 
     generations: list[Generation]
     texts: list[str]
     traffic: Traffic
     degraded: int
+    uncorrected_prompts: int = 0
 
 
 def read_token(path: str) -> str:
@@ -267,9 +268,13 @@ class DeviceClient:
                 continue
             data = FromDevice(reply=reply).SerializeToString()
             self._answered_step = taps.step
-            self._traffic.exchanges += 1
-            self._traffic.bytes_down += taps.ByteSize()
-            self._traffic.bytes_up += len(data)
+            if taps.prompt:
+                self._traffic.opening_exchanges += 1
+                self._traffic.prefill_bytes += taps.ByteSize() + len(data)
+            else:
+                self._traffic.exchanges += 1
+                self._traffic.bytes_down += taps.ByteSize()
+                self._traffic.bytes_up += len(data)
             outbox.put_nowait(data)
 
     def result(self) -> RemoteResult:
@@ -280,6 +285,7 @@ class DeviceClient:
             ["".join(g.pieces) for g in generated],
             self._traffic,
             self.progress.degraded,
+            self.progress.uncorrected_prompts,
         )
 
 

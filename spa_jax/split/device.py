@@ -53,11 +53,17 @@ class TokenChoice(NamedTuple):
     """Tokens of each row's prompt."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="everywhere")
 def correct(
-    config: PluginConfig, codec: Codec, side: Params, cache: Cache | None, inputs: SideInput
+    config: PluginConfig,
+    codec: Codec,
+    side: Params,
+    cache: Cache | None,
+    inputs: SideInput,
+    *,
+    everywhere: bool = False,
 ) -> tuple[Encoded, Cache | None]:
-    """Computes g `[R,D]` at the last of each row's positions.
+    """Computes g `[R,D]` at the last of each row's positions, or `[R,M,D]` everywhere.
 
     Args:
         config: of the plugin.
@@ -65,12 +71,13 @@ def correct(
         side: parameters of the side network.
         cache: keys and values of the R rows, of a side network that attends.
         inputs: the message.
+        everywhere: whether to return g at all positions.
 
     Returns:
         Encoded g, and the cache with all positions of the message added.
     """
     g, cache = _correct(config, side, cache, inputs)
-    return wire.encode(codec, g), cache
+    return wire.encode(codec, g if everywhere else _last(g, inputs)), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -89,6 +96,7 @@ def choose_token(
         Token ids, and the cache as `correct` returns it.
     """
     g, cache = _correct(config, side, cache, inputs)
+    g = _last(g, inputs)
     last_position = jnp.take_along_axis(inputs.positions, inputs.last[:, None], axis=1)[:, 0]
     keys = token_keys(group_keys(choice.seed, len(choice.lengths)), last_position - choice.lengths + 1)
     return sample(keys, logits(choice.head, with_correction(setting, f, g)), choice.sampling), cache
@@ -96,10 +104,13 @@ def choose_token(
 
 def _correct(
     config: PluginConfig, side: Params, cache: Cache | None, inputs: SideInput
-) -> tuple[Float[Array, "R D"], Cache | None]:
+) -> tuple[Float[Array, "R M D"], Cache | None]:
     taps = jnp.moveaxis(wire.decode(inputs.taps, jnp.dtype(jnp.float32)), 2, 0)
-    g, cache = correction(config, {"side": side}, taps, inputs.positions, take_rows(cache, inputs.origins))
-    return jnp.take_along_axis(g, inputs.last[:, None, None], axis=1)[:, 0], cache
+    return correction(config, {"side": side}, taps, inputs.positions, take_rows(cache, inputs.origins))
+
+
+def _last(g: Float[Array, "R M D"], inputs: SideInput) -> Float[Array, "R D"]:
+    return jnp.take_along_axis(g, inputs.last[:, None, None], axis=1)[:, 0]
 
 
 class Device:
@@ -147,7 +158,8 @@ class Device:
             self._caches[0] = init_cache(config.side.block, rows, padded_length(slots, 64), jnp.dtype(jnp.float32))
 
     def receive(self, message: Taps) -> Reply | None:
-        """Answers a question; a part of the prompt is added to the cache and gets no answer.
+        """Answers a question; a part of the prompt is added to the cache, and answered at every position if the cloud
+        asks for that.
 
         Raises:
             WireError: the message is not what the protocol says; the cache stays as it was.
@@ -188,10 +200,15 @@ class Device:
             jnp.asarray(last),
             jnp.asarray(origins, jnp.int32),
         )
-        output, cache = self._run(self._caches[base], inputs, f)
         if message.prompt:
+            arguments = (self._config, self._codec, self._side, self._caches[base], inputs)
+            output, cache = correct(*arguments, everywhere=message.step > 0)
             self._caches = {0: cache}
-            return None
+            if not message.step:
+                return None
+            g = jax.tree.map(lambda leaf: leaf[rows, index], jax.device_get(output))
+            return Reply(step=message.step, g=wire.pack(g))
+        output, cache = self._run(self._caches[base], inputs, f)
         if side.attends:
             self._caches = {base: self._caches[base], message.step: cache}
         answer = jax.tree.map(lambda leaf: leaf[asked_rows], jax.device_get(output))

@@ -25,12 +25,14 @@ class SplitResult:
         generations: one for each prompt.
         traffic: exchanges, bytes, and time on the network and in the device.
         degraded: tokens that were chosen without the reply they waited for.
+        uncorrected_prompts: prompts that were to be corrected, and were not for want of a reply.
         cloud_seconds: time in the cloud's programs.
     """
 
     generations: list[Generation]
     traffic: Traffic
     degraded: int
+    uncorrected_prompts: int
     cloud_seconds: float
 
 
@@ -60,11 +62,18 @@ def generate(
 
     channel = connect(answer)
     channel.traffic.prefill_bytes += request.ByteSize()
-    for message in session.prompt_messages():
-        sent_at = time.perf_counter()
-        channel.send(message.SerializeToString())
-        channel_seconds += time.perf_counter() - sent_at
-    while (question := session.next_question()) is not None:
+    opening = True
+    while True:
+        for message in session.prompt_messages():
+            sent_at = time.perf_counter()
+            channel.send(message.SerializeToString())
+            channel_seconds += time.perf_counter() - sent_at
+        question = session.next_question()
+        if opening and (question is None or not question.prompt):
+            channel.traffic.end_opening()
+            opening = False
+        if question is None:
+            break
         sent_at = time.perf_counter()
         reply = channel.exchange(question.SerializeToString())
         channel_seconds += time.perf_counter() - sent_at
@@ -74,4 +83,4 @@ def generate(
             session.apply_reply(None)
     generations = session.result()
     cloud_seconds = time.perf_counter() - began - channel_seconds
-    return SplitResult(generations, channel.traffic, session.degraded, cloud_seconds)
+    return SplitResult(generations, channel.traffic, session.degraded, session.uncorrected_prompts, cloud_seconds)

@@ -14,8 +14,9 @@ from spa_jax.split.simulated import Network
 
 
 def network_seconds(traffic: Traffic, network: Network) -> float:
-    """Equation 6, T_net = M (tau + T_data), summed over a generation: its exchanges are M times its tokens, and T_data
-    is the time of the bytes down and up."""
+    """Equation 6, T_net = M (tau + T_data), summed over the new tokens of a generation: its exchanges are M times its
+    tokens, and T_data is the time of the bytes down and up. What came before, as to correct a prompt, is counted apart
+    (`Traffic.opening_seconds`)."""
     return traffic.exchanges * network.tau + 8 * (traffic.bytes_down / network.down + traffic.bytes_up / network.up)
 
 

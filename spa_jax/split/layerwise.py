@@ -7,7 +7,6 @@ feed-forward layer go down in turn and what the device adds to each comes up. Gr
 Shape letters: T query length, D width, W numbers that an exchange adds to a position.
 """
 
-import dataclasses
 import functools
 from typing import cast
 
@@ -91,7 +90,8 @@ class LayerwiseCloud:
         self._step = 0
 
     def generate(self, prompt: list[int], max_new_tokens: int) -> tuple[list[int], Traffic]:
-        """Generates greedily, past any EOS; returns the new tokens and the traffic of the steps after the prompt."""
+        """Generates greedily, past any EOS; returns the new tokens and the traffic, in which the prompt's exchanges, by
+        which the first token is chosen, are those of the opening."""
         c = self._backbone.config
         slots = padded_length(len(prompt) + max_new_tokens, 64)
         cache: Cache | None = init_cache(c, 1, slots, jnp.dtype(jnp.float32))
@@ -99,13 +99,14 @@ class LayerwiseCloud:
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(prompt)] = prompt
         positions = np.where(np.arange(width) < len(prompt), np.arange(width), PADDING)[None].astype(np.int32)
+        traffic = self._channel.traffic = Traffic()
         token, cache = self._run(tokens, positions, len(prompt), cache)
-        new, before = [token], dataclasses.replace(self._channel.traffic)
+        traffic.end_opening()
+        new = [token]
         for position in range(len(prompt), len(prompt) + max_new_tokens - 1):
             token, cache = self._run(np.array([[token]], np.int32), np.array([[position]], np.int32), 1, cache)
             new.append(token)
-        after = dataclasses.asdict(self._channel.traffic)
-        return new, Traffic(**{name: value - getattr(before, name) for name, value in after.items()})
+        return new, traffic
 
     def _run(
         self, tokens: np.ndarray, positions: np.ndarray, count: int, cache: Cache | None

@@ -15,7 +15,7 @@ class Tensor(_message.Message):
     def __init__(self, values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("version", "backbone", "setting", "threshold", "router", "offset", "taps", "codec", "attends", "prompts", "max_new_tokens", "sampling", "beams", "template", "reply")
+    __slots__ = ("version", "backbone", "setting", "threshold", "router", "offset", "taps", "codec", "attends", "prompts", "max_new_tokens", "sampling", "beams", "template", "reply", "entry", "edits")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     SETTING_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,8 @@ class Open(_message.Message):
     BEAMS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    EDITS_FIELD_NUMBER: _ClassVar[int]
     version: int
     backbone: str
     setting: str
@@ -46,7 +48,9 @@ class Open(_message.Message):
     beams: Beams
     template: str
     reply: str
-    def __init__(self, version: _Optional[int] = ..., backbone: _Optional[str] = ..., setting: _Optional[str] = ..., threshold: _Optional[float] = ..., router: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., taps: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., attends: bool = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., template: _Optional[str] = ..., reply: _Optional[str] = ...) -> None: ...
+    entry: int
+    edits: str
+    def __init__(self, version: _Optional[int] = ..., backbone: _Optional[str] = ..., setting: _Optional[str] = ..., threshold: _Optional[float] = ..., router: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., taps: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., attends: bool = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., template: _Optional[str] = ..., reply: _Optional[str] = ..., entry: _Optional[int] = ..., edits: _Optional[str] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("tokens", "text")
@@ -169,14 +173,16 @@ class Cancel(_message.Message):
     def __init__(self) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("generated", "done", "degraded")
+    __slots__ = ("generated", "done", "degraded", "uncorrected_prompts")
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    UNCORRECTED_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     generated: _containers.RepeatedCompositeFieldContainer[Generated]
     done: bool
     degraded: int
-    def __init__(self, generated: _Optional[_Iterable[_Union[Generated, _Mapping]]] = ..., done: bool = ..., degraded: _Optional[int] = ...) -> None: ...
+    uncorrected_prompts: int
+    def __init__(self, generated: _Optional[_Iterable[_Union[Generated, _Mapping]]] = ..., done: bool = ..., degraded: _Optional[int] = ..., uncorrected_prompts: _Optional[int] = ...) -> None: ...
 
 class Generated(_message.Message):
     __slots__ = ("tokens", "consulted", "score", "pieces", "begin")

@@ -50,10 +50,11 @@ def open_message(
         reply: what the device answers with.
 
     Raises:
-        UserError: the plugin cannot run in that setting, a value out of range, or beam search with replies of tokens.
+        UserError: the plugin cannot run in that setting, a value out of range, or replies of tokens in a beam search or
+            of a plugin that enters in front of a block.
     """
     config = plugin.config
-    wire.check_reply(reply, beams is not None)
+    wire.check_reply(reply, beams is not None, config.entry)
     runs_as, threshold = resolve_setting(config, setting, threshold)
     router = plugin.params["router"] if runs_as in ROUTED else {}
     kernel, offset = (
@@ -73,6 +74,8 @@ def open_message(
             prompts=[Prompt(text=p) if isinstance(p, str) else Prompt(tokens=p) for p in prompts],
             template=plugin.template,
             reply=reply,
+            entry=None if config.entry == "head" else config.entry,
+            edits=config.edits,
             max_new_tokens=max_new_tokens,
             sampling=SamplingMessage(
                 temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed

@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from spa_jax.errors import UserError
 from spa_jax.split import metrics, wire
 from spa_jax.split.grpc_channel import CLOUD_OPTIONS, METHOD, SERVICE, ServerSecurity
-from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Generated, Opened, Progress, Refusal
+from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Generated, Opened, Progress, Refusal, Taps
 from spa_jax.split.server_session import ServerSession
 from spa_jax.split.session import Cloud, Session
 
@@ -41,7 +41,8 @@ class Limits:
         sessions_per_token: running generations of one device token.
         memory: bytes of the caches of all running sessions.
         deadline: seconds a device has for an answer.
-        first_deadline: seconds for its first answer, if that is longer: a device compiles its programs then.
+        first_deadline: seconds for its first answer about a prompt and its first about a new token, if that is longer:
+            a device compiles its programs then.
         linger: seconds a finished session is kept for a device that lost its connection; at most `sessions` are.
         open_seconds: seconds a stream may take to send its first message.
     """
@@ -134,7 +135,7 @@ class Server:
             found = self._sessions.get(message.reopen.session)
             if found is None or found.token != token:
                 raise Refused("unknown-session", "the cloud has no such session any more: generate again")
-            if message.reopen.step:
+            if message.reopen.step > found.prompt_step:
                 found.prompt_messages = []
             return found
         if kind != "open":
@@ -228,12 +229,17 @@ class Server:
                 metrics.SECONDS_TO_FIRST_TOKEN.observe(time.perf_counter() - session.opened_at)
             is_first = False
 
+        previous: Taps | None = None
         while (question := await self._run_program(generation.next_question)) is not None:
             session.question = question
             session.send(FromCloud(taps=question))
             metrics.EXCHANGES.inc()
-            await self._await_reply(session, question.step)
-            session.question = None
+            may_compile = previous is None or previous.prompt != question.prompt
+            await self._await_reply(session, question.step, may_compile)
+            session.question, previous = None, question
+            session.send_prompt_messages(question.step)
+            if question.prompt:
+                continue
             observe_first_token()
             if generation.config.beams is None:
                 session.send(await self._run_program(lambda: self._progress(generation, done=False)))
@@ -243,6 +249,7 @@ class Server:
         count = sum(len(generated.tokens) for generated in session.final_progress.progress.generated)
         metrics.TOKENS.inc(count)
         metrics.DEGRADED.inc(generation.degraded)
+        metrics.UNCORRECTED_PROMPTS.inc(generation.uncorrected_prompts)
         metrics.SECONDS_PER_TOKEN.observe((time.perf_counter() - session.opened_at) / max(count, 1))
         log.info(
             "session %s: %d tokens, %d degraded, %.4f s of questions being out",
@@ -264,11 +271,12 @@ class Server:
             if other.task is not None:
                 other.task.cancel()
 
-    async def _await_reply(self, session: ServerSession, step: int) -> None:
-        """Waits for a valid reply until the deadline, then goes on with it or without one."""
+    async def _await_reply(self, session: ServerSession, step: int, may_compile: bool) -> None:
+        """Waits for a valid reply until the deadline, the longer one where the device may have to compile a program
+        first, then goes on with it or without one."""
         asked_at = time.monotonic()
         deadline = asked_at + self._limits.deadline
-        if step == 1:
+        if may_compile:
             deadline = max(deadline, asked_at + self._limits.first_deadline)
         while True:
             try:
@@ -296,7 +304,14 @@ class Server:
             Generated(tokens=g.tokens, consulted=g.consulted, score=g.score or 0.0, pieces=self._cloud.token_texts(g))
             for g in generation.result()
         ]
-        return FromCloud(progress=Progress(generated=parts, done=done, degraded=generation.degraded))
+        return FromCloud(
+            progress=Progress(
+                generated=parts,
+                done=done,
+                degraded=generation.degraded,
+                uncorrected_prompts=generation.uncorrected_prompts,
+            )
+        )
 
     async def _run_program(self, program: Callable[[], Result]) -> Result:
         """Runs a program of the cloud in their one thread."""

@@ -52,6 +52,7 @@ class ServerSession:
         memory: bytes that it takes.
         opened_at: seconds on `time.perf_counter`'s clock.
         prompt_messages: messages with the prompt's taps, kept until the device has shown that it has them.
+        prompt_step: the last question before these messages.
         outbox: of the attached stream; None where no device is attached.
         question: the one that has no answer yet, if any.
         replies: of the device, not looked at yet.
@@ -64,6 +65,7 @@ class ServerSession:
     def __init__(self, generation: Session, token: str, memory: int, opened_at: float) -> None:
         self.generation, self.token, self.memory, self.opened_at = generation, token, memory, opened_at
         self.prompt_messages: list[Taps] = generation.prompt_messages()
+        self.prompt_step = 0
         self.outbox: Outbox | None = None
         self.question: Taps | None = None
         self.replies: asyncio.Queue[Reply] = asyncio.Queue(maxsize=8)
@@ -71,6 +73,14 @@ class ServerSession:
         self.is_running = True
         self.seconds_waited = 0.0
         self.task: asyncio.Task[None] | None = None
+
+    def send_prompt_messages(self, asked: int) -> None:
+        """Sends what the generation has for the device to keep, after its question `asked`; mostly nothing."""
+        messages = self.generation.prompt_messages()
+        if messages:
+            self.prompt_messages, self.prompt_step = messages, asked
+        for part in messages:
+            self.send(FromCloud(taps=part))
 
     def record_wait(self, seconds: float) -> None:
         """Adds the time that a question waited for its answer."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import uuid
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,15 @@ from spa_jax.decoding.hypotheses import Generation, to_generations
 from spa_jax.decoding.prompts import check_lengths, pad_prompts
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ROUTED, SETTINGS
-from spa_jax.models.llama import Params
+from spa_jax.models.combine import ROUTED, SETTINGS, Edits
+from spa_jax.models.llama import Entry, Params
 from spa_jax.split import wire
-from spa_jax.split.cloud import CloudConfig, RouterState, advance, prefill
+from spa_jax.split.cloud import CloudConfig, RouterState, advance, correct_prompts, prefill
 from spa_jax.split.messages_pb2 import Open, Reply, Taps
+from spa_jax.split.opening import PromptQuestions, prompt_parts
 from spa_jax.split.wire import Encoded
 from spa_jax.weights.backbone import Backbone
 
-CHUNK_POSITIONS = 64
-"""Most prompt positions in one message to a side network that attends."""
 MAX_PROMPTS, MAX_PROMPT_SIZE = 2**10, 2**18
 """Limits of a request: prompts, and their characters or tokens together; reading more would keep other sessions
 waiting."""
@@ -78,7 +78,10 @@ class GenerationPlan:
         taps = wire.bytes_per_position(self.config.codec, len(model.taps), size.hidden_size)
         vectors = 4 * (size.vocab_size + 8 * size.hidden_size)
         kept = taps * (int(self.lengths.max()) + self.max_new_tokens if self.config.attends else 1)
-        return cache_bytes(size, groups, self.slots, model.dtype) + groups * width * (kept + vectors)
+        total = cache_bytes(size, groups, self.slots, model.dtype) + groups * width * (kept + vectors)
+        if self.config.corrects_prompt:
+            total += groups * int(self.lengths.max()) * (taps + 8 * size.hidden_size)
+        return total
 
 
 class Session:
@@ -90,6 +93,8 @@ class Session:
         self.config = config = plan.config
         self.degraded = 0
         """Tokens that were chosen without the reply they waited for."""
+        self.uncorrected_prompts = 0
+        """Prompts that were to be corrected, and were not for want of a reply."""
         self._frozen = frozen
         groups, d = len(plan.prompts), config.model.config.hidden_size
         self._lengths, self._sampling = plan.lengths, plan.sampling
@@ -98,14 +103,13 @@ class Session:
             jnp.full(groups, plan.threshold, jnp.float32),
             jnp.broadcast_to(jnp.asarray(plan.offset, jnp.float32), (groups, d)),
         )
-        self._state, self._prompt = prefill(
+        self._state, opening = prefill(
             config,
             frozen,
             router,
             pad_prompts(plan.prompts),
             plan.lengths,
             plan.seed,
-            plan.sampling,
             slots=plan.slots,
             max_new_tokens=plan.max_new_tokens,
         )
@@ -116,7 +120,16 @@ class Session:
         self._no_reply: Encoded | np.ndarray = np.zeros(rows, np.int32) if self._expects_tokens else no_g
         self._asked_rows: np.ndarray = np.array([], np.int64)
         self._waiting = np.zeros(groups, bool)
-        self._advance(self._no_reply, self._waiting)
+        self._prompt_messages: list[Taps] = []
+        self._prompt_questions: PromptQuestions | None = None
+        if config.corrects_prompt and opening is not None:
+            self._prompt_questions = PromptQuestions(config, opening, plan.lengths)
+            if not self._prompt_questions.left:
+                self._open(answered=False)
+        else:
+            if opening is not None:
+                self._prompt_messages = prompt_parts(wire.to_host(opening.taps), plan.lengths - 1, config.width)
+            self._advance(self._no_reply, self._waiting)
 
     @property
     def lengths(self) -> list[int]:
@@ -124,24 +137,16 @@ class Session:
         return self._lengths.tolist()
 
     def prompt_messages(self) -> list[Taps]:
-        """Takes the taps of all prompt positions but the last, in chunks; none for a side network without attention."""
-        if self._prompt is None:
-            return []
-        prompt, self._prompt = wire.to_host(self._prompt), None
-        messages = []
-        for group, length in enumerate(self._lengths):
-            for begin in range(0, int(length) - 1, CHUNK_POSITIONS):
-                chunk = slice(begin, min(begin + CHUNK_POSITIONS, int(length) - 1))
-                positions = range(chunk.start, chunk.stop)
-                part = jax.tree.map(lambda leaf, at=(group, chunk): leaf[at], prompt)
-                row = group * self.config.width
-                messages.append(
-                    Taps(rows=[row] * len(positions), positions=positions, taps=wire.pack(part), prompt=True)
-                )
+        """Returns, once, messages with the prompts' taps (all positions but the last) for a device that attends."""
+        messages, self._prompt_messages = self._prompt_messages, []
         return messages
 
     def next_question(self) -> Taps | None:
-        """Makes the message that asks the device about the waiting groups; None when the generation is over."""
+        """Makes the message that asks the device about a part of the prompts or about the waiting groups; None when the
+        generation is over."""
+        if self._prompt_questions is not None:
+            self._step += 1
+            return self._prompt_questions.ask(self._step)
         s = self._state
         waiting, consulted, unsent, origin, prompt_end, position, f = jax.device_get(
             (
@@ -151,7 +156,7 @@ class Session:
                 s.origin,
                 s.last_prompt_position,
                 s.position,
-                s.hidden if self._expects_tokens else None,
+                s.states if self._expects_tokens else None,
             )
         )
         if not waiting.any():
@@ -184,17 +189,48 @@ class Session:
         Raises:
             WireError: the reply is not one to that question; the session still waits for one.
         """
+        if self._prompt_questions is not None:
+            self._apply_to_prompts(self._prompt_questions, reply)
+            return
         values, answered = self._no_reply, np.zeros_like(self._waiting)
         if reply is None:
             self.degraded += int(self._waiting.sum())
         else:
-            if reply.step != self._step:
-                raise wire.WireError(f"a correction of step {reply.step} came where one of step {self._step} is due")
+            self._check_step(reply)
             rows = len(self._waiting) * self.config.width
             received = self.read_reply(reply)
             values = jax.tree.map(lambda part: _scatter(part, self._asked_rows, rows), received)
             answered, self._base = self._waiting, self._step
         self._advance(values, answered)
+
+    def _apply_to_prompts(self, questions: PromptQuestions, reply: Reply | None) -> None:
+        """Goes on with the next part of the prompts, or when all are answered or one is not, with the generation."""
+        if reply is not None:
+            self._check_step(reply)
+            questions.take(reply)
+        if reply is None:
+            self.uncorrected_prompts = len(self._lengths)
+        if reply is None or not questions.left:
+            self._open(answered=reply is not None)
+
+    def _open(self, answered: bool) -> None:
+        """Corrects the prompts with the device's answers, or not at all, and begins to generate.
+
+        A device that attends and has not answered for all of them is sent the prompts as it is where they are never
+        corrected.
+        """
+        questions, self._prompt_questions = self._prompt_questions, None
+        assert questions is not None
+        if self.config.attends and not answered:
+            self._prompt_messages = prompt_parts(questions.taps, self._lengths - 1, self.config.width)
+        self._state = correct_prompts(
+            self.config, self._frozen, self._state, questions.opening, questions.g, np.bool(answered)
+        )
+        self._advance(self._no_reply, np.zeros_like(self._waiting))
+
+    def _check_step(self, reply: Reply) -> None:
+        if reply.step != self._step:
+            raise wire.WireError(f"a correction of step {reply.step} came where one of step {self._step} is due")
 
     def read_reply(self, reply: Reply) -> Encoded | np.ndarray:
         """Reads g `[M,D]`, or in reply mode `token` the tokens `[M]`, of the M rows of the last question.
@@ -258,7 +294,7 @@ class Cloud:
         """Opens the session of a plan; beyond `MAX_COMPILED` shapes, all compiled programs are dropped first."""
         shape = (plan.config, plan.slots, plan.max_new_tokens, pad_prompts(plan.prompts).shape)
         if shape not in self._compiled and len(self._compiled) >= MAX_COMPILED:
-            for program in (prefill, advance, gather_taps):
+            for program in (prefill, correct_prompts, advance, gather_taps):
                 program.clear_cache()  # type: ignore[attr-defined]
             self._compiled.clear()
         self._compiled.add(shape)
@@ -285,13 +321,26 @@ class Cloud:
             raise UserError("the device asks for an unknown setting, a threshold out of range, or without a prompt")
         taps = tuple(request.taps)
         states = backbone.config.num_layers + 1
+        entry: Entry = request.entry if request.HasField("entry") else "head"
+        if entry != "head" and entry >= backbone.config.num_layers:
+            raise UserError(f"the device's corrections enter in front of block {entry}, which this backbone has not")
+        if request.edits not in get_args(Edits):
+            raise UserError(f"edits '{request.edits}' are unknown; choices are {', '.join(get_args(Edits))}")
+        if request.edits == "all" and (entry == "head" or request.offset):
+            raise UserError(
+                "edits 'all' need corrections that enter in front of a block, and a router without an offset: the "
+                f"device asks for them at the entry {entry}{' with an offset' if request.offset else ''}"
+            )
+        states = states if entry == "head" else entry + 1
         if not 0 < len(taps) <= states or list(taps) != sorted(set(taps)) or taps[-1] >= states:
-            raise UserError(f"the device asks for taps {taps[:states]}, which this backbone has not")
+            few = taps[: states + 1]
+            raise UserError(f"the device asks for taps {few}, which this backbone has not below the entry")
         prompts = self._tokenize(request)
         beams = _beams(request) if request.HasField("beams") else None
-        codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None)
+        codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None, entry)
+        model, corrects_prompt = backbone.model(taps, entry=entry), request.edits == "all" and request.setting != "base"
         config = CloudConfig(
-            backbone.model(taps), request.setting, codec, request.attends, reply, beams, backbone.eos_ids
+            model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids, corrects_prompt
         )
         lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
         d, s = backbone.config.hidden_size, request.sampling

@@ -14,11 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from spa_jax.errors import UserError
+from spa_jax.models.llama import Entry
 from spa_jax.split.messages_pb2 import Tensor
 
 Parsed = TypeVar("Parsed", bound=Message)
 
-VERSION = 3
+VERSION = 4
 """The version of the protocol; either side refuses another one by name."""
 
 Codec = Literal["float32", "bfloat16", "float16", "int8"]
@@ -107,11 +108,12 @@ def check_codec(codec: str) -> Codec:
     return codec
 
 
-def check_reply(reply: str, search: bool) -> ReplyMode:
+def check_reply(reply: str, search: bool, entry: Entry) -> ReplyMode:
     """Returns the name of a reply mode.
 
     Raises:
-        UserError: there is no such mode, or it is `token` in a beam search.
+        UserError: there is no such mode, or it is `token` in a beam search or where corrections enter in front of a
+            block.
     """
     if reply not in REPLIES:
         raise UserError(f"reply mode '{reply}' is unknown; choices are {', '.join(REPLIES)}")
@@ -119,6 +121,11 @@ def check_reply(reply: str, search: bool) -> ReplyMode:
         raise UserError(
             "beam search compares all hypotheses of a prompt, which needs g in one place: reply mode 'token' can only "
             "be greedy or sample; use 'correction' with beams"
+        )
+    if entry != "head" and reply == "token":
+        raise UserError(
+            f"this plugin's corrections enter in front of block {entry}, and the blocks from there on are the cloud's, "
+            "so the device cannot choose tokens: use reply mode 'correction' (--reply=correction)"
         )
     return reply
 

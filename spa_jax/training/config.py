@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from spa_jax.data.encoding import Template
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ROUTED
+from spa_jax.models.combine import ROUTED, Edits
 from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Remat
 from spa_jax.models.peft import PEFT_SETTINGS, TARGETS, PeftSetting
@@ -22,9 +22,22 @@ from spa_jax.training.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:
-    """`side.*`: kind, width E and the taps (see `spa_jax.models.plugin.select_taps`); for the transformer kind also its
-    attention heads, and whether its blocks start at random or as pruned blocks of the backbone."""
+    """`side.*`: the side network, and where its corrections enter.
 
+    Attributes:
+        entry: where corrections enter the backbone: `head`, in front of the LM head, or in front of the block of that
+            index, from which on the frozen blocks go on from corrected states.
+        edits: which positions are corrected in front of a block: those that predict an answer's tokens (`targets`), or
+            the prompt's too (`all`).
+        kind: `tokenwise`, or `transformer`, which attends over earlier positions.
+        width: E.
+        taps: see `spa_jax.models.plugin.select_taps`.
+        heads: attention heads of the transformer kind.
+        init: whether blocks of the transformer kind start at random or as pruned blocks of the backbone.
+    """
+
+    entry: str = "head"
+    edits: Edits = "targets"
     kind: SideKind = "tokenwise"
     width: int = 32
     taps: str = "every:6"
@@ -79,11 +92,12 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class TapCacheConfig:
     """`tap_cache.*`: whether to run the backbone once per example only, where to keep the result (empty: the user's
-    cache directory) and its largest size."""
+    cache directory), its largest size, and the dtype of keys and values in it (empty: that of the run)."""
 
     enabled: bool = True
     directory: str = ""
     limit_gib: float = 20.0
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +210,12 @@ class RunConfig:
             raise UserError(
                 f"setting '{self.setting}' has no side network: leave side.kind and side.init at their defaults"
             )
+        if self.side.entry == "head" and self.side.edits != "targets":
+            raise UserError("side.edits=all needs an inner entry: set side.entry to the index of a block")
+        if self.side.edits == "all" and options.offset:
+            raise UserError("router.offset enters where new tokens are predicted: leave side.edits at 'targets'")
+        if self.setting in PEFT_SETTINGS and self.side.entry != "head":
+            raise UserError(f"setting '{self.setting}' has no side network: leave side.entry at 'head'")
         if self.side.init == "pruned" and self.side.kind != "transformer":
             raise UserError("side.init=pruned copies backbone blocks, which only side.kind=transformer has")
         if self.side.init == "pruned" and self.compute.weights != "float":
@@ -268,6 +288,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if value not in choices:
             raise UserError(f"config key {name} is {value!r}; choices are {', '.join(map(repr, choices))}")
         return value
+    if hint is str and type(value) is int:  # the index of a block, or a number of rows
+        return str(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -1,4 +1,4 @@
-"""The choice of what is trained: the one place that tells a plugin from a LoRA or Adapter."""
+"""The choice of what is trained, a plugin, a LoRA or an Adapter, and of how."""
 
 from typing import cast
 
@@ -6,7 +6,7 @@ from spa_jax.models.block import LlamaConfig
 from spa_jax.models.combine import Setting
 from spa_jax.models.method import Method
 from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig
-from spa_jax.models.plugin import PluginConfig, select_taps
+from spa_jax.models.plugin import PluginConfig, parse_entry, select_taps
 from spa_jax.models.side import SideConfig
 from spa_jax.training.config import RunConfig
 from spa_jax.training.peft_recipe import PeftRecipe
@@ -18,12 +18,13 @@ def plugin_config(config: RunConfig, backbone: LlamaConfig) -> PluginConfig:
     """Returns the plugin that a run of `spa`, `s1`, `s2` or `s3` trains.
 
     Raises:
-        UserError: `side.taps` are not those of this backbone.
+        UserError: `side.entry` or `side.taps` are not those of this backbone.
     """
     options = config.side
-    side = SideConfig(options.kind, options.width, select_taps(options.taps, backbone), options.heads)
-    setting = cast(Setting, config.setting)
-    return PluginConfig(setting, side, backbone.hidden_size, config.router.threshold, config.router.offset)
+    entry = parse_entry(options.entry, backbone)
+    side = SideConfig(options.kind, options.width, select_taps(options.taps, backbone, entry), options.heads)
+    setting, router = cast(Setting, config.setting), config.router
+    return PluginConfig(setting, side, backbone.hidden_size, router.threshold, router.offset, entry, options.edits)
 
 
 def peft_config(config: RunConfig) -> PeftConfig:
@@ -38,7 +39,7 @@ def recipe_from_config(config: RunConfig, backbone: LlamaConfig) -> Recipe:
     """Returns what a run trains, and how.
 
     Raises:
-        UserError: `side.taps` are not those of this backbone.
+        UserError: `side.entry` or `side.taps` are not those of this backbone.
     """
     if config.setting in PEFT_SETTINGS:
         return PeftRecipe(peft_config(config), config.peft.remat, config.seed)

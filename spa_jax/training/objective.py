@@ -4,20 +4,26 @@
 loss on this token is below the base's by more than the margin". `straight_through` takes equation 3 of the paper
 literally: the hard sigma forward, the gradient of the soft p backward. `soft` uses p in place of sigma.
 
-Shape letters: B rows of a batch, R target tokens of a row, D backbone width.
+In front of an inner block a correction reaches later tokens too, so a token's loss depends on where the device was
+asked before. g is trained as if the device were always asked. The label of a token is what asking there gains after a
+history in which the device was asked as the router says; or (`labels=always`, cheaper) by how much the plugin that is
+always asked beats the base.
+
+Shape letters: B rows of a batch, R target tokens of a row, M positions that are corrected, D backbone width.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.models.combine import mix, with_correction, without_correction
-from spa_jax.models.llama import Llama, Params
+from spa_jax.models.llama import Llama, Params, normalize_state, unit
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
 from spa_jax.models.router import CONSULT, consult_probability
+from spa_jax.training.corrected import Row, at_targets, corrected_row, run_upper, run_upper_with_alternatives
 from spa_jax.training.features import Features
 from spa_jax.training.outcomes import Outcomes, Sums, sum_tokens, token_metrics
 from spa_jax.training.vocabulary_loss import token_losses
@@ -42,6 +48,7 @@ class RouterConfig:
             only.
         offset: learn a constant `[D]` that the cloud adds to f where it does not ask, and judge the plugin by what it
             gains over that; `improvement` only. The paper has none.
+        labels: what a label compares, see the module; where corrections enter at `head` both are one thing.
     """
 
     objective: Objective = "improvement"
@@ -49,27 +56,100 @@ class RouterConfig:
     weighted: bool = True
     cross_fit: bool = False
     offset: bool = False
+    labels: Literal["router", "always"] = "router"
 
 
-def corrections(plugin: PluginConfig, params: Params, features: Features, model: Llama) -> Float[Array, "B R D"]:
-    """Computes g at the positions that predict targets."""
+class States(NamedTuple):
+    """The candidate states at each corrected position, and p(consult) there."""
+
+    row: Row
+    g: Float[Array, "B M D"]
+    """The correction, multiplied by its unit."""
+    asked: Float[Array, "B M D"]
+    """The state where the device is asked."""
+    unasked: Float[Array, "B M D"]
+    probability: Float[Array, "B M"]
+    """p(consult); 1 in a setting without a router."""
+
+
+def corrections(plugin: PluginConfig, params: Params, features: Features, model: Llama) -> Float[Array, "B M D"]:
+    """Computes g at the positions that are corrected."""
     taps = jnp.moveaxis(features.taps, 1, 0)
     g, _ = correction(plugin, params, taps, features.positions, dtype=model.dtype)
-    return jnp.take_along_axis(g, features.reads[:, :, None], axis=1) if plugin.side.attends else g
+    if plugin.edits == "targets" and plugin.side.attends:
+        return jnp.take_along_axis(g, features.reads[:, :, None], axis=1)
+    return g
 
 
-def token_outcomes(plugin: PluginConfig, model: Llama, params: Params, frozen: Params, features: Features) -> Outcomes:
-    """Computes the losses with and without the plugin, and the router's probabilities."""
-    g = corrections(plugin, params, features, model)
-    consulted = token_losses(model, frozen, with_correction(plugin.setting, features.hidden, g), features.targets)
-    base = features.base_loss
+def possible_states(
+    plugin: PluginConfig, model: Llama, params: Params, frozen: Params, features: Features, row: Row
+) -> States:
+    """Computes the states with and without the device at each position, by equation 1 of the paper or a variant."""
+    size = unit(model, row.states)
+    g = size * corrections(plugin, params, features, model)
+    asked = with_correction(plugin.setting, row.states, g)
     if not plugin.routed:
-        return Outcomes(base, base, consulted, jnp.ones_like(consulted))
-    unconsulted = base
-    if plugin.offset:
-        state = without_correction(features.hidden, offset_of(params))
-        unconsulted = token_losses(model, frozen, state, features.targets)
-    return Outcomes(base, unconsulted, consulted, consult_probability(router_logits(params, features.hidden)))
+        return States(row, g, asked, row.states, jnp.ones(asked.shape[:2]))
+    unasked, offset = row.states, offset_of(params)
+    if offset is not None:
+        predicts = jnp.any(jnp.arange(asked.shape[1])[None, :, None] == row.predicts[:, None, :], axis=2)
+        with_offset = without_correction(row.states, size * offset.astype(size.dtype)[None, None, :])
+        unasked = jnp.where(predicts[:, :, None], with_offset, row.states)
+    logits = router_logits(params, normalize_state(frozen, model, row.states))
+    return States(row, g, asked, unasked, consult_probability(logits))
+
+
+def run_with_and_without_device(
+    model: Llama, frozen: Params, states: States, threshold: float | Float[Array, ""]
+) -> tuple[Bool[Array, "B R"], Float[Array, "B R D"], Float[Array, "B R D"]]:
+    """Computes for each target sigma, and the LM head's inputs with and without the device for that token, after a
+    history in which the device was asked as the router says."""
+    sigma = states.probability > threshold
+    taken, other = (jnp.where(s[:, :, None], states.asked, states.unasked) for s in (sigma, ~sigma))
+    here, instead = run_upper_with_alternatives(model, frozen, states.row, taken, at_targets(states.row, other))
+    sigma = at_targets(states.row, sigma)
+    asked, unasked = (jnp.where(s[:, :, None], here, instead) for s in (sigma, ~sigma))
+    return sigma, asked, unasked
+
+
+def _losses(model: Llama, frozen: Params, features: Features, row: Row, states: Array) -> Float[Array, "B R"]:
+    return token_losses(model, frozen, run_upper(model, frozen, row, states), features.targets)
+
+
+def token_outcomes(
+    plugin: PluginConfig,
+    model: Llama,
+    params: Params,
+    frozen: Params,
+    features: Features,
+    threshold: float | Float[Array, ""],
+) -> Outcomes:
+    """Computes the losses with and without the plugin under a router's threshold, and the router's probabilities."""
+    row = corrected_row(model, frozen, features, plugin.edits == "all")
+    states = possible_states(plugin, model, params, frozen, features, row)
+    return _outcomes(plugin, model, frozen, features, states, threshold, "router")
+
+
+def _outcomes(
+    plugin: PluginConfig,
+    model: Llama,
+    frozen: Params,
+    features: Features,
+    states: States,
+    threshold: float | Float[Array, ""],
+    labels: Literal["router", "always"],
+) -> Outcomes:
+    row, base = states.row, features.base_loss
+    always = _losses(model, frozen, features, row, states.asked)
+    if not plugin.routed:
+        return Outcomes(base, always, base, always, at_targets(row, states.probability))
+    probability = at_targets(row, states.probability)
+    if model.entry == "head" or labels == "always":
+        unconsulted = _losses(model, frozen, features, row, states.unasked) if plugin.offset else base
+        return Outcomes(base, always, unconsulted, always, probability)
+    _, *both = run_with_and_without_device(model, frozen, jax.lax.stop_gradient(states), threshold)
+    consulted, unconsulted = token_losses(model, frozen, jnp.stack(both), jnp.stack([features.targets] * 2))
+    return Outcomes(base, always, unconsulted, consulted, probability)
 
 
 def router_losses(
@@ -96,31 +176,43 @@ def summed_loss(
     Returns:
         The sum, and the sums to report.
     """
+    row = corrected_row(model, frozen, features, plugin.edits == "all")
+    states = possible_states(plugin, model, params, frozen, features, row)
     if plugin.routed and router.objective != "improvement":
-        return _through_the_router(params, frozen, features, plugin, router, model)
-    outcomes = token_outcomes(plugin, model, params, frozen, features)
-    total = outcomes.consulted
+        return _mixture_loss(params, frozen, features, plugin, router, model, states)
+    outcomes = _outcomes(plugin, model, frozen, features, states, plugin.threshold, router.labels)
+    total = outcomes.always
     if plugin.routed:
-        label_loss = outcomes.consulted
+        label_outcomes = outcomes
         if plugin.offset:
-            total = total + outcomes.unconsulted
+            unasked = outcomes.unconsulted
+            if model.entry != "head" and router.labels == "router":
+                unasked = _losses(model, frozen, features, row, states.unasked)
+            total = total + unasked
         if router.cross_fit:
-            fold_losses, label_loss = _fold_losses(params, frozen, features, plugin, model)
+            fold_losses, label_outcomes = _fold_losses(params, frozen, features, plugin, router, model, row)
             total = total + fold_losses
-        logits = router_logits(params, features.hidden)
-        total = total + router_losses(router, logits, outcomes.unconsulted - label_loss)
+        logits = router_logits(params, normalize_state(frozen, model, at_targets(row, row.states)))
+        gain = label_outcomes.unconsulted - label_outcomes.consulted
+        total = total + router_losses(router, logits, gain)
     return jnp.sum(features.weights * total), sum_tokens(token_metrics(outcomes, plugin.threshold), features.weights)
 
 
-def _through_the_router(
-    params: Params, frozen: Params, features: Features, plugin: PluginConfig, router: RouterConfig, model: Llama
+def _mixture_loss(
+    params: Params,
+    frozen: Params,
+    features: Features,
+    plugin: PluginConfig,
+    router: RouterConfig,
+    model: Llama,
+    states: States,
 ) -> tuple[Float[Array, ""], Sums]:
-    g = corrections(plugin, params, features, model)
-    p = consult_probability(router_logits(params, features.hidden))
+    p, row = states.probability, states.row
     sigma = p > plugin.threshold
     share = p if router.objective == "soft" else p + jax.lax.stop_gradient(sigma.astype(p.dtype) - p)
-    losses = token_losses(model, frozen, mix(plugin.setting, features.hidden, g, share), features.targets)
-    values = {"base": features.base_loss, "combined": losses, "usage": sigma.astype(jnp.float32)}
+    losses = _losses(model, frozen, features, row, mix(plugin.setting, row.states, states.g, share))
+    usage = at_targets(row, sigma).astype(jnp.float32)
+    values = {"base": features.base_loss, "combined": losses, "usage": usage}
     return jnp.sum(features.weights * losses), sum_tokens(values, features.weights)
 
 
@@ -130,15 +222,22 @@ def _fold_of(features: Features) -> Int[Array, "B 1"]:
 
 
 def _fold_losses(
-    params: Params, frozen: Params, features: Features, plugin: PluginConfig, model: Llama
-) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-    """Computes each token's loss that trains the fold networks, and its loss by the network that has not seen the
+    params: Params,
+    frozen: Params,
+    features: Features,
+    plugin: PluginConfig,
+    router: RouterConfig,
+    model: Llama,
+    row: Row,
+) -> tuple[Float[Array, "B R"], Outcomes]:
+    """Computes each token's loss that trains the fold networks, and its outcomes by the network that has not seen the
     row."""
 
-    def losses_of(side: Params) -> Float[Array, "B R"]:
-        return token_outcomes(plugin, model, {**params, "side": side}, frozen, features).consulted
+    def outcomes_of(side: Params) -> Outcomes:
+        states = possible_states(plugin, model, {**params, "side": side}, frozen, features, row)
+        return _outcomes(plugin, model, frozen, features, states, plugin.threshold, router.labels)
 
-    losses = jax.lax.map(losses_of, params["folds"])
+    outcomes = jax.lax.map(outcomes_of, params["folds"])
     fold = _fold_of(features)
-    held_out = jnp.where(fold == 0, losses[0], losses[1])
-    return jnp.sum(losses, axis=0) - held_out, jax.lax.stop_gradient(held_out)
+    held_out = jax.tree.map(lambda leaf: jnp.where(fold == 0, leaf[0], leaf[1]), outcomes)
+    return jnp.sum(outcomes.always, axis=0) - held_out.always, jax.lax.stop_gradient(held_out)

@@ -24,14 +24,21 @@ METRICS = {
 
 
 class Outcomes(NamedTuple):
-    """Cross-entropy of each target token in nats, by what enters the LM head, and what the router says of it."""
+    """Cross-entropy of each target token in nats, with and without the device, and what the router says of it.
+
+    In front of an inner block a correction reaches later tokens too. There `unconsulted` and `consulted` are the losses
+    of a token after a history in which the device was asked as the router says, so they belong to one threshold: one is
+    what happens, and the other what would, had the router decided otherwise at this token alone.
+    """
 
     base: Float[Array, "B R"]
-    """Loss of f alone."""
+    """Loss of the backbone alone."""
+    always: Float[Array, "B R"]
+    """Loss where the device is asked for this token and all before it."""
     unconsulted: Float[Array, "B R"]
-    """Loss where the device is not asked: `base`, unless the router has a constant."""
+    """Loss where the device is not asked for this token."""
     consulted: Float[Array, "B R"]
-    """Loss where the device is asked."""
+    """Loss where the device is asked for this token."""
     probability: Float[Array, "B R"]
     """p(consult); 1 in a setting without a router."""
 
@@ -40,13 +47,13 @@ def token_metrics(outcomes: Outcomes, threshold: float) -> dict[str, Float[Array
     """Computes the metrics of single tokens for a router's threshold.
 
     Returns:
-        In nats `base`, `consulted`, `combined` (the loss under sigma) and `oracle` (the smaller of the two, which a
-        perfect router reaches), and `usage` (sigma as 0 or 1).
+        In nats `base`, `consulted` (the loss where the device is always asked), `combined` (the loss under sigma) and
+        `oracle` (the smaller of the losses with and without the device for this token), and `usage` (sigma as 0 or 1).
     """
     sigma = outcomes.probability > threshold
     return {
         "base": outcomes.base,
-        "consulted": outcomes.consulted,
+        "consulted": outcomes.always,
         "combined": jnp.where(sigma, outcomes.consulted, outcomes.unconsulted),
         "oracle": jnp.minimum(outcomes.consulted, outcomes.unconsulted),
         "usage": sigma.astype(jnp.float32),

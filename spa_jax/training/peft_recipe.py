@@ -68,12 +68,12 @@ class PeftRecipe(Recipe[Batch, ScoredBatch]):
         return sums["consulted"], sums
 
     def outcomes(
-        self, model: Llama, params: Params, frozen: Params, batch: ScoredBatch
+        self, model: Llama, params: Params, frozen: Params, batch: ScoredBatch, threshold: Float[Array, ""]
     ) -> tuple[Outcomes, Float[Array, "B R"]]:
         """Computes the outcomes as those of a plugin that is always asked."""
         tokens, base_loss = batch
         losses, base = self.losses(model, params, frozen, tokens), jnp.asarray(base_loss)
-        return Outcomes(base, base, losses, jnp.ones_like(losses)), jnp.asarray(tokens.weights)
+        return Outcomes(base, losses, base, losses, jnp.ones_like(losses)), jnp.asarray(tokens.weights)
 
     def trained(self, threshold: float, params: Params, backbone: Backbone, template: str) -> PeftPlugin:
         return PeftPlugin(self.method, params, backbone.name, backbone.fingerprint, template)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import Batch
-from spa_jax.models.llama import Llama, Params
+from spa_jax.models.llama import Llama, Params, Remat
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.pruning import prune
 from spa_jax.training.config import TapCacheConfig
-from spa_jax.training.features import Features, extract
+from spa_jax.training.features import Features, extract, kept_for
 from spa_jax.training.objective import FOLDS, RouterConfig, summed_loss, token_outcomes
 from spa_jax.training.outcomes import Outcomes, Sums
 from spa_jax.training.recipe import Recipe
@@ -29,8 +29,8 @@ class PluginRecipe(Recipe[Batch | Features, Batch | Features]):
 
     Attributes:
         method: the plugin.
-        cached: whether batches are `Features` from the tap cache; else they are tokens, and the backbone runs in every
-            step.
+        cached: whether to keep features in the tap cache, if they fit; else batches are tokens, and the backbone runs
+            in every step.
         router: how the router learns; None where nothing is trained.
         seed: of the initial parameters.
         side_init: initial blocks of a transformer side network, random or pruned from the backbone's.
@@ -43,7 +43,8 @@ class PluginRecipe(Recipe[Batch | Features, Batch | Features]):
     side_init: Literal["random", "pruned"] = "random"
 
     def model(self, backbone: Backbone) -> Llama:
-        return backbone.model(self.method.taps)
+        remat: Remat = "dots" if self.method.edits == "all" else "none"  # a gradient goes through all of a row
+        return backbone.model(self.method.taps, remat, self.method.entry)
 
     def init_params(self, backbone: Backbone) -> Params:
         """Returns the plugin's parameters, and with cross-fitting in `folds` the stacked side networks of the folds."""
@@ -70,15 +71,14 @@ class PluginRecipe(Recipe[Batch | Features, Batch | Features]):
     ) -> tuple[Source, Source]:
         source = Source()
         if self.cached:
-            cache = open_tap_cache(options, model, self.method.side.attends, backbone, examples)
-            source = CachedFeatures(cache, model, backbone.params, batch_size)
+            cache = open_tap_cache(options, model, self.method, backbone, examples)
+            if cache is not None:
+                source = CachedFeatures(cache, model, backbone.params, batch_size)
         return source, source
 
     def features(self, model: Llama, frozen: Params, batch: Batch | Features) -> Features:
         """Returns the features of a batch, by a backbone pass over its tokens where they are not cached."""
-        if self.cached:
-            return cast(Features, batch)
-        return extract(model, frozen, cast(Batch, batch), self.method.side.attends)
+        return extract(model, frozen, batch, kept_for(self.method)) if isinstance(batch, Batch) else batch
 
     def loss(
         self, model: Llama, params: Params, frozen: Params, batch: Batch | Features
@@ -88,10 +88,10 @@ class PluginRecipe(Recipe[Batch | Features, Batch | Features]):
         return summed_loss(params, frozen, features, plugin=self.method, router=self.router, model=model)
 
     def outcomes(
-        self, model: Llama, params: Params, frozen: Params, batch: Batch | Features
+        self, model: Llama, params: Params, frozen: Params, batch: Batch | Features, threshold: Float[Array, ""]
     ) -> tuple[Outcomes, Float[Array, "B R"]]:
         features = self.features(model, frozen, batch)
-        return token_outcomes(self.method, model, params, frozen, features), features.weights
+        return token_outcomes(self.method, model, params, frozen, features, threshold), features.weights
 
     def trained(self, threshold: float, params: Params, backbone: Backbone, template: str) -> Plugin:
         method = dataclasses.replace(self.method, threshold=threshold)

@@ -61,9 +61,17 @@ class Recipe(abc.ABC, Generic[TrainingBatch, ScoringBatch]):
 
     @abc.abstractmethod
     def outcomes(
-        self, model: Llama, params: Params, frozen: Params, batch: ScoringBatch
+        self, model: Llama, params: Params, frozen: Params, batch: ScoringBatch, threshold: Float[Array, ""]
     ) -> tuple[Outcomes, Float[Array, "B R"]]:
-        """Computes the outcomes of each target token, and their weights: 1, and 0 for padding."""
+        """Computes the outcomes of each target token, and their weights: 1, and 0 for padding.
+
+        Args:
+            model: the backbone's program.
+            params: the trained parameters.
+            frozen: the backbone's.
+            batch: rows of the scoring source.
+            threshold: p(consult) above which the device is asked for the tokens before each.
+        """
 
     @abc.abstractmethod
     def trained(self, threshold: float, params: Params, backbone: Backbone, template: str) -> Trained:

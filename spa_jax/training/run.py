@@ -17,7 +17,7 @@ from spa_jax.training.loop import TrainingLoop
 from spa_jax.training.methods import recipe_from_config
 from spa_jax.training.metrics_file import MetricsFile
 from spa_jax.training.optimizer import make_optimizer
-from spa_jax.training.outcomes import Outcomes, Sums, threshold_for
+from spa_jax.training.outcomes import Sums
 from spa_jax.training.processes import barrier, explain_lost_process, init_distributed, is_main_process
 from spa_jax.training.rows import load_pairs, make_encoder
 from spa_jax.training.scorer import Scorer
@@ -78,13 +78,8 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     def take_step(state: TrainState, batch: Any) -> tuple[TrainState, Sums]:
         return compiled_step(state, frozen, partitioner.shard_batch(batch))
 
-    def threshold_of(outcomes: Outcomes) -> float:
-        budget = config.router.budget
-        return threshold_for(outcomes.probability, budget) if budget else recipe.method.threshold
-
     def evaluate(params: Params) -> dict[str, float]:
-        outcomes = scorer.outcomes(params)
-        return scorer.metrics(outcomes, threshold_of(outcomes))
+        return scorer.metrics(*scorer.outcomes_within(params, config.router.budget))
 
     timing, selector = read_timing(workdir), f"loss/{config.setting}"
     with contextlib.closing(Checkpoints(workdir / "checkpoints", selector)) as checkpoints:
@@ -113,8 +108,7 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
         best = checkpoints.restore(state, best=True)
 
     params = recipe.method_params((best or state).params)
-    outcomes = scorer.outcomes(params)
-    threshold = threshold_of(outcomes)
+    outcomes, threshold = scorer.outcomes_within(params, config.router.budget)
     trainable = count_params(params)
     summary = {
         **scorer.metrics(outcomes, threshold),

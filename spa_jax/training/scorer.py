@@ -12,7 +12,7 @@ from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import plan_batches
 from spa_jax.models.llama import Params
 from spa_jax.training.config import TapCacheConfig
-from spa_jax.training.outcomes import Outcomes, mean_metrics, sum_tokens, token_metrics
+from spa_jax.training.outcomes import Outcomes, mean_metrics, sum_tokens, threshold_for, token_metrics
 from spa_jax.training.recipe import Recipe
 from spa_jax.training.sources import Source, load_batches
 from spa_jax.training.step import eval_step
@@ -71,16 +71,29 @@ class Scorer:
         tokens = [jax.tree.map(lambda leaf, w=weights: np.asarray(leaf)[w > 0], values) for values, weights in results]
         return jax.tree.map(lambda *pieces: np.concatenate(pieces), *tokens)
 
-    def outcomes(self, params: Params) -> Outcomes:
-        """Computes the outcomes of all target tokens, as flat NumPy arrays."""
-        return self.per_token(lambda *arguments: eval_step(self._recipe, self.model, *arguments), params)
+    def outcomes(self, params: Params, threshold: float | None = None) -> Outcomes:
+        """Computes the outcomes of all target tokens, as flat NumPy arrays, under a router's threshold, by default the
+        method's own."""
+        threshold = self._recipe.method.threshold if threshold is None else threshold
+        return self.per_token(lambda *args: eval_step(self._recipe, self.model, *args, np.float32(threshold)), params)
+
+    def outcomes_within(self, params: Params, budget: float) -> tuple[Outcomes, float]:
+        """Computes the outcomes, and the threshold they are under: the method's own, or with a budget above 0 the one
+        at which that share of the target tokens is asked for."""
+        threshold = self._recipe.method.threshold
+        outcomes = self.outcomes(params)
+        if budget:
+            threshold = threshold_for(outcomes.probability, budget)
+            outcomes = outcomes if self._recipe.method.entry == "head" else self.outcomes(params, threshold)
+        return outcomes, threshold
 
     def metrics(self, outcomes: Outcomes, threshold: float, setting: str = "") -> dict[str, float]:
         """Averages outcomes to `loss/...` in nats and `router/usage`, per target token.
 
         Args:
             outcomes: of these examples.
-            threshold: the device is asked where p(consult) is above it.
+            threshold: the device is asked where p(consult) is above it; in front of an inner block, the one that the
+                outcomes were computed under.
             setting: for the name of the loss under the router; by default that of the method.
         """
         sums = sum_tokens(token_metrics(outcomes, threshold), jnp.ones(len(outcomes.base)))

@@ -16,8 +16,9 @@ from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches, pr
 from spa_jax.errors import UserError
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.partitioner import Partitioner
+from spa_jax.models.plugin import PluginConfig
 from spa_jax.training.config import TapCacheConfig
-from spa_jax.training.features import Features, extract, run_prefix
+from spa_jax.training.features import AT_TARGETS, Features, Kept, extract, kept_for, run_prefix
 from spa_jax.training.processes import barrier
 from spa_jax.training.progress import progress_bar
 from spa_jax.training.tap_cache import FeatureSpec, TapCache
@@ -101,9 +102,9 @@ class CachedFeatures(Source):
         barrier("the tap cache is open")
         todo = cache.missing(examples)
         log.info("tap cache %s: %d examples to compute", cache.directory, len(todo))
-        everywhere = cache.spec.everywhere
+        kept, dtype = cache.spec.kept, cache.spec.keys_dtype
         cache.build(
-            todo, lambda missing: run_backbone(self._model, self._frozen, self._batch_size, missing, everywhere)
+            todo, lambda missing: run_backbone(self._model, self._frozen, self._batch_size, missing, kept, dtype)
         )
         barrier("the tap cache is built")
         cache.refresh()
@@ -118,19 +119,22 @@ class CachedFeatures(Source):
 
 
 def open_tap_cache(
-    options: TapCacheConfig, model: Llama, everywhere: bool, backbone: Backbone, examples: Sequence[Example]
-) -> TapCache:
-    """Opens the tap cache of a backbone's program and checks that there is room for the examples.
+    options: TapCacheConfig, model: Llama, plugin: PluginConfig, backbone: Backbone, examples: Sequence[Example]
+) -> TapCache | None:
+    """Opens the tap cache of a plugin's features, and chooses by their size what is kept; that changes only speed.
 
     Args:
         options: where the caches of all backbones are, and their largest size.
         model: the backbone's program with the taps that are cached.
-        everywhere: whether taps are kept at all tokens, or where targets are predicted.
+        plugin: what is trained.
         backbone: whose features these are.
         examples: what is to be cached; nothing is computed yet.
 
+    Returns:
+        The cache; None where corrections enter in front of an inner block and even the states there would not fit.
+
     Raises:
-        UserError: the directory cannot be used, or the features would not fit.
+        UserError: the directory cannot be used, or the features of a plugin at `head` would not fit.
     """
     if "://" in options.directory:
         raise UserError(
@@ -138,10 +142,24 @@ def open_tap_cache(
             "name a directory that all processes share (a network file system), or set tap_cache.enabled=false"
         )
     root = Path(options.directory or cache_directory() / "taps")
-    spec = FeatureSpec(backbone.identity, model.taps, model.config.hidden_size, backbone.dtype.name, everywhere)
-    cache = TapCache(root, spec)
-    cache.check_room(examples, options.limit_gib)
-    return cache
+    for keys in (True, False) if plugin.entry != "head" and plugin.edits == "targets" else (True,):
+        kept = kept_for(plugin, keys)
+        cache = TapCache(
+            root, FeatureSpec.for_model(backbone.identity, model, kept, options.dtype or backbone.dtype.name)
+        )
+        need = cache.needed_bytes(examples)
+        what = "taps" + (" and keys and values" if kept.keys else " and states" if kept.states_everywhere else "")
+        if cache.has_room(need, options.limit_gib):
+            log.info("tap cache %s: keeps %s", cache.directory, what)
+            return cache
+        if plugin.entry == "head":
+            cache.check_room(examples, options.limit_gib)
+        log.warning(
+            "a tap cache of %s has no room: it would need %.3g GiB (tap_cache.limit_gib is %g)", what, need / 2**30,
+            options.limit_gib,
+        )  # fmt: skip
+    log.warning("no tap cache: the backbone runs in every step")
+    return None
 
 
 def load_batches(
@@ -165,7 +183,12 @@ def load_batches(
 
 
 def run_backbone(
-    model: Llama, frozen: Params, batch_size: int, examples: Sequence[Example], everywhere: bool = False
+    model: Llama,
+    frozen: Params,
+    batch_size: int,
+    examples: Sequence[Example],
+    kept: Kept = AT_TARGETS,
+    keys_dtype: str | None = None,
 ) -> Iterator[tuple[int, Features]]:
     """Runs the backbone over examples, one batch after another, and yields `(index, features of that example)` as
     NumPy arrays; of several processes each gets those of its own rows.
@@ -182,7 +205,7 @@ def run_backbone(
         for rows, batch in bar.track(_with_sentinel(batches), total=len(steps), description="backbone pass"):
             dispatched = None
             if batch is not None:
-                dispatched = rows, _extract(model, frozen, partitioner.shard_batch(batch), everywhere, prefix)
+                dispatched = rows, _extract(model, frozen, partitioner.shard_batch(batch), kept, prefix, keys_dtype)
             if pending is not None:
                 chosen, features = pending[0], partitioner.to_local(pending[1])
                 for i, row in enumerate(chosen):
@@ -191,7 +214,7 @@ def run_backbone(
             pending = dispatched
 
 
-_extract = jax.jit(extract, static_argnums=(0, 3))
+_extract = jax.jit(extract, static_argnums=(0, 3, 5))
 _run_prefix = jax.jit(run_prefix, static_argnums=0)
 
 

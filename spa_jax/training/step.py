@@ -75,10 +75,15 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def eval_step(
-    recipe: Recipe[Any, ScoringBatch], model: Llama, params: Params, frozen: Params, batch: ScoringBatch
+    recipe: Recipe[Any, ScoringBatch],
+    model: Llama,
+    params: Params,
+    frozen: Params,
+    batch: ScoringBatch,
+    threshold: Float[Array, ""],
 ) -> tuple[Outcomes, Float[Array, "B R"]]:
     """Computes the outcomes of a batch's target tokens and their weights, whole on every device, so that every process
     can read them; the batch is one of the recipe's scoring source."""
     partitioner = model.partitioner
-    outcomes = recipe.outcomes(model, partitioner.gather(params), frozen, batch)
+    outcomes = recipe.outcomes(model, partitioner.gather(params), frozen, batch, threshold)
     return jax.tree.map(lambda leaf: partitioner.constrain(leaf, ""), outcomes)

@@ -2,7 +2,8 @@
 
 A cache directory holds shards in ArrayRecord format, each moved into place whole. A shard's first record lists the
 digests of its examples and every further record is one example's features. Examples are found by the digest of their
-tokens, which covers tokenizer, template and truncation; the directory's name covers backbone, taps and dtype. So a
+tokens, which covers tokenizer, template and truncation; the directory's name covers backbone, taps, entry,
+dtype and which positions are kept. So a
 killed build goes on where it stopped, two writers at once cost only duplicated work, and nested data sizes share their
 examples. Shape letters: P taps, R target tokens, D width.
 """
@@ -14,8 +15,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int
@@ -23,7 +25,8 @@ from jaxtyping import Int
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import collate
 from spa_jax.errors import UserError
-from spa_jax.training.features import Features, tap_positions
+from spa_jax.models.llama import Entry, Llama
+from spa_jax.training.features import AT_TARGETS, Features, Kept, blocks_above, with_positions
 
 FORMAT_VERSION = 1
 SHARD_EXAMPLES = 256
@@ -34,34 +37,54 @@ class FeatureSpec:
     """The kind of features in a cache.
 
     Attributes:
-        fingerprint: identity of the backbone.
+        identity: of the backbone, see `Backbone.identity`.
         taps: which hidden states are tapped.
         hidden_size: D.
-        dtype: NumPy name of the dtype of hidden states and taps.
-        everywhere: whether taps are kept at all T positions, for a side network that attends, or where targets are
-            predicted.
+        dtype: NumPy name of the dtype of states and taps.
+        kept: which features.
+        entry: where corrections enter.
+        keys: blocks above the entry, key/value heads and head width, `(L', K, H)`; where they are kept.
+        keys_dtype: NumPy name of the dtype of keys and values.
     """
 
-    fingerprint: str
+    identity: str
     taps: tuple[int, ...]
     hidden_size: int
     dtype: str
-    everywhere: bool = False
+    kept: Kept = AT_TARGETS
+    entry: Entry = "head"
+    keys: tuple[int, int, int] = (0, 0, 0)
+    keys_dtype: str = ""
+
+    @classmethod
+    def for_model(cls, identity: str, model: Llama, kept: Kept, keys_dtype: str) -> "FeatureSpec":
+        """Describes the features that a backbone's program gives."""
+        size = model.config
+        spec = cls(identity, model.taps, size.hidden_size, np.dtype(model.dtype).name, kept, model.entry)
+        if not kept.keys:
+            return spec
+        above = blocks_above(model).num_layers
+        return dataclasses.replace(spec, keys=(above, size.num_kv_heads, size.head_dim), keys_dtype=keys_dtype)
 
     @property
     def key(self) -> str:
         """Name of the directory that holds these features."""
-        text = json.dumps([FORMAT_VERSION, dataclasses.asdict(self)])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        fields: dict[str, Any] = {"fingerprint": self.identity, "taps": self.taps, "hidden_size": self.hidden_size}
+        fields |= {"dtype": self.dtype, "everywhere": self.kept.taps_everywhere}
+        if self.entry != "head":
+            fields |= {"entry": self.entry, "states": self.kept.states_everywhere, "keys": self.keys_dtype}
+        return hashlib.sha256(json.dumps([FORMAT_VERSION, fields]).encode()).hexdigest()[:16]
 
     def shapes(self, tokens: int, targets: int) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """Returns shape and dtype of hidden, taps and base loss of T tokens and R targets, in the order of a record."""
+        """Returns shape and dtype of states, taps, base loss, and of keys and values where they are kept, for T tokens
+        and R targets, in the order of a record."""
         dtype = np.dtype(self.dtype)
-        return [
-            ((targets, self.hidden_size), dtype),
-            ((len(self.taps), tokens if self.everywhere else targets, self.hidden_size), dtype),
+        shapes = [
+            ((tokens if self.kept.states_everywhere else targets, self.hidden_size), dtype),
+            ((len(self.taps), tokens if self.kept.taps_everywhere else targets, self.hidden_size), dtype),
             ((targets,), np.dtype(np.float32)),
         ]
+        return shapes + ([((*self.keys, tokens), jnp.dtype(self.keys_dtype))] * 2 if self.kept.keys else [])
 
     def record(self, example: Example) -> list[tuple[tuple[int, ...], np.dtype]]:
         """Returns the `shapes` of an example."""
@@ -102,15 +125,22 @@ class TapCache:
         """Returns the examples whose features are not cached yet, each once, in the order given."""
         return list({e.digest: e for e in examples if e.digest not in self._places}.values())
 
+    def needed_bytes(self, examples: Sequence[Example]) -> int:
+        """Computes the size of what is not cached yet."""
+        return sum(self.spec.bytes(example) for example in self.missing(examples))
+
+    def has_room(self, need: int, limit_gib: float) -> bool:
+        """Tells whether so many bytes are within the limit and fit on the disk."""
+        return need <= limit_gib * 2**30 and need <= 0.95 * shutil.disk_usage(self.directory).free
+
     def check_room(self, examples: Sequence[Example], limit_gib: float) -> None:
         """Refuses a build that is larger than the limit or the disk.
 
         Raises:
             UserError: with the size, and what to change.
         """
-        need = sum(self.spec.bytes(example) for example in self.missing(examples))
-        free = shutil.disk_usage(self.directory).free
-        if need > limit_gib * 2**30 or need > 0.95 * free:
+        need, free = self.needed_bytes(examples), shutil.disk_usage(self.directory).free
+        if not self.has_room(need, limit_gib):
             raise UserError(
                 f"the tap cache would need {need / 2**30:.1f} GiB in '{self.directory}' (limit tap_cache.limit_gib="
                 f"{limit_gib:g}, free on disk {free / 2**30:.1f} GiB): read fewer taps (side.taps), set "
@@ -138,7 +168,7 @@ class TapCache:
             self._write(pending)
 
     def read(self, example: Example) -> list[np.ndarray]:
-        """Reads hidden `[R,D]`, taps `[P,R,D]` and base loss `[R]` of one example.
+        """Reads states, taps, base loss, and keys and values of one example, as `FeatureSpec.shapes` says.
 
         Raises:
             UserError: the shard is damaged.
@@ -163,23 +193,20 @@ class TapCache:
         """Reads the batch of these rows, padded as by `pipeline.collate`; a row of -1 has no weight anywhere."""
         batch = collate(examples, rows, shape)
         shapes = self.spec.shapes(batch.tokens.shape[1], batch.predict.shape[1])
-        hidden, taps, base_loss = (np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes)
+        padded = [np.zeros((len(rows), *shape), dtype) for shape, dtype in shapes]
         for i, row in enumerate(rows):
             if row >= 0:
-                arrays = self.read(examples[row])
-                hidden[i, : arrays[0].shape[0]] = arrays[0]
-                taps[i, :, : arrays[1].shape[1]] = arrays[1]
-                base_loss[i, : arrays[2].shape[0]] = arrays[2]
-        positions, reads = tap_positions(batch, self.spec.everywhere)
-        leaves: list[Any] = [hidden, taps, base_loss, batch.targets, batch.weights, positions, reads]
-        return Features(*leaves)
+                for whole, part in zip(padded, self.read(examples[row]), strict=True):
+                    whole[i][tuple(map(slice, part.shape))] = part
+        states, taps, base_loss, *keys = (cast(Any, array) for array in padded)
+        features = with_positions(batch, self.spec.kept, self.spec.entry, states, taps, base_loss)
+        return features._replace(keys=dict(zip(("k", "v"), keys))) if keys else features
 
     def _pack(self, features: Features, example: Example) -> bytes:
-        shapes = self.spec.record(example)
-        reads = shapes[1][0][1]
-        count = len(example.predict)
-        arrays = (features.hidden[:count], features.taps[:, :reads], features.base_loss[:count])
-        return b"".join(np.asarray(a).astype(dtype).tobytes() for a, (_, dtype) in zip(arrays, shapes, strict=True))
+        keys = [] if features.keys is None else [features.keys["k"], features.keys["v"]]
+        arrays, shapes = [features.states, features.taps, features.base_loss, *keys], self.spec.record(example)
+        parts = (np.asarray(a)[tuple(map(slice, shape))].astype(dtype) for a, (shape, dtype) in zip(arrays, shapes))
+        return b"".join(part.tobytes() for part in parts)
 
     def _write(self, records: Sequence[tuple[str, bytes]]) -> None:
         digests = [digest for digest, _ in records]

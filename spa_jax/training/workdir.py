@@ -24,6 +24,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tran
 """Packages whose versions config.json records."""
 TIMING = ("train/steps", "time/train_seconds", "tokens/per_second", "data/backbone_passes")
 """Keys of summary.json that describe the process that trained, and not the result."""
+LATER_KEYS = {
+    "side": {"entry": "head", "edits": "targets"},
+    "tap_cache": {"dtype": ""},
+    "router": {"labels": "router"},
+}
+"""Config keys that older runs do not have, with what was so before there was a choice."""
 
 
 def check_writable(workdir: Path) -> None:
@@ -51,6 +57,7 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
             before, fingerprint, data_before = old["config"], old["backbone_fingerprint"], old["data_fingerprint"]
+            before = _with_later_keys(before)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
         if fingerprint != backbone.fingerprint:
@@ -89,6 +96,11 @@ def read_timing(workdir: Path) -> dict[str, float]:
         return {name: summary[name] for name in TIMING if name in summary}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _with_later_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the config of an older run the keys that came after it, with the values by which it was trained."""
+    return {**config, **{group: {**keys, **config[group]} for group, keys in LATER_KEYS.items()}}
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

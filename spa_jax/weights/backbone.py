@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from spa_jax.models.block import LlamaConfig
 from spa_jax.models.compute import AUTOMATIC, Compute
-from spa_jax.models.llama import Llama, Params, Remat
+from spa_jax.models.llama import Entry, Llama, Params, Remat
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 
 if TYPE_CHECKING:
@@ -48,11 +48,12 @@ class Backbone:
         """Identifies what it computes: the fingerprint, and how weights are kept if that changes results."""
         return self.fingerprint + ("" if self.compute.weights == "float" else f"-{self.compute.weights}")
 
-    def model(self, taps: tuple[int, ...] = (), remat: Remat = "none") -> Llama:
+    def model(self, taps: tuple[int, ...] = (), remat: Remat = "none", entry: Entry = "head") -> Llama:
         """Makes the program that these parameters belong to.
 
         Args:
             taps: the hidden states to return, see `Llama`.
             remat: what a block keeps for the backward pass.
+            entry: where corrections enter.
         """
-        return Llama(self.config, taps, self.dtype, remat, self.partitioner, self.compute)
+        return Llama(self.config, taps, self.dtype, remat, self.partitioner, self.compute, entry)

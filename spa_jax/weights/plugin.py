@@ -14,13 +14,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spa_jax.errors import UserError
 from spa_jax.files import replaced_directory, write_json
+from spa_jax.models.combine import Edits
 from spa_jax.models.llama import Params
 from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, 3)
+"""Format 2 knows no inner entry: its corrections enter at `head`."""
 WEIGHTS, CONFIG = "plugin.safetensors", "plugin_config.json"
 DESCRIPTION = {
     "format_version": int,
@@ -30,12 +33,14 @@ DESCRIPTION = {
         "hidden_size": int,
         "threshold": float,
         "offset": bool,
+        "entry": ("head", int),
+        "edits": get_args(Edits),
     },
     "backbone": str,
     "fingerprint": str,
     "template": ("chat", "plain"),
 }
-"""The keys of plugin_config.json, with their types, or their choices in parentheses."""
+"""The keys of plugin_config.json, with their types, or their choices of values and types in parentheses."""
 
 
 Config = TypeVar("Config", PluginConfig, PeftConfig)
@@ -82,6 +87,12 @@ class Trained(abc.ABC, Generic[Config]):
 
 class Plugin(Trained[PluginConfig]):
     """A trained side network and router: its parameters are `{"side": ..., "router": ...}`."""
+
+    def check(self, backbone: Backbone) -> None:
+        super().check(backbone)
+        entry, blocks = self.config.entry, backbone.config.num_layers
+        if entry != "head" and entry >= blocks:
+            raise UserError(f"this plugin enters in front of block {entry}, and '{backbone.name}' has {blocks} blocks")
 
     def save(self, directory: Path) -> None:
         description = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -136,17 +147,36 @@ def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}") from error
     version = description.get("format_version") if isinstance(description, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"'{path}' has plugin format {version}, this spa_jax reads format {FORMAT_VERSION}")
+    if version not in READABLE:
+        formats = " and ".join(map(str, READABLE))
+        raise UserError(f"'{path}' has plugin format {version}, this spa_jax reads format {formats}")
     setting = description["config"].get("setting") if isinstance(description.get("config"), dict) else None
     if setting in PEFT_SETTINGS and pattern is DESCRIPTION:
         raise UserError(
             f"'{path.parent}' holds a '{setting}', which works within the backbone and has no side network: it runs "
             "by spa_jax.generate with --channel=none"
         )
-    if not _matches(description, pattern) or description["config"].get("side", {}).get("taps") == []:
-        raise UserError(f"'{path}' is damaged: its keys or values are not those of plugin format {FORMAT_VERSION}")
+    if version == 2 and pattern is DESCRIPTION and isinstance(description.get("config"), dict):
+        description["config"] = {"entry": "head", "edits": "targets", **description["config"]}
+    if not _matches(description, pattern):
+        raise UserError(f"'{path}' is damaged: its keys or values are not those of plugin format {version}")
+    if "side" in description["config"]:
+        _check_entry(path, description["config"])
     return description
+
+
+def _check_entry(path: Path, config: dict[str, Any]) -> None:
+    """Refuses taps and edits that do not go with the entry.
+
+    Raises:
+        UserError: there is no tap, one above the entry, or the edits are not possible.
+    """
+    taps, entry, edits = config["side"]["taps"], config["entry"], config["edits"]
+    if not taps or (entry != "head" and max(taps) > entry):
+        raise UserError(f"'{path}' is damaged: a side network that enters at {entry} cannot read the taps {taps}")
+    if edits == "all" and (entry == "head" or config["offset"]):
+        offset = " whose router has an offset" if config["offset"] else ""
+        raise UserError(f"'{path}' is damaged: edits 'all' do not go with a plugin that enters at {entry}{offset}")
 
 
 def _matches(value: Any, pattern: Any) -> bool:
@@ -159,4 +189,4 @@ def _matches(value: Any, pattern: Any) -> bool:
         )
     if isinstance(pattern, list):
         return isinstance(value, list) and all(_matches(item, pattern[0]) for item in value)
-    return value in pattern if isinstance(pattern, tuple) else type(value) is pattern
+    return value in pattern or type(value) in pattern if isinstance(pattern, tuple) else type(value) is pattern

@@ -12,9 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import pytest
 import rich
 from absl import flags
+
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.side import SideConfig
+from spa_jax.weights.huggingface import load_directory
+from spa_jax.weights.plugin import Plugin
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,6 +128,18 @@ def fresh_logs() -> Iterator[None]:
         for log, (level, handlers, propagate) in zip(logs, kept):
             log.level, log.handlers, log.propagate = level, handlers, propagate
         rich.reconfigure()
+
+
+@pytest.fixture(scope="session")
+def opening_plugin(tiny_backbone_directory, tmp_path_factory) -> Path:
+    """A random plugin that enters in front of the last block, and corrects the prompt too."""
+    backbone = load_directory(tiny_backbone_directory)
+    config = PluginConfig("s1", SideConfig("tokenwise", 6, (0, 2)), 32, entry=2, edits="all")
+    rng, shapes = np.random.default_rng(3), init_plugin(config, abstract=True)
+    params = jax.tree.map(lambda leaf: 0.4 * rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    path = tmp_path_factory.mktemp("opening") / "plugin"
+    Plugin(config, params, str(tiny_backbone_directory), backbone.fingerprint, "chat").save(path)
+    return path
 
 
 @pytest.fixture

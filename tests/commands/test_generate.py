@@ -110,6 +110,27 @@ def test_a_simulated_network_takes_what_its_flags_say(answer):
     assert gone["tokens"] == answer("--setting=base")[0]["tokens"]
 
 
+def test_an_opening_is_counted_apart_and_one_that_fails_is_said(command, opening_plugin, tmp_path):
+    def answer(*arguments):
+        output = tmp_path / "answer.json"
+        few = ["--max_new_tokens=4", f"--output={output}"]
+        result = command(GENERATE, f"--plugin={opening_plugin}", PROMPT, *few, *arguments)
+        assert result.status == 0, result.err
+        return json.loads(output.read_text()), result.out
+
+    one, _ = answer()
+    two, printed = answer("--channel=simulated", "--tau=0.5", "--down=1e12", "--up=1e12", "--deadline=9")
+    assert two["tokens"] == one["tokens"]
+    assert (two["exchanges"], two["opening_exchanges"], two["uncorrected_prompts"]) == (len(one["tokens"]) - 1, 1, 0)
+    assert two["opening_seconds"] == pytest.approx(0.5, rel=1e-3)
+    assert two["network_seconds"] == pytest.approx(0.5 * two["exchanges"], rel=1e-3)
+    assert "; 1 opening exchange in 0.50 s" in printed
+    gone, printed = answer("--channel=simulated", "--deadline=0.001")
+    assert (gone["opening_exchanges"], gone["uncorrected_prompts"], gone["degraded"]) == (1, 1, len(gone["tokens"]) - 1)
+    assert "in vain: the prompt is uncorrected" in printed
+    assert gone["tokens"] != one["tokens"]
+
+
 @pytest.mark.slow
 def test_fewer_bytes_by_a_smaller_codec(answer):
     full, small = (answer("--channel=in-process", f"--codec={codec}")[0] for codec in ("float32", "int8"))
@@ -219,6 +240,32 @@ def test_a_lora_and_an_adapter_answer_within_one_program_alone(config, command, 
         f"--channel=simulated leads to a side network, and a '{config.setting}' works within the backbone: use "
         "--channel=none (experiments.benchmarks.table2_network counts"
     )
+
+
+def _with_config(plugin, copy, **changed):
+    """Copies a plugin with other values in its config, `taps` among them."""
+    shutil.copytree(plugin, copy)
+    description = json.loads((copy / "plugin_config.json").read_text())
+    description["config"]["side"]["taps"] = changed.pop("taps", description["config"]["side"]["taps"])
+    description["config"] |= changed
+    (copy / "plugin_config.json").write_text(json.dumps(description))
+    return copy
+
+
+def test_an_entry_that_cannot_be_is_refused_in_one_line(command_here, opening_plugin, tmp_path):
+    for number, (changed, says) in enumerate(
+        [
+            ({"taps": [0, 3]}, "a side network that enters at 2 cannot read the taps [0, 3]"),
+            ({"entry": "head"}, "edits 'all' do not go with a plugin that enters at head"),
+            ({"setting": "spa", "offset": True}, "enters at 2 whose router has an offset"),
+            ({"entry": -1}, "a side network that enters at -1 cannot read the taps [0, 2]"),
+            ({"entry": 3}, "enters in front of block 3, and"),
+        ]
+    ):
+        plugin = _with_config(opening_plugin, tmp_path / str(number), **changed)
+        command_here(GENERATE, f"--plugin={plugin}", PROMPT).assert_refused(says)
+    token = ["--channel=in-process", "--reply=token"]
+    command_here(GENERATE, f"--plugin={opening_plugin}", PROMPT, *token).assert_refused("in front of block 2")
 
 
 def test_a_damaged_plugin_is_one_message(command_here, plugin, tmp_path):

@@ -72,6 +72,20 @@ def test_a_device_prints_the_answer_with_the_source_of_each_token(reply, command
     assert "thing" not in log.read_text()
 
 
+def test_a_device_says_what_an_opening_took(command, cloud, opening_plugin, tmp_path):
+    said = {}
+    for module, *where in ([GENERATE], [SERVE, "device", f"--cloud={cloud[0].address}"]):
+        output = tmp_path / f"{module}.json"
+        result = command(module, *where, f"--plugin={opening_plugin}", *ASK, f"--output={output}")
+        assert result.status == 0, result.err
+        said[module] = json.loads(output.read_text())
+    device = said[SERVE]
+    assert (device["tokens"], device["sources"]) == (said[GENERATE]["tokens"], said[GENERATE]["sources"])
+    assert (device["exchanges"], device["opening_exchanges"]) == (len(device["tokens"]) - 1, 1)
+    assert (device["uncorrected_prompts"], device["degraded"]) == (0, 0)
+    assert "0 tokens degraded; 1 opening exchange (tokens from the plugin in brackets)" in result.out
+
+
 def test_the_cloud_counts_what_it_does(command, cloud, plugin):
     def counted():
         with urllib.request.urlopen(f"http://127.0.0.1:{cloud[2]}/metrics") as page:
@@ -108,6 +122,11 @@ def test_the_cloud_counts_what_it_does(command, cloud, plugin):
 def test_what_will_not_do_is_refused_in_one_line(arguments, says, command_here, plugin, tiny_backbone_directory):
     own = [f"--backbone={tiny_backbone_directory}"] if arguments[:1] == ["cloud"] else []
     command_here(SERVE, *(argument.replace("PLUGIN", str(plugin)) for argument in arguments), *own).assert_refused(says)
+
+
+def test_tokens_of_a_plugin_that_enters_in_front_of_a_block_are_refused(command_here, opening_plugin, head):
+    arguments = [f"--plugin={opening_plugin}", *ASK, "--reply=token", f"--head={head}"]
+    command_here(SERVE, "device", *arguments).assert_refused("in front of block 2")
 
 
 def test_beam_search_with_tokens_is_refused(command_here, plugin, head):

@@ -48,6 +48,19 @@ def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     assert (found.flops, found.unknown_loops) == (2 * ROWS * WIDTH * WIDTH, 1)
 
 
+def test_a_loop_of_unknown_length_within_another_one_runs_as_often_as_is_said():
+    def program(x, kernel, times):
+        def turn(x):
+            return jax.lax.fori_loop(0, jnp.where(x[0, 0] > 0, 5, 0), lambda _, x: x @ kernel, x)
+
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < times, turn, x)
+
+    text = compiled(program, (ROWS, WIDTH), (WIDTH, WIDTH), ())
+    once, told = cost(text), cost(text, inner_trips=5)
+    assert (once.flops, once.unknown_loops) == (2 * ROWS * WIDTH * WIDTH, 2)
+    assert (told.flops, told.unknown_loops) == (5 * 2 * ROWS * WIDTH * WIDTH, 1)
+
+
 LOOP = """HloModule loop
 
 %body (p: (s32[], f32[8,64], f32[64,64])) -> (s32[], f32[8,64], f32[64,64]) {
@@ -81,11 +94,19 @@ ENTRY %main (a: f32[8,64], b: f32[64,64]) -> f32[8,64] {
   ROOT %sum = f32[8,64]{1,0} all-reduce(%out), channel_id=2, to_apply=%add
 }
 """
-"""As the TPU compiler writes it: no trip count, products as convolutions, a fast memory, exchanges in two halves."""
+"""A module as the TPU compiler writes it: no trip count, products as convolutions, exchanges in two halves."""
 
 
-def test_a_loop_without_a_trip_count_is_counted_by_its_counter():
-    found = cost(LOOP)
+@pytest.mark.parametrize(
+    "text",
+    [
+        LOOP,
+        LOOP.replace("tuple(%next,", "tuple(%kept,").replace("  %gathered", "  %kept = s32[] copy(%next)\n  %gathered"),
+    ],
+    ids=["counted", "counted and copied"],
+)
+def test_a_loop_without_a_trip_count_is_counted_by_its_counter(text):
+    found = cost(text)
     assert found.flops == 3 * 2 * 8 * 64 * 64  # 1, 3, 5
     assert found.collectives == {"all-gather": 3 * 64 * 64 * 4, "all-reduce": 8 * 64 * 4}
     assert found.largest_outside == {"all-reduce": 8 * 64 * 4}

@@ -71,6 +71,18 @@ def test_with_a_tap_cache_the_backbone_pass_is_a_program_of_its_own(compiled, st
     assert backbone_pass.cost.flops + train.cost.flops == pytest.approx(step.cost.flops, rel=2e-3)
 
 
+@pytest.mark.parametrize("edits", ["targets", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_step_at_an_inner_entry_goes_through_the_upper_blocks_alone(edits, compiled, described):
+    """Forward with the device's correction and without, and back twice as well; the rest is head and side network."""
+    options = {"side.entry": "4", "side.edits": edits, "side.taps": "0,2,4", "tap_cache.enabled": True}
+    backbone_pass, train = compiled("train", **options)
+    block = 2 * (D * (N + 2 * K) * H + N * H * D + 3 * D * F)
+    assert backbone_pass.cost.flops > ROWS * LENGTH * L * block
+    upper = ROWS * LENGTH * (L - 4) * block
+    assert 4 * upper < train.cost.flops < 5 * upper
+    assert train.temporary_bytes < 4 * architecture(described).num_params
+
+
 def test_generating_a_token_reads_the_backbone_once(compiled, described):
     prefill, advance = compiled("cloud")
     kernels = init_params(architecture(described), abstract=True)
@@ -78,6 +90,20 @@ def test_generating_a_token_reads_the_backbone_once(compiled, described):
     assert size < advance.cost.bytes < 5 * size  # a CPU copies a block's kernels out of the stack first
     assert advance.cost.unknown_loops == 1
     assert advance.cost.flops < 0.2 * prefill.cost.flops
+
+
+@pytest.mark.parametrize(
+    ("entry", "edits"), [("2", "all"), pytest.param("0", "targets", marks=pytest.mark.slow)], ids=str
+)
+def test_a_new_token_costs_the_cloud_the_same_wherever_corrections_enter(entry, edits, compiled):
+    """And the prompts go through every block once, in one program or in two."""
+    prefill, advance = compiled("cloud")
+    options = {"side.entry": entry, "side.edits": edits, "side.taps": "0"}
+    *opening, inner = compiled("cloud", **options)
+    assert [program.name for program in opening] == ["prefill", "correct prompts"][: 1 + (edits == "all")]
+    assert sum(program.cost.flops for program in opening) == pytest.approx(prefill.cost.flops, rel=0.02)
+    assert inner.cost.flops == pytest.approx(advance.cost.flops, rel=0.02)
+    assert inner.cost.unknown_loops == 1
 
 
 @pytest.mark.parametrize("kind", ["tokenwise", "transformer"])

@@ -86,15 +86,30 @@ def test_the_cloud_half_of_llama_7b_fits_four_small_chips(compile_for):
 
 
 def test_the_cloud_half_of_llama_7b_in_8_bits_fits_one_small_chip(compile_for):
-    """It reads each matrix once a token, as int8: no floats are written."""
+    """It reads each matrix once a token, as int8: no floats are written. The prompt's program has no use for the LM
+    head."""
     status, report = compile_for(
         "v5e:1x1", "--program=cloud", "--config.compute.weights=int8", "--rows=8", "--length=896"
     )
     assert status == 0
     prefill, advance = report["programs"]
-    weights = 6.74e9
-    assert weights < prefill["argument_bytes"] < 1.01 * weights
+    weights, head = 6.74e9, 32000 * 4096
+    assert weights - head < prefill["argument_bytes"] < 1.01 * (weights - head)
+    assert weights < advance["argument_bytes"]
     assert advance["peak_bytes"] < report["chip_bytes"]
+
+
+def test_prompts_that_are_corrected_go_through_every_block_once(compile_for):
+    inner = ("--config.side.entry=16", "--config.side.edits=all")
+    status, report = compile_for(
+        "v5e:1x1", "--program=cloud", "--rows=8", "--length=256", *inner, backbone="smollm2-135m-instruct"
+    )
+    assert status == 0
+    assert [program["name"] for program in report["programs"]] == ["prefill", "correct prompts", "advance"]
+    assert [program["cost"]["unknown_loops"] for program in report["programs"]] == [0, 0, 1]
+    blocks = 2 * 8 * 256 * 106.2e6
+    assert sum(program["cost"]["flops"] for program in report["programs"][:2]) == pytest.approx(blocks, rel=0.01)
+    assert 2 * 8 * 134e6 < report["programs"][2]["cost"]["flops"] < 1.2 * 2 * 8 * 134e6
 
 
 def test_splash_attention_keeps_no_scores(compile_for):

@@ -34,10 +34,12 @@ class Reading:
     def __init__(self, backbone: Backbone) -> None:
         self.cloud = Cloud(backbone)
         self.plugins = {kind: make_plugin("spa", kind) for kind in ("tokenwise", "transformer")}
+        self.plugins["opening"] = make_plugin("spa", "transformer", 4, 2, "all")
         self.requests = {
             ("tokenwise", "token"): open_message(self.plugins["tokenwise"], PROMPTS, 4, reply="token", threshold=0),
             ("tokenwise", "correction"): open_message(self.plugins["tokenwise"], PROMPTS, 4, "int8", threshold=0),
             ("transformer", "correction"): open_message(self.plugins["transformer"], PROMPTS, 4, threshold=0),
+            ("opening", "correction"): open_message(self.plugins["opening"], PROMPTS, 4, threshold=0),
         }
         self.pairs = []
         for (kind, _), request in self.requests.items():
@@ -53,23 +55,24 @@ class Reading:
         seeds = [bytes([0]) + request.SerializeToString() for request in self.requests.values()]
         for number, (_, _, question, reply) in enumerate(self.pairs):
             seeds.append(bytes([1 + 2 * number]) + question.SerializeToString())
-            seeds.append(bytes([2 + 2 * number]) + reply.SerializeToString())
+            if not question.prompt:
+                seeds.append(bytes([2 + 2 * number]) + reply.SerializeToString())
         opened = client.FromCloud(opened={"session": "s", "version": wire.VERSION, "lengths": [3, 4, 5, 6]})
         progress = client.FromCloud(progress={"generated": [{"tokens": [1], "pieces": ["a"], "consulted": [True]}]})
-        return [*seeds, *(bytes([7]) + message.SerializeToString() for message in (opened, progress))]
+        return [*seeds, *(bytes([9]) + message.SerializeToString() for message in (opened, progress))]
 
     def read(self, data: bytes) -> None:
-        """As the reader that the first byte names."""
-        who, data = (data[0] % 9 if data else 8), data[1:]
+        """Reads as the one that the first byte names."""
+        who, data = (data[0] % 11 if data else 10), data[1:]
         if who == 0:
             self.cloud.plan(wire.parse(Open, data)).bytes  # noqa: B018
-        elif who <= 6:
-            session, device, *_ = self.pairs[(who - 1) // 2]
-            if who % 2:
+        elif who <= 8:
+            session, device, question, _ = self.pairs[(who - 1) // 2]
+            if who % 2 or question.prompt:  # a reply about a prompt, once read, changes the session
                 device.receive(wire.parse(Taps, data))
             else:
                 session.read_reply(wire.parse(Reply, data))
-        elif who == 7:
+        elif who == 9:
             request = self.requests["tokenwise", "correction"]
             client.DeviceClient(self.plugins["tokenwise"], request, None, None, None).handle_message(data)
         else:

@@ -67,7 +67,7 @@ def request_of():
         usual = {
             "version": wire.VERSION, "backbone": FINGERPRINT, "setting": "spa", "threshold": 0.5, "router": kernel,
             "offset": offset, "taps": [0, 2, 3], "codec": "float32", "prompts": [{"tokens": p} for p in PROMPTS],
-            "max_new_tokens": NEW, "sampling": {"top_p": 1.0}, "reply": "correction",
+            "max_new_tokens": NEW, "sampling": {"top_p": 1.0}, "reply": "correction", "edits": "targets",
         }  # fmt: skip
         return Open(**(usual | fields))
 
@@ -88,6 +88,7 @@ def test_a_cloud_needs_no_plugin(cloud, request_of):
     ("wrong", "says"),
     [
         ({"version": 9}, rf"speaks version 9 of the protocol and the cloud version {wire.VERSION}"),
+        ({"version": 3}, rf"speaks version 3 of the protocol and the cloud version {wire.VERSION}"),
         ({"backbone": "0" * 32}, f"fingerprint {'0' * 32}, and the cloud runs 'tiny' with fingerprint {FINGERPRINT}"),
         ({"setting": "s4"}, "unknown setting"),
         ({"setting": ""}, "unknown setting"),
@@ -115,6 +116,15 @@ def test_a_cloud_needs_no_plugin(cloud, request_of):
         ({"sampling": {"top_p": 1.0, "top_k": -3}}, "top_k is -3"),
         ({"reply": "g"}, "reply mode 'g' is unknown; choices are correction, token"),
         ({"reply": "token", "beams": {"width": 2, "early_stopping": "false"}}, "beam search .* 'token' can only"),
+        ({"entry": 3}, "enter in front of block 3, which this backbone has not"),
+        ({"entry": 2**32 - 1}, "which this backbone has not"),
+        ({"entry": 2}, "taps .0, 2, 3., which this backbone has not below the entry"),
+        ({"entry": 0, "taps": [0, 1]}, "taps .0, 1., which this backbone has not below the entry"),
+        ({"edits": ""}, "edits '' are unknown; choices are targets, all"),
+        ({"edits": "some", "entry": 2, "taps": [2]}, "edits 'some' are unknown"),
+        ({"edits": "all", "offset": b""}, "edits 'all' need .* in front of a block, .* at the entry head$"),
+        ({"edits": "all", "entry": 2, "taps": [2]}, "edits 'all' need .* at the entry 2 with an offset"),
+        ({"reply": "token", "entry": 2, "taps": [2]}, "in front of block 2, .* cannot choose tokens"),
         ({"beams": {"width": 0, "early_stopping": "false"}}, "beams is 0"),
         ({"beams": {"width": 2, "early_stopping": "soon"}}, "early_stopping is 'soon'; choices are true, false, never"),
     ],

@@ -8,20 +8,25 @@ from tiny_split import NEW, SIDES, TIE, generate_and_record, judge, make_plugin,
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.split import device as device_module
-from spa_jax.split import session as session_module
+from spa_jax.split import opening
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate
 from spa_jax.split.messages_pb2 import Reply, Taps
+from spa_jax.split.opening import CHUNK_POSITIONS
 from spa_jax.split.request import open_message
-from spa_jax.split.session import CHUNK_POSITIONS
 from spa_jax.split.wire import WireError
 
 PROMPTS = make_prompts(19)
-KINDS = [("tokenwise", None), ("transformer", None), ("transformer", 4)]
+SEEDS = {0: 7, 2: 7}
+"""Seeds of the plugins at inner entries."""
+KINDS = [
+    ("tokenwise", None, "head"), ("transformer", None, "head"), ("transformer", 4, "head"), ("tokenwise", None, 0),
+    ("transformer", 3, 2),
+]  # fmt: skip
 
 
-def _request(kind, width, **how):
-    plugin = make_plugin("spa", kind)
+def _request(kind, width, entry="head", **how):
+    plugin = make_plugin("spa", kind, SEEDS.get(entry, 4), entry)
     return plugin, open_message(plugin, PROMPTS, NEW, beams=Beams(width) if width else None, **how)
 
 
@@ -76,7 +81,7 @@ def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
     whole, channel = generate_and_record(cloud, plugin, request)
     assert max(len(prompt) for prompt in PROMPTS) < CHUNK_POSITIONS
     assert len(channel.sent) == len(PROMPTS)
-    monkeypatch.setattr(session_module, "CHUNK_POSITIONS", 7)
+    monkeypatch.setattr(opening, "CHUNK_POSITIONS", 7)
     parts, channel = generate_and_record(cloud, plugin, request)
     assert _said(parts) == _said(whole)
     assert [len(Taps.FromString(message).rows) for message in channel.sent] == [
@@ -84,18 +89,18 @@ def test_a_long_prompt_comes_in_parts(cloud, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("kind", "width"), KINDS)
-def test_messages_that_come_twice_mean_what_they_mean_once(kind, width, cloud):
-    plugin, request = _request(kind, width)
+@pytest.mark.parametrize(("kind", "width", "entry"), KINDS)
+def test_messages_that_come_twice_mean_what_they_mean_once(kind, width, entry, cloud):
+    plugin, request = _request(kind, width, entry)
     once, channel = generate_and_record(cloud, plugin, request)
     twice, again = generate_and_record(cloud, plugin, request, times=2)
     assert twice.generations == once.generations
     assert again.exchanged == channel.exchanged
 
 
-@pytest.mark.parametrize(("kind", "width"), KINDS)
-def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, backbone, cloud):
-    plugin, request = _request(kind, width)
+@pytest.mark.parametrize(("kind", "width", "entry"), KINDS)
+def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, entry, backbone, cloud):
+    plugin, request = _request(kind, width, entry)
     result, channel = generate_and_record(cloud, plugin, request, _some_lost)
     assert result.degraded == len(channel.lost) > 3
     beams = Beams(width) if width else None
@@ -118,11 +123,11 @@ def test_after_a_loss_all_is_as_if_the_device_had_been_in_step(kind, width, back
     assert compared > 10
 
 
-@pytest.mark.parametrize(("kind", "width"), KINDS)
-def test_a_device_that_never_answers_is_one_that_is_never_asked(kind, width, cloud):
-    plugin, request = _request(kind, width)
+@pytest.mark.parametrize(("kind", "width", "entry"), KINDS)
+def test_a_device_that_never_answers_is_one_that_is_never_asked(kind, width, entry, cloud):
+    plugin, request = _request(kind, width, entry)
     silent, channel = generate_and_record(cloud, plugin, request, lambda exchange: "question lost")
-    never = generate(cloud, plugin, _request(kind, width, threshold=1.0)[1])
+    never = generate(cloud, plugin, _request(kind, width, entry, threshold=1.0)[1])
     assert silent.generations == never.generations
     assert silent.degraded == len(channel.lost) > 0
     assert (never.degraded, never.traffic.exchanges) == (0, 0)

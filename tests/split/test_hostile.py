@@ -23,7 +23,9 @@ KINDS = [
 ]
 SMALL = st.one_of(st.integers(0, 6), st.sampled_from([40, 96, 97, 2**31 - 1, 2**32 - 1]))
 FRACTIONS = st.one_of(st.sampled_from([0.0, 0.5, 1.0, -1.0, float("nan"), float("inf")]), st.floats())
-TEXTS = st.sampled_from(["", "spa", "s1", "float32", "int8", "correction", "token", "plain", "chat", "true", "x" * 999])
+TEXTS = st.sampled_from(
+    ["", "spa", "s1", "float32", "int8", "correction", "token", "plain", "chat", "true", "targets", "all", "x" * 999]
+)
 
 
 def messages(kind, arrays):
@@ -78,12 +80,18 @@ def test_a_message_comes_back_from_its_bytes(kind, data):
 
 
 @pytest.fixture(
-    scope="module", params=[("tokenwise", "correction"), ("transformer", "correction"), ("tokenwise", "token")]
+    scope="module",
+    params=[
+        ("tokenwise", "correction", "head", "targets"),
+        ("transformer", "correction", "head", "targets"),
+        ("tokenwise", "token", "head", "targets"),
+        ("transformer", "correction", 2, "all"),
+    ],
 )
 def pair(request, cloud, backbone):
-    """A session with a question asked, its device, and the honest reply."""
-    kind, reply = request.param
-    plugin = make_plugin("s1", kind)
+    """A session with a question asked, its device, and the honest reply; with `all`, about the first prompt."""
+    kind, reply, entry, edits = request.param
+    plugin = make_plugin("s1", kind, 4, entry, edits)
     asked = open_message(plugin, PROMPTS, NEW, reply=reply)
     session = cloud.open(asked)
     device = device_for(plugin, asked, session.lengths, head_of(backbone))
@@ -126,7 +134,7 @@ def test_no_reply_upsets_a_session(pair):
         with pytest.raises(wire.WireError, match="is due"):
             session.apply_reply(message)
         wrong = Reply(step=question.step, g=message.g, tokens=message.tokens)
-        asked = len(set(question.rows))
+        asked = len(question.rows) if question.prompt else len(set(question.rows))
         fits = len(wrong.tokens) == asked if session.config.reply == "token" else len(wrong.g.values) == asked * 128
         if not fits:
             with pytest.raises(wire.WireError):
@@ -141,7 +149,8 @@ def test_no_reply_upsets_a_session(pair):
 @given(data=st.data())
 def test_no_request_upsets_a_cloud(cloud, data):
     message = data.draw(messages(Open, ARRAYS))
-    honest = open_message(make_plugin("spa"), PROMPTS, NEW)
+    entry, edits = data.draw(st.sampled_from([("head", "targets"), (2, "targets"), (2, "all")]))
+    honest = open_message(make_plugin("spa", "tokenwise", 4, entry, edits), PROMPTS, NEW)
     field = data.draw(st.sampled_from(list(Open.DESCRIPTOR.fields_by_name)))
     almost = Open()
     almost.CopyFrom(honest)

@@ -63,6 +63,8 @@ def test_lora_says_what_the_backbone_with_merged_weights_says(backbone):
     assert tokens == judge.tokens
     assert tokens != FusedModel(backbone, None).generate([PROMPT], NEW)[0].tokens
     assert traffic.exchanges == (NEW - 1) * backbone.config.num_layers
+    assert traffic.opening_exchanges == backbone.config.num_layers
+    assert traffic.prefill_bytes > len(PROMPT) * 4 * backbone.config.hidden_size * backbone.config.num_layers
 
 
 def test_adapters_follow_both_halves_of_every_block(backbone):

@@ -1,6 +1,7 @@
 """Helpers of the tests of cloud and device: random plugins and prompts, a channel that records, and the judge, which
 reruns backbone and side network over the whole text for every token."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from spa_jax.decoding import beam
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Generation, init_hypotheses, to_generations
 from spa_jax.models.block import PADDING
 from spa_jax.models.combine import ROUTED, with_correction, without_correction
-from spa_jax.models.llama import Llama, normalize_taps
+from spa_jax.models.llama import Llama, normalize_state, normalize_taps, unit
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin, offset_of, router_logits
 from spa_jax.models.router import consult_probability
 from spa_jax.models.side import SideConfig
@@ -30,10 +31,12 @@ TIE = 1e-4
 shapes_of = functools.cache(functools.partial(init_plugin, abstract=True))
 
 
-def make_plugin(setting, kind="tokenwise", seed=4):
+def make_plugin(setting, kind="tokenwise", seed=4, entry="head", edits="targets"):
     """A plugin with random parameters, as loud as f, and a router that is of two minds; one of the two kinds comes
     with an offset."""
-    config = PluginConfig(setting, SIDES[kind], 32, 0.5, offset=kind == "tokenwise")
+    side = dataclasses.replace(SIDES[kind], taps=tuple(tap for tap in TAPS if entry == "head" or tap <= entry))
+    offset = kind == "tokenwise" and edits == "targets"
+    config = PluginConfig(setting, side, 32, 0.5, offset, entry, edits)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(np.float32(0.4 * rng.standard_normal(leaf.shape))), shapes_of(config)
@@ -41,9 +44,9 @@ def make_plugin(setting, kind="tokenwise", seed=4):
     return Plugin(config, params, "tiny", FINGERPRINT, "plain")
 
 
-def random_plugin(backbone, setting, seed=4):
-    """A plugin for a backbone with the sizes of these tests, as loud as f."""
-    config = PluginConfig(setting, SIDES["tokenwise"], 32)
+def random_plugin(backbone, setting, seed=4, kind="tokenwise", entry="head", edits="targets"):
+    """A plugin for a backbone with the sizes of these tests, as loud as f, and without an offset."""
+    config = dataclasses.replace(make_plugin(setting, kind, seed, entry, edits).config, offset=False)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(np.float32(0.4 * rng.standard_normal(leaf.shape))), shapes_of(config)
@@ -78,11 +81,12 @@ class RecordingChannel(InProcess):
 
     def exchange(self, message):
         """The outcome of an exchange, counted from 0, is `arrives`, `question lost` or `answer lost`."""
-        outcome = self._outcome(self.traffic.exchanges)
+        outcome = self._outcome(len(self.exchanged))
         self.traffic.exchanges += 1
         reply = None if outcome == "question lost" else [self._call(message) for _ in range(self._times)][-1]
         if outcome != "arrives":
             reply = None
+        if reply is None and not Taps.FromString(message).prompt:
             self.lost |= {(group, token) for group, _, token in tokens_asked(message, self._prompts, self._width)}
         self.exchanged.append((message, reply))
         return reply
@@ -122,23 +126,30 @@ class Verdict(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _rerun(model, config, setting, frozen, params, tokens, lengths, threshold, answered):
-    """Logits, sigma, |p - threshold| and g of the last of each row's tokens, by the fused maths without any cache."""
+def _rerun(model, config, setting, frozen, params, tokens, lengths, first, threshold, answered):
+    """Logits, sigma, |p - threshold| and g of the last of each row's tokens, by the whole text without any cache.
+
+    The device answers at positions `[T]` that are `answered`; from `first` on they predict new tokens.
+    """
     arange = jnp.arange(tokens.shape[1])[None, :]
     positions = jnp.where(arange < lengths[:, None], arange, PADDING)
-    out = model.apply({"params": frozen}, tokens, positions)
-    g, _ = correction(config, params, normalize_taps(frozen, model.config, TAPS, out.taps), positions)
-    each = jnp.arange(tokens.shape[0])
-    f, g = out.hidden[each, lengths - 1], g[each, lengths - 1]
+    f, taps, _ = model.apply({"params": frozen}, tokens, positions, method="lower")
+    size, predicts = unit(model, f), positions >= first
+    g, _ = correction(config, params, normalize_taps(frozen, model.config, model.taps, taps), positions)
     if setting in ROUTED:
-        p = consult_probability(router_logits(params, f))
+        p = consult_probability(router_logits(params, normalize_state(frozen, model, f)))
         sigma, distance = p > threshold, jnp.abs(p - threshold)
     else:
-        sigma, distance = jnp.full(len(f), setting != "base"), jnp.ones(len(f))
-    sigma &= answered
-    uncorrected = without_correction(f, offset_of(params)) if setting in ROUTED else f
-    state = jnp.where(sigma[:, None], with_correction(setting, f, g), uncorrected)
-    return model.apply({"params": frozen}, state, method="logits"), sigma, distance, g
+        sigma, distance = jnp.full(f.shape[:2], setting != "base"), jnp.ones(f.shape[:2])
+    sigma &= answered[None, :] & (predicts | (config.edits == "all"))
+    offset = offset_of(params) if setting in ROUTED else None
+    uncorrected = f
+    if offset is not None:
+        uncorrected = without_correction(f, jnp.where(predicts[:, :, None], size * offset[None, None, :], 0))
+    state = jnp.where(sigma[:, :, None], with_correction(setting, f, size * g), uncorrected)
+    hidden, _ = model.apply({"params": frozen}, state, positions, method="upper")
+    each = jnp.arange(tokens.shape[0]), lengths - 1
+    return model.apply({"params": frozen}, hidden[each], method="logits"), sigma[each], distance[each], g[each]
 
 
 _init_hypotheses = jax.jit(init_hypotheses, static_argnums=range(5))
@@ -146,8 +157,12 @@ _search_step = jax.jit(beam.search_step, static_argnums=(0, 5))
 _log_softmax = jax.jit(jax.nn.log_softmax)
 
 
-def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=()):
-    """A `Verdict` on one prompt; the device does not answer for tokens, by their index, that are in `lost`."""
+def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=(), corrects_prompt=True):
+    """A `Verdict` on one prompt; the device does not answer for tokens, by their index, that are in `lost`, and before
+    the first one only with `corrects_prompt`."""
+    answered = np.ones(48, bool)
+    answered[[len(prompt) - 1 + token for token in lost]] = False
+    answered[: len(prompt)] &= corrects_prompt or plugin.config.edits == "targets"
     width = beams.width if beams else 1
     hypotheses = _init_hypotheses(1, width, NEW, 0, beams is not None)
     texts, tokens, asked, gaps, corrections = [list(prompt)] * width, [], [], [], []
@@ -156,7 +171,7 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
         for row, text in enumerate(texts):
             padded[row, : len(text)] = text
         lengths = np.full(width, len(prompt) + num_generated)
-        model = Llama(backbone.config, TAPS)
+        model = Llama(backbone.config, plugin.config.taps, entry=plugin.config.entry)
         logits, sigma, distance, g = _rerun(
             model,
             plugin.config,
@@ -165,8 +180,9 @@ def judge(backbone, plugin, setting, prompt, beams=None, threshold=0.5, lost=())
             plugin.params,
             padded,
             lengths,
+            len(prompt) - 1,
             threshold,
-            num_generated not in lost,
+            answered,
         )
         corrections.append(np.asarray(g))
         logits, sigma, distance, scores = map(np.asarray, (logits, sigma, distance, hypotheses.scores))

@@ -14,7 +14,7 @@ from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
-from spa_jax.training.features import Features, extract
+from spa_jax.training.features import AT_TARGETS, Features, extract
 
 TAPS = (0, 2, 3)
 
@@ -41,7 +41,9 @@ def world(tiny_config, tiny_params) -> World:
         weights=(np.arange(width) < counts[:, None]).astype(np.float32),
     )
     model = Llama(tiny_config, TAPS)
-    return World(model, tiny_params, batch, jax.jit(extract, static_argnums=(0, 3))(model, tiny_params, batch, False))
+    return World(
+        model, tiny_params, batch, jax.jit(extract, static_argnums=(0, 3))(model, tiny_params, batch, AT_TARGETS)
+    )
 
 
 @pytest.fixture(scope="session")

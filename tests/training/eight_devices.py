@@ -24,6 +24,7 @@ from spa_jax.models.peft import PeftConfig, init_peft
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import quantize
 from spa_jax.models.side import SideConfig
+from spa_jax.training.features import extract, kept_for
 from spa_jax.training.objective import RouterConfig
 from spa_jax.training.peft_recipe import PeftRecipe
 from spa_jax.training.plugin_recipe import PluginRecipe
@@ -39,11 +40,17 @@ CONFIG = LlamaConfig(
 ROWS, LENGTH, TARGETS, ACCUMULATE = 16, 12, 6, 2
 TOKENWISE = PluginConfig("spa", SideConfig("tokenwise", 8, TAPS), CONFIG.hidden_size, offset=True)
 TRANSFORMER = PluginConfig("s2", SideConfig("transformer", 8, TAPS, heads=2), CONFIG.hidden_size)
+BELOW = (0, 3)
+TARGETS_BELOW = PluginConfig("spa", SideConfig("tokenwise", 8, BELOW), CONFIG.hidden_size, offset=True, entry=3)
+ALL_BELOW = PluginConfig("s1", SideConfig("transformer", 8, BELOW, heads=2), CONFIG.hidden_size, entry=3, edits="all")
 LORA = PeftConfig("lora", 4)
 ROUTER = RouterConfig("improvement", 0.0, True, True, True)
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-2), eps=1e-4, weight_decay=0.1))
 """Training's at a constant rate, decaying vectors too, and with another eps: Adam divides by the size of a gradient,
 and with its usual eps, where that is float noise, whole steps would be."""
+
+
+extract_features = jax.jit(extract, static_argnums=(0, 3))
 
 
 def partitioner_of(shape):
@@ -74,6 +81,26 @@ def make_batch():
     )
 
 
+def run_inner(partitioner, frozen, batch):
+    """Trains and measures plugins in front of an inner block, from cached features and from tokens."""
+    model = Llama(CONFIG, BELOW, partitioner=partitioner, compute=Compute("xla"), entry=3)
+    features = extract_features(model, frozen, batch, kept_for(TARGETS_BELOW))
+    cached = partitioner.shard_batch(partitioner.to_local(features))
+    targets = PluginRecipe(TARGETS_BELOW, True, dataclasses.replace(ROUTER, cross_fit=False, labels="always"))
+    everywhere = PluginRecipe(ALL_BELOW, False, ROUTER)
+    params = partitioner.place(random(init_plugin(TARGETS_BELOW, abstract=True), 10))
+    computed = {"features": features, "inner_outcomes": eval_step(targets, model, params, frozen, cached, 0.5)}
+    states, steps = [], []
+    steps_of = (("targets", targets, model, cached), ("all", everywhere, model.clone(remat="dots"), batch))
+    for name, recipe, program, rows in steps_of:
+        state = partitioner.place(init_state(random(init_plugin(recipe.method, abstract=True), 11), TX))
+        steps.append(train_step.lower(recipe, program, TX, ACCUMULATE, state, frozen, rows).compile())
+        state, computed[f"{name}_sums"] = steps[-1](state, frozen, rows)
+        computed[name] = state.params
+        states.append(state)
+    return computed, states, steps
+
+
 def run(partitioner):
     """Runs everything on a mesh; returns the results as arrays on the host, and some arrays where they lie."""
     frozen = partitioner.place(init_params(CONFIG, seed=1))
@@ -90,10 +117,10 @@ def run(partitioner):
         state, sums = compiled(state, frozen, batch)
     other = partitioner.place(random(init_plugin(TRANSFORMER, abstract=True), 8))
     attends = PluginRecipe(TRANSFORMER, cached=False)
-    outcomes = eval_step(attends, model, other, frozen, batch)
+    outcomes = eval_step(attends, model, other, frozen, batch, 0.5)
     frozen_8 = partitioner.place(in_8_bits(init_params(CONFIG, seed=1)))
     quantized = Llama(CONFIG, TAPS, partitioner=partitioner, compute=Compute("xla", weights="int8"))
-    outcomes_8 = eval_step(attends, quantized, other, frozen_8, batch)
+    outcomes_8 = eval_step(attends, quantized, other, frozen_8, batch, 0.5)
     remat = dataclasses.replace(model, taps=(), remat="full")
     lora = partitioner.place(init_state(random(init_peft(LORA, CONFIG, abstract=True), 9), TX))
     lora, lora_sums = train_step(PeftRecipe(LORA), remat, TX, ACCUMULATE, lora, frozen, batch)
@@ -102,13 +129,15 @@ def run(partitioner):
     fused = FusedModel(Backbone("", CONFIG, frozen, None, (5,), "", partitioner, xla), plugin)
     prompts = [np.random.default_rng(row).integers(0, 96, 3 + row % 5).tolist() for row in range(8)]
     decoded = fused.advance(fused.start(prompts, 6), GREEDY, 6)
+    inner, inner_states, inner_steps = run_inner(partitioner, frozen, batch)
     computed = {
+        **inner,
         "params": state.params, "optimizer": state.opt_state, "sums": sums,
         "outcomes": outcomes, "outcomes_8": outcomes_8,
         "lora": lora.params, "lora_sums": lora_sums,
         "tokens": decoded.hypotheses.tokens, "consulted": decoded.hypotheses.consulted, "cache": decoded.cache,
     }  # fmt: skip
-    return jax.device_get(computed), frozen, (state, lora), decoded, compiled
+    return jax.device_get(computed), frozen, (state, lora, *inner_states), decoded, [compiled, *inner_steps]
 
 
 def difference(expected, found):
@@ -133,7 +162,7 @@ def main(names):
     report = {}
     for name in names:
         partitioner = partitioner_of(tuple(map(int, name.split("x"))))
-        found, frozen, states, decoded, compiled = run(partitioner)
+        found, frozen, states, decoded, steps = run(partitioner)
         wanted = partitioner.param_shardings((frozen, states))
         misplaced = [
             jax.tree_util.keystr(keys)
@@ -148,9 +177,9 @@ def main(names):
             "misplaced": misplaced,
             "cache": keys.shape,
             "cache_part": keys.sharding.shard_shape(keys.shape),
-            "gathered": gathered(compiled.as_text()),
+            "gathered": [shape for step in steps for shape in gathered(step.as_text())],
             "state": sum(leaf.nbytes for leaf in jax.tree.leaves(states[0])),
-            "outputs": sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.out_info)),
+            "outputs": sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(steps[0].out_info)),
         }
     print(json.dumps(report, default=int))
 

@@ -6,23 +6,44 @@ import numpy as np
 import pytest
 
 from spa_jax.data.encoding import Example
-from spa_jax.training.features import extract, run_prefix
+from spa_jax.training.features import Kept, extract, find_answers, run_prefix
 from spa_jax.training.sources import common_prefix
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("length", [1, 5, 7])
-def test_features_after_a_common_prefix_are_those_of_the_whole(everywhere, length, world):
+@pytest.mark.parametrize(
+    ("entry", "kept"),
+    [("head", Kept()), ("head", Kept(True)), (2, Kept(keys=True)), (0, Kept(True, True))],
+    ids=["head", "head, attending", "keys above block 2", "all states"],
+)
+@pytest.mark.parametrize("length", [1, 7])
+def test_features_after_a_common_prefix_are_those_of_the_whole(entry, kept, length, world):
     tokens = world.batch.tokens.copy()
     tokens[:, :length] = tokens[0, :length]
     batch = world.batch._replace(tokens=tokens)
     program = jax.jit(extract, static_argnums=(0, 3))
-    expected = program(world.model, world.frozen, batch, everywhere)
-    prefix = run_prefix(world.model, world.frozen, jnp.asarray(tokens[:1, :length]))
-    found = program(world.model, world.frozen, batch, everywhere, prefix)
-    assert [leaf.shape for leaf in found] == [leaf.shape for leaf in expected]
-    for ours, theirs in zip(found, expected):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    model = world.model.clone(entry=entry, taps=(0,) if entry == 0 else world.model.taps)
+    expected = program(model, world.frozen, batch, kept)
+    prefix = run_prefix(model, world.frozen, jnp.asarray(tokens[:1, :length]))
+    found = program(model, world.frozen, batch, kept, prefix)
+    assert (found.keys is not None) == kept.keys
+    if kept.keys:  # what stands in slots of padding means nothing
+        real = np.arange(tokens.shape[1]) < batch.lengths[:, None]
+        found, expected = (
+            f._replace(keys={name: np.where(real[:, None, None, None], leaf, 0) for name, leaf in f.keys.items()})
+            for f in (found, expected)
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_an_answer_begins_where_predicting_positions_do_not_follow_each_other(world):
+    predict = np.array([[3, 4, 5, 9, 10, 14, 0, 0], [0, 1, 7, 8, 0, 0, 0, 0]], np.int32)
+    weights = np.array([[1] * 6 + [0] * 2, [1] * 4 + [0] * 4], np.float32)
+    batch = world.batch._replace(predict=predict, weights=weights, lengths=np.array([15, 9], np.int32))
+    answer_starts = [[3, 3, 3, 9, 9, 14], [0, 0, 7, 7]]
+    for found in (find_answers(batch), jax.jit(find_answers)(batch)):
+        for row, expected in enumerate(answer_starts):
+            assert np.asarray(found.answer_starts)[row, : len(expected)].tolist() == expected
+            assert np.all(np.asarray(found.predict)[row, len(expected) :] > 1000)
 
 
 def example(tokens, first):

@@ -27,7 +27,8 @@ def gradient(world, plugin, params, router=WEIGHTED):
 def outcomes_of(world, plugin, params):
     def outcomes(params):
         return token_metrics(
-            token_outcomes(plugin, world.model, params, world.frozen, world.features), plugin.threshold
+            token_outcomes(plugin, world.model, params, world.frozen, world.features, plugin.threshold),
+            plugin.threshold,
         )
 
     return jax.jit(outcomes)(params)
@@ -76,19 +77,19 @@ def test_weighted_labels_put_p_where_the_expected_gain_decides():
 
 @pytest.mark.parametrize("setting", TRAINABLE)
 def test_outcomes_are_the_losses_of_what_enters_the_head(setting, world, make_plugin, plain_losses):
-    p = consult_probability(router_logits(make_plugin("spa")[1], world.features.hidden))
+    p = consult_probability(router_logits(make_plugin("spa")[1], world.features.states))
     plugin, params = make_plugin(setting, threshold=float(np.median(p)))
     f = world.features
     found = outcomes_of(world, plugin, params)
     g = corrections(world, plugin, params)
     sigma = np.ones(f.targets.shape, bool)
     if setting in ROUTED:
-        sigma = np.asarray(consult(router_logits(params, f.hidden), plugin.threshold))
+        sigma = np.asarray(consult(router_logits(params, f.states), plugin.threshold))
         assert 0.3 < sigma.mean() < 0.7
     entering = {
-        "base": f.hidden,
-        "consulted": f.hidden + g if setting in ("spa", "s1") else g,
-        "combined": combine(setting, f.hidden, g, jnp.asarray(sigma)),
+        "base": f.states,
+        "consulted": f.states + g if setting in ("spa", "s1") else g,
+        "combined": combine(setting, f.states, g, jnp.asarray(sigma)),
     }
     for name, hidden in entering.items():
         np.testing.assert_allclose(
@@ -114,7 +115,7 @@ def test_the_side_network_learns_from_the_always_on_path_alone(setting, world, m
 
     def always_on(side):
         g = corrections(world, plugin, {**params, "side": side})
-        entering = g if setting in ("s2", "s3") else f.hidden + g
+        entering = g if setting in ("s2", "s3") else f.states + g
         return jnp.sum(f.weights * plain_losses(world.model, world.frozen, entering, f.targets))
 
     assert_trees_close(gradient(world, plugin, params)["side"], jax.jit(jax.grad(always_on))(params["side"]))
@@ -129,7 +130,7 @@ def test_the_router_learns_from_its_labels_alone(world, make_plugin):
     assert 0 < labels.mean() < 1
 
     def labelled(router):
-        return jnp.sum(f.weights * router_losses(config, router_logits({"router": router}, f.hidden), gain))
+        return jnp.sum(f.weights * router_losses(config, router_logits({"router": router}, f.states), gain))
 
     assert_trees_close(gradient(world, plugin, params, config)["router"], jax.grad(labelled)(params["router"]))
 
@@ -146,7 +147,7 @@ def test_padding_weighs_nothing(world, make_plugin):
     f = world.features
     padding = f.weights[..., None] == 0
     noisy = f._replace(
-        hidden=jnp.where(padding, 100.0, f.hidden), base_loss=jnp.where(f.weights == 0, 9.0, f.base_loss)
+        states=jnp.where(padding, 100.0, f.states), base_loss=jnp.where(f.weights == 0, 9.0, f.base_loss)
     )
     for a, b in zip(*(jax.tree.leaves(gradient(world._replace(features=x), plugin, params)) for x in (f, noisy))):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

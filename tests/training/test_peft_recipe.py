@@ -116,7 +116,7 @@ def test_the_parts_of_a_batch_and_evaluation_agree_with_the_whole(world):
     shapes = init_peft(config, world.model.config, abstract=True)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.float32(0.15 * rng.standard_normal(leaf.shape))), shapes)
     recipe, scored = PeftRecipe(config), ScoredBatch(world.batch, np.zeros_like(world.batch.weights))
-    outcomes, weights = eval_step(recipe, world.model, params, world.frozen, scored)
+    outcomes, weights = eval_step(recipe, world.model, params, world.frozen, scored, 0.5)
     losses = float(jnp.sum(outcomes.consulted * weights))
     found = []
     for accumulate in (1, 4):

@@ -46,8 +46,8 @@ def mixture(world, plugin, plain_losses, share_of):
 
     def loss(params):
         g = correction(plugin, params, jnp.moveaxis(f.taps, 1, 0), f.positions)[0]
-        share = share_of(consult_probability(router_logits(params, f.hidden)))[..., None]
-        state = f.hidden + share * g if plugin.setting == "spa" else (1 - share) * f.hidden + share * g
+        share = share_of(consult_probability(router_logits(params, f.states)))[..., None]
+        state = f.states + share * g if plugin.setting == "spa" else (1 - share) * f.states + share * g
         return jnp.sum(f.weights * plain_losses(world.model, world.frozen, state, f.targets))
 
     return loss
@@ -62,7 +62,7 @@ def test_soft_is_the_loss_of_the_mixture_by_p(setting, world, make_plugin, plain
 
 @pytest.mark.parametrize("setting", ["spa", "s2"])
 def test_straight_through_is_hard_forward_and_soft_backward(setting, world, make_plugin, plain_losses):
-    p = consult_probability(router_logits(make_plugin(setting)[1], world.features.hidden))
+    p = consult_probability(router_logits(make_plugin(setting)[1], world.features.states))
     plugin, params = make_plugin(setting, threshold=float(np.median(p)))
     hard = (np.asarray(p) > plugin.threshold).astype(np.float32)
     assert 0.3 < hard.mean() < 0.7
@@ -81,14 +81,14 @@ def test_the_offset_learns_alone_and_the_router_learns_what_asking_gains_over_it
 ):
     plugin, params = make_plugin(setting)
     plugin, f = dataclasses.replace(plugin, offset=True), world.features
-    params["router"]["offset"] = jnp.asarray(0.3 * np.random.default_rng(1).standard_normal(f.hidden.shape[-1]))
+    params["router"]["offset"] = jnp.asarray(0.3 * np.random.default_rng(1).standard_normal(f.states.shape[-1]))
 
     def written_out(params):
         g = correction(plugin, params, jnp.moveaxis(f.taps, 1, 0), f.positions)[0]
-        asked = plain_losses(world.model, world.frozen, f.hidden + g if setting == "spa" else g, f.targets)
-        constant = jnp.broadcast_to(params["router"]["offset"], f.hidden.shape)
-        unasked = plain_losses(world.model, world.frozen, f.hidden + constant, f.targets)
-        p = consult_probability(router_logits(params, f.hidden))
+        asked = plain_losses(world.model, world.frozen, f.states + g if setting == "spa" else g, f.targets)
+        constant = jnp.broadcast_to(params["router"]["offset"], f.states.shape)
+        unasked = plain_losses(world.model, world.frozen, f.states + constant, f.targets)
+        p = consult_probability(router_logits(params, f.states))
         excess = jax.lax.stop_gradient(unasked - asked) - 0.1
         router = -jnp.log(jnp.where(excess > 0, p, 1 - p)) * jnp.abs(excess)
         return jnp.sum(f.weights * (asked + unasked + router))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class Spy:
             *_, state, _, batch = arguments
             if int(state.step) == interrupt_at:
                 raise KeyboardInterrupt
-            self.shapes.add(tuple(leaf.shape for leaf in batch))
+            self.shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(batch)))
             return train_step(*arguments)
 
         monkeypatch.setattr(run, "train_step", spied)
@@ -206,6 +207,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(log_eve
 REFUSED = {
     "limit": ({"tap_cache.limit_gib": 1e-9}, "tap_cache.limit_gib=1e-09"),
     "taps": ({"side.taps": "0,9"}, "side.taps"),
+    "taps above the entry": ({"side.entry": "1", "side.taps": "0,2"}, "ascending indices up to 1 such as '0,1'"),
+    "entry": ({"side.entry": "3", "side.taps": "0"}, "side.entry is '3': write 'head' or the index of a block, 0 to 2"),
     "target": ({"data.max_length": 6}, "line 2: the target has 6 tokens"),
     "backbone": ({"backbone": "no/where/at/all"}, "no/where/at/all"),
     "persona": ({"data.train": ""}, "data.eval is set but data.train is not"),
@@ -247,6 +250,19 @@ def test_the_workdir_of_other_rows_is_refused(change, finished, monkeypatch):
     load = run.load_pairs
     monkeypatch.setattr(run, "load_pairs", lambda *a: change(*load(*a)))
     assert "holds a run on other data" in refused_untouched(finished.config, finished.workdir)
+
+
+def test_a_run_from_before_inner_entries_goes_on_as_one_at_the_head(finished, make_config, tmp_path):
+    shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    described = json.loads(path.read_text())
+    for group, key in (("side", "entry"), ("side", "edits"), ("tap_cache", "dtype"), ("router", "labels")):
+        del described["config"][group][key]
+    path.write_text(json.dumps(described))
+    assert run.train(finished.config, tmp_path) == finished.summary
+    keys = {"train.epochs": 12, "train.eval_every": 4, "train.log_every": 3, "side.taps": "0", "side.entry": "0"}
+    message = refused_untouched(make_config(keys), tmp_path)
+    assert "(side.entry was 'head', is now '0'; side.taps was 'all', is now '0')" in message
 
 
 def test_a_damaged_config_json_is_refused(finished, tmp_path):

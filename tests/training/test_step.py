@@ -82,7 +82,9 @@ def test_tokens_in_two_parts_give_the_same_step_as_their_features(whole, gradien
 
 def test_evaluation_reports_what_the_step_reports(whole, world, make_plugin):
     plugin, params = make_plugin("spa")
-    outcomes, weights = eval_step(PluginRecipe(plugin, True), world.model, params, world.frozen, world.features)
+    outcomes, weights = eval_step(
+        PluginRecipe(plugin, True), world.model, params, world.frozen, world.features, plugin.threshold
+    )
     found = sum_tokens(token_metrics(outcomes, plugin.threshold), weights)
     assert {*found, "gradient_norm"} == set(whole[1])
     for name, value in found.items():

@@ -70,7 +70,7 @@ def build(root, examples=EXAMPLES, spec=SPEC):
 def assert_reads(cache, examples=EXAMPLES):
     for chosen in examples:
         whole, count = features(chosen, cache.spec), len(chosen.predict)
-        expected = (whole.hidden[:count], whole.taps[:, :count], whole.base_loss[:count])
+        expected = (whole.states[:count], whole.taps[:, :count], whole.base_loss[:count])
         for a, b in zip(cache.read(chosen), expected, strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype
@@ -92,7 +92,7 @@ def test_it_gives_back_what_was_computed_and_computes_it_once(dtype, tmp_path):
     assert_reads(again)
 
 
-def test_a_batch_is_padded_to_its_bucket_with_rows_and_positions_of_no_weight(tmp_path):
+def test_a_batch_is_padded_to_its_shape_with_rows_and_positions_of_no_weight(tmp_path):
     cache, _ = build(tmp_path)
     batch = cache.collate(EXAMPLES, np.array([2, 7, -1], np.int32))
     assert batch.taps.shape == (3, 2, 8, 8)
@@ -100,7 +100,7 @@ def test_a_batch_is_padded_to_its_bucket_with_rows_and_positions_of_no_weight(tm
     for leaf in batch[:5]:  # where the taps stand is as in any batch
         assert not np.any(leaf[2])
         assert not np.any(np.moveaxis(leaf, -1 if leaf.ndim == 2 else -2, 0)[3:, 0])
-    np.testing.assert_array_equal(batch.hidden[0, :3], features(EXAMPLES[2]).hidden[:3])
+    np.testing.assert_array_equal(batch.states[0, :3], features(EXAMPLES[2]).states[:3])
     np.testing.assert_array_equal(batch.taps[1], features(EXAMPLES[7]).taps)
     np.testing.assert_array_equal(batch.base_loss[0, :3], features(EXAMPLES[2]).base_loss[:3])
     np.testing.assert_array_equal(batch.targets[0, :3], EXAMPLES[2].targets)
@@ -114,7 +114,7 @@ def test_a_larger_data_set_computes_only_what_is_new(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [{"fingerprint": "another"}, {"taps": (1, 2)}, {"taps": (1,)}, {"hidden_size": 4}, {"dtype": "bfloat16"}]
+    "other", [{"identity": "another"}, {"taps": (1, 2)}, {"taps": (1,)}, {"hidden_size": 4}, {"dtype": "bfloat16"}]
 )
 def test_another_backbone_tap_list_or_dtype_never_shares(other, tmp_path):
     build(tmp_path)

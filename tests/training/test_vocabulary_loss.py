@@ -62,8 +62,8 @@ def test_loss_and_gradient_equal_log_softmax(count, tied, dtype, tiny_config, pl
 
 def test_rows_keep_their_shape(world, plain_losses):
     f = world.features
-    losses = token_losses(world.model, world.frozen, f.hidden, f.targets)
-    np.testing.assert_allclose(losses, plain_losses(world.model, world.frozen, f.hidden, f.targets), rtol=1e-5)
+    losses = token_losses(world.model, world.frozen, f.states, f.targets)
+    np.testing.assert_allclose(losses, plain_losses(world.model, world.frozen, f.states, f.targets), rtol=1e-5)
     np.testing.assert_array_equal(losses, f.base_loss)
 
 

@@ -18,8 +18,8 @@ from spa_jax.weights.plugin import Plugin, load_plugin
 SIDE = SideConfig("tokenwise", 4, (0, 2, 3))
 
 
-def make_plugin(setting="spa", seed=0, side=SIDE):
-    config = PluginConfig(setting, side, 8, threshold=0.3)
+def make_plugin(setting="spa", seed=0, side=SIDE, entry="head", edits="targets"):
+    config = PluginConfig(setting, side, 8, threshold=0.3, entry=entry, edits=edits)
     rng = np.random.default_rng(seed)
     abstract = init_plugin(config, abstract=True)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), abstract)
@@ -42,6 +42,24 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(setting, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, plugin.params)
 
 
+@pytest.mark.parametrize(("entry", "edits"), [(3, "targets"), (5, "all"), ("head", "targets")])
+def test_where_corrections_enter_is_saved(entry, edits, tmp_path):
+    make_plugin(entry=entry, edits=edits).save(tmp_path)
+    config = load_plugin(tmp_path).config
+    assert (config.entry, config.edits) == (entry, edits)
+
+
+def test_a_plugin_from_before_inner_entries_enters_at_the_head(directory):
+    def as_before(description):
+        description["format_version"] = 2
+        del description["config"]["entry"], description["config"]["edits"]
+
+    rewrite(directory, as_before)
+    loaded = load_plugin(directory)
+    assert loaded.config == make_plugin().config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, make_plugin().params)
+
+
 def test_a_plugin_of_one_tap_can_be_saved(tmp_path):
     plugin = make_plugin(side=dataclasses.replace(SIDE, taps=(3,)))
     plugin.save(tmp_path)
@@ -61,6 +79,12 @@ def test_the_backbone_of_another_fingerprint_is_refused_with_both_names(tiny_con
     plugin.check(Backbone("elsewhere", tiny_config, {}, tokenizer, (), "0123"))
     with pytest.raises(UserError, match=r"trained on the backbone 'tiny' \(fingerprint 0123\), not on 'big' .* 4567"):
         plugin.check(Backbone("big", tiny_config, {}, tokenizer, (), "4567"))
+
+
+def test_an_entry_above_the_backbones_blocks_is_refused(tiny_config):
+    plugin = make_plugin(entry=tiny_config.num_layers)
+    with pytest.raises(UserError, match=r"enters in front of block 3, and 'tiny' has 3 blocks"):
+        plugin.check(Backbone("tiny", tiny_config, {}, None, (), "0123"))
 
 
 def rewrite(directory, change):
@@ -102,7 +126,14 @@ SPOILED = {
     "no JSON": (lambda d: (d / "plugin_config.json").write_text("{"), "plugin_config.json' is damaged"),
     "no text": (lambda d: (d / "plugin_config.json").write_bytes(b"\xff\xfe"), "plugin_config.json' is damaged"),
     "no object": (lambda d: (d / "plugin_config.json").write_text("[]"), "has plugin format None"),
-    "format": (described("format_version", value=1), "has plugin format 1, this spa_jax reads format 2"),
+    "format": (described("format_version", value=1), "has plugin format 1, this spa_jax reads format 2 and 3"),
+    "no entry": (lambda d: rewrite(d, lambda j: j["config"].pop("entry")), "plugin_config.json' is damaged"),
+    "entry": (described("config", "entry", value="tail"), "plugin_config.json' is damaged"),
+    "entry below the first": (described("config", "entry", value=-1), "plugin_config.json' is damaged"),
+    "entry type": (described("config", "entry", value=True), "plugin_config.json' is damaged"),
+    "taps above the entry": (described("config", "entry", value=2), "plugin_config.json' is damaged"),
+    "edits": (described("config", "edits", value="some"), "plugin_config.json' is damaged"),
+    "all at the head": (described("config", "edits", value="all"), "plugin_config.json' is damaged"),
     "extra key": (described("config", "side", "depth", value=2), "plugin_config.json' is damaged"),
     "lost key": (lambda d: rewrite(d, lambda j: j["config"].pop("threshold")), "plugin_config.json' is damaged"),
     "setting": (described("config", "setting", value="s9"), "plugin_config.json' is damaged"),

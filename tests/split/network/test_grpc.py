@@ -8,10 +8,11 @@ import jax
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from streams import Stream, by_hand, connected, metric, run, tokens_of
-from tiny_split import make_plugin
+from tiny_split import make_plugin, random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
+from spa_jax.split import wire
 from spa_jax.split.client import Connection, generate, merge_progress
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
@@ -29,18 +30,32 @@ def request_of(plugin):
     return lambda beams=None, new=NEW: open_message(plugin, PROMPTS, new, beams=beams)
 
 
-@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
-def test_over_the_network_it_says_what_it_says_in_one_process(beams, cloud, plugin, request_of):
-    here = in_process(cloud, plugin, request_of(beams))
-    seen = []
+@pytest.mark.parametrize(
+    ("entry", "edits", "kind", "beams"),
+    [
+        ("head", "targets", "tokenwise", None),
+        ("head", "targets", "tokenwise", Beams(3)),
+        (2, "targets", "tokenwise", Beams(3)),
+        (0, "all", "transformer", None),
+        pytest.param(0, "targets", "transformer", None, marks=pytest.mark.slow),
+        pytest.param(2, "all", "tokenwise", Beams(3), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_over_the_network_it_says_what_it_says_in_one_process(entry, edits, kind, beams, backbone, cloud):
+    plugin = random_plugin(backbone, "s1", kind=kind, entry=entry, edits=edits)
+    request, seen = open_message(plugin, PROMPTS, NEW, beams=beams), []
+    here = in_process(cloud, plugin, request)
 
     async def scenario(port):
-        return await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of(beams), seen.append)
+        return await generate(Connection(f"127.0.0.1:{port}"), plugin, request, seen.append)
 
     there = run(cloud, scenario)
     assert [g.tokens for g in there.generations] == [g.tokens for g in here.generations]
     assert [g.consulted for g in there.generations] == [g.consulted for g in here.generations]
     assert (there.degraded, there.traffic.exchanges) == (0, here.traffic.exchanges)
+    assert (there.uncorrected_prompts, there.traffic.opening_exchanges) == (0, here.traffic.opening_exchanges)
+    assert (here.traffic.opening_exchanges > 0) == (edits == "all")
     assert there.texts == ["".join(cloud.token_texts(g)) for g in here.generations]
     assert seen[-1].done
 
@@ -198,7 +213,7 @@ def test_the_memory_that_is_planned_is_the_memory_that_is_taken(cloud, plugin):
             request.backbone = plugin.fingerprint
             plan = cloud.plan(request)
             state = cloud.begin(plan)._state
-            taken = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.taps, state.router, state.hidden)))
+            taken = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.taps, state.router, state.states)))
             assert 0.5 < taken / plan.bytes <= 1.1
 
 
@@ -304,5 +319,5 @@ def test_what_the_cloud_refuses_the_device_says(cloud, plugin, request_of):
     async def scenario(port):
         await generate(Connection(f"127.0.0.1:{port}"), plugin, request)
 
-    with pytest.raises(UserError, match="version 99 of the protocol and the cloud version 3"):
+    with pytest.raises(UserError, match=f"version 99 of the protocol and the cloud version {wire.VERSION}"):
         run(cloud, scenario)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import threading
+import time
 
 import pytest
 from streams import Stream, connected, metric, run, tokens_of
-from tiny_split import make_plugin
+from tiny_split import generate_and_record, make_plugin, random_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import cloud as programs
@@ -16,7 +17,7 @@ from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
 from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
 from spa_jax.split.request import open_message
-from spa_jax.split.server import Limits, serving
+from spa_jax.split.server import Limits, Server, serving
 from spa_jax.split.session import Cloud
 
 PROMPTS, NEW = ["What is thing 1?"], 4
@@ -114,6 +115,42 @@ def test_a_device_has_longer_for_its_first_answer(cloud, plugin, request_, monke
         return seen[0]
 
     assert run(cloud, scenario, Limits(deadline=0.2, first_deadline=60)) == 0
+
+
+def test_a_device_too_slow_for_an_opening_gets_what_an_uncorrected_prompt_gives(cloud, backbone, monkeypatch):
+    plugin = random_plugin(backbone, "s1", kind="transformer", entry=0, edits="all")
+    asked, receive = open_message(plugin, PROMPTS, NEW), Device.receive
+    lost, _ = generate_and_record(cloud, plugin, asked, lambda exchange: "arrives" if exchange else "answer lost")
+    assert lost.uncorrected_prompts == len(PROMPTS)
+    assert lost.generations != in_process(cloud, plugin, asked).generations
+    before = metric("spa_uncorrected_prompts_total")
+
+    def slow(self, taps):
+        if taps.prompt and taps.step:
+            time.sleep(0.5)
+        return receive(self, taps)
+
+    monkeypatch.setattr(Device, "receive", slow)
+    monkeypatch.setattr(Server, "_await_reply", impatient(Server._await_reply))
+    there = run(cloud, lambda port: generate(Connection(f"127.0.0.1:{port}"), plugin, asked), Limits(deadline=60))
+    assert there.generations == lost.generations
+    assert (there.uncorrected_prompts, there.degraded) == (len(PROMPTS), 0)
+    assert metric("spa_uncorrected_prompts_total") == before + len(PROMPTS)
+
+
+def impatient(await_reply):
+    """Makes `Server._await_reply` wait 0.1 s for a part of a prompt."""
+
+    async def wait(self, session, *arguments):
+        limits = self._limits
+        if session.question.prompt:
+            self._limits = dataclasses.replace(limits, deadline=0.1, first_deadline=0)
+        try:
+            await await_reply(self, session, *arguments)
+        finally:
+            self._limits = limits
+
+    return wait
 
 
 def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugin, monkeypatch):

@@ -2,16 +2,15 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import threading
 import time
 
 import pytest
 from streams import Stream, connected, metric, run
-from tiny_split import make_plugin
+from tiny_split import random_plugin
 
 from spa_jax.errors import UserError
-from spa_jax.split import grpc_channel, server
+from spa_jax.split import grpc_channel, opening, server
 from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
@@ -58,12 +57,17 @@ class Relay:
         writer.close()
 
 
-@pytest.mark.parametrize("kind", ["tokenwise", "transformer"])
+@pytest.mark.parametrize(
+    ("kind", "entry", "edits"),
+    [("tokenwise", "head", "targets"), ("transformer", "head", "targets"), ("transformer", 0, "all")],
+)
 def test_a_line_that_breaks_loses_nothing_and_no_two_programs_of_a_device_run_at_once(
-    kind, cloud, backbone, monkeypatch
+    kind, entry, edits, cloud, backbone, monkeypatch
 ):
-    """The line breaks while the side network runs; the device comes back, and is asked the same again meanwhile."""
-    plugin = dataclasses.replace(make_plugin("s1", kind), fingerprint=backbone.fingerprint)
+    """The line breaks while the side network runs; the device comes back, and is asked the same again meanwhile. With
+    `all`, the third question is about a prompt."""
+    monkeypatch.setattr(opening, "CHUNK_POSITIONS", 20)
+    plugin = random_plugin(backbone, "s1", kind=kind, entry=entry, edits=edits)
     request = open_message(plugin, PROMPTS, NEW)
     here = in_process(cloud, plugin, request)
     receive, inside, at_once, calls = Device.receive, threading.Semaphore(1), [], []
@@ -93,7 +97,8 @@ def test_a_line_that_breaks_loses_nothing_and_no_two_programs_of_a_device_run_at
     assert connections >= 2
     assert not any(at_once)
     assert there.generations == here.generations
-    assert there.degraded == 0
+    assert (there.degraded, there.uncorrected_prompts) == (0, 0)
+    assert (there.traffic.opening_exchanges > 3) == (edits == "all")
 
 
 def test_a_connection_that_grows_old_is_closed_and_only_who_reads_comes_back(cloud, plugin, monkeypatch):
