@@ -25,7 +25,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: 
     if max_new_tokens < 1 or longest + max_new_tokens > limit:
         raise UserError(
             f"the prompt of {longest} tokens and {max_new_tokens} new ones do not fit the backbone's context of "
-            f"{limit}: shorten the prompt or ask for fewer new tokens"
+            f"{limit}: shorten the prompt or change max_new_tokens"
         )
     return lengths
 
