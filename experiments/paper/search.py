@@ -18,7 +18,7 @@ from flax.core import FrozenDict
 from experiments.paper import report as reporting
 from experiments.paper.cells import Training
 from experiments.paper.report import Rows, TableEntry, run_report, write
-from experiments.paper.scales import TITLES
+from experiments.paper.scales import TITLES, Scale
 from experiments.paper.store import CellStore
 
 flags.adopt_module_key_flags(reporting)  # --help shows them
@@ -75,13 +75,18 @@ STAGES = (
 """16 trainings, then 12, then 9."""
 
 
-def candidate(store: CellStore, task: str, name: str, stage: Stage) -> Training:
+def candidate(scale: Scale, task: str, name: str, stage: Stage) -> Training:
     """Describes the training of a candidate on a task of a stage."""
-    size = store.scale.sizes[task][stage.size]
+    size = scale.sizes[task][stage.size]
     changes = {**BASE, **CANDIDATES[name], "data.size": size, "data.max_length": LENGTHS[task]}
     words = "-".join(name.replace(",", "").replace(":", " ").split())
     label = f"{FOLDER}{task}-{stage.size}-{stage.epochs}epochs-{words}"
     return Training(label, task, FrozenDict({**changes, "train.epochs": stage.epochs}))
+
+
+def trainings(scale: Scale) -> list[Training]:
+    """Returns all that the search may train, whichever candidates go on."""
+    return [candidate(scale, task, name, stage) for stage in STAGES for task in stage.tasks for name in CANDIDATES]
 
 
 def share_left(store: CellStore, name: str, stage: Stage) -> dict[str, TableEntry]:
@@ -90,7 +95,7 @@ def share_left(store: CellStore, name: str, stage: Stage) -> dict[str, TableEntr
     columns, shares = {}, []
     setting = CANDIDATES[name].get("setting", BASE["setting"])
     for task in stage.tasks:
-        summary = store.summary(candidate(store, task, name, stage)) or {}
+        summary = store.summary(candidate(store.scale, task, name, stage)) or {}
         always, base = summary.get("loss/always"), summary.get("loss/base")
         columns[f"{TITLES[task]} base"] = TableEntry(base)
         columns[f"{TITLES[task]} always asked"] = TableEntry(always)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.core import FrozenDict
 
-from experiments.paper import ablations, run
+from experiments.paper import ablations, run, search
 from experiments.paper import store as store_module
 from experiments.paper.cells import Cell, cell_of, plugin_training, spa_cell, table2_training
 from experiments.paper.scales import MINI
@@ -161,7 +161,7 @@ KEPT = CellStore(MINI, "", Path("none"), RESULTS, run=False)
 
 def test_every_kept_record_is_of_a_cell_or_training_of_today():
     cells = run.all_cells(MINI)
-    trainings = {cell.training for cell in cells if cell.training}
+    trainings = {*(cell.training for cell in cells if cell.training), *search.trainings(MINI)}
     tried = {label for training in trainings if training.tuned_on for label in store_module.trials(training.tuned_on)}
     for cell in cells:
         assert not KEPT.done(cell) or KEPT.record(cell)["cell"] == cell.label
