@@ -205,7 +205,7 @@ class CellStore:
         outcomes = scorer.outcomes(trained.params)
         metrics = scorer.metrics(outcomes, method.threshold, "plugin")
         if method.routed:
-            name, within = f"at {BUDGET}", scorer.outcomes_within(trained.params, BUDGET)
+            name, within = f"at {BUDGET}", scorer.at_budget(trained.params, outcomes, BUDGET)
             metrics[f"loss/{name}"] = scorer.metrics(*within, name)[f"loss/{name}"]
             metrics["oracle/usage"] = float(np.mean(outcomes.consulted < outcomes.unconsulted))
         return metrics

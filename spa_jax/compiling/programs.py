@@ -187,7 +187,7 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     yield program
     if outputs is None:
         return
-    state, opening = outputs
+    state, _, opening = outputs
 
     def answers(*shape: int) -> Any:
         return jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, shape))

@@ -10,7 +10,8 @@ rows, T prompt tokens, S cache slots, N most new tokens, P taps, D width.
 
 import dataclasses
 import functools
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from spa_jax.decoding.hypotheses import Hypotheses, init_hypotheses, last_tokens
 from spa_jax.decoding.next_token import choose_next_token
 from spa_jax.decoding.prompt_store import PromptState
 from spa_jax.decoding.sampling import Sampling
-from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, positions_from_mask
+from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, prompt_positions
 from spa_jax.models.combine import ROUTED, Setting, combine
 from spa_jax.models.llama import Llama, Params, normalize_state, normalize_taps, unit
 from spa_jax.models.method import Method
@@ -97,13 +98,13 @@ class DecodeState(NamedTuple):
 def prefill(config: FusedConfig, frozen: Params, trainable: Params, prompts: PromptBatch, *, slots: int) -> PromptState:
     """Runs the prompts into a cache of so many slots."""
     tokens = jnp.asarray(prompts.tokens)
-    mask = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < prompts.run_lengths[:, None]
-    positions = positions_from_mask(mask)
-    cache, places = init_cache(config.model.config, len(tokens), slots, config.model.dtype), _place_prompt(positions)
-    states, taps, cache = _run_lower(config, frozen, trainable, tokens, positions, cache, places)
+    positions = prompt_positions(prompts.run_lengths, tokens.shape[1])
+    cache = init_cache(config.model.config, len(tokens), slots, config.model.dtype)
+    backbone, places = _backbone(config, frozen, trainable), place_by_position(positions, None)
+    states, taps, cache = backbone(tokens, positions, cache, places, method="lower")
     rows, last = prompts.rows, prompts.lengths - 1
     if not config.corrects_prompt:
-        _, cache = _run_upper(config, frozen, trainable, states, positions, cache, places)
+        _, cache = backbone(states, positions, cache, places, method="upper")
         states = states[rows, last][:, None]
     taps = taps if config.reads_prompt else taps[:, rows, last][:, :, None]
     return PromptState(states, taps, cache)
@@ -135,18 +136,15 @@ def choose_first_token(
     """
     side_cache = None
     rows, last = jnp.asarray(prompts.rows), jnp.asarray(prompts.lengths) - 1
-    positions = last[:, None]
-    if config.reads_prompt:
-        mask = jnp.arange(taps.shape[2], dtype=jnp.int32)[None, :] < prompts.run_lengths[:, None]
-        positions = positions_from_mask(mask)
+    positions = prompt_positions(prompts.run_lengths, taps.shape[2]) if config.reads_prompt else last[:, None]
     if config.plugin is not None and config.attends:
         side_cache = init_cache(config.plugin.side.block, len(positions), slots, config.model.dtype)
     g, side_cache = _correct(config, frozen, trainable, taps, positions, side_cache)
     if config.reads_prompt and not config.corrects_prompt:
         g, positions = g[rows, last][:, None], last[:, None]
     states, sigma = _enter(config, frozen, trainable, states, g, threshold)
-    places = _place_prompt(positions) if config.corrects_prompt else None
-    hidden, cache = _run_upper(config, frozen, trainable, states, positions, cache, places)
+    places = place_by_position(positions, None) if config.corrects_prompt else None
+    hidden, cache = _backbone(config, frozen, trainable)(states, positions, cache, places, method="upper")
     if config.corrects_prompt:
         hidden, sigma = hidden[rows, last][:, None], sigma[rows, last][:, None]
     groups, width = len(prompts.lengths), beams.width if beams else 1
@@ -174,6 +172,8 @@ def decode(
     """Generates in one loop until each group is done or has `target_length` new tokens, or until no more than
     `min_active` groups are left to go on; the state is donated."""
 
+    backbone = _backbone(config, frozen, trainable)
+
     def is_active(s: DecodeState) -> jax.Array:
         return (s.hypotheses.num_generated < target_length) & ~s.hypotheses.is_done
 
@@ -182,10 +182,10 @@ def decode(
         tokens = last_tokens(s.hypotheses)
         positions = jnp.broadcast_to(jnp.where(active, s.position, PADDING)[:, None], tokens.shape)
         places, slot_mask = place_newest(s.slot_mask, s.position, s.hypotheses.num_generated, active)
-        states, taps, cache = _run_lower(config, frozen, trainable, tokens, positions, s.cache, places)
+        states, taps, cache = backbone(tokens, positions, s.cache, places, method="lower")
         g, side_cache = _correct(config, frozen, trainable, taps, positions, s.side_cache, places)
         states, sigma = _enter(config, frozen, trainable, states, g, threshold)
-        hidden, cache = _run_upper(config, frozen, trainable, states, positions, cache, places)
+        hidden, cache = backbone(states, positions, cache, places, method="upper")
         hypotheses, parents = choose_next_token(
             config.model, frozen, hidden.reshape(-1, hidden.shape[-1]), sigma.reshape(-1), s.hypotheses, active,
             sampling, beams, config.eos_ids,
@@ -196,37 +196,11 @@ def decode(
     return jax.lax.while_loop(lambda s: jnp.sum(is_active(s)) > min_active, step, state)
 
 
-def _place_prompt(positions: Int[Array, "B T"]) -> CachePlacement:
-    """Places a prompt in an empty cache: its tokens see only each other."""
-    return place_by_position(positions, None)
-
-
-def _run_lower(
-    config: FusedConfig,
-    frozen: Params,
-    trainable: Params,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    places: CachePlacement,
-) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"], Cache]:
-    """Runs tokens up to the entry, with what the method adds to the blocks."""
+def _backbone(config: FusedConfig, frozen: Params, trainable: Params) -> Callable[..., Any]:
+    """Binds the backbone's program to its parameters and to what the method adds to its blocks; `method` is `lower` or
+    `upper`, as of `Llama`."""
     adapter = None if config.method is None else config.method.block_adapter(trainable)
-    return config.model.apply({"params": frozen}, tokens, positions, cache, places, adapter, method="lower")
-
-
-def _run_upper(
-    config: FusedConfig,
-    frozen: Params,
-    trainable: Params,
-    states: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    places: CachePlacement | None,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Goes on from states at the entry, to the LM head's input."""
-    adapter = None if config.method is None else config.method.block_adapter(trainable)
-    return config.model.apply({"params": frozen}, states, positions, cache, places, adapter, method="upper")
+    return functools.partial(config.model.apply, {"params": frozen}, peft=adapter)
 
 
 def _correct(

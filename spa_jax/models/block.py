@@ -18,6 +18,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -110,6 +111,11 @@ class CachePlacement:
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """Numbers the true entries of each row 0, 1, ..., wherever they stand; the others get `PADDING`."""
     return jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, PADDING)
+
+
+def prompt_positions(lengths: Int[Array | np.ndarray, " B"], longest: int) -> Int[Array, "B T"]:
+    """Numbers the tokens of rows that are padded on the right to `longest` tokens; padding gets `PADDING`."""
+    return positions_from_mask(jnp.arange(longest, dtype=jnp.int32)[None, :] < lengths[:, None])
 
 
 def place_by_position(positions: Int[Array, "B T"], cache: Cache | None) -> CachePlacement:

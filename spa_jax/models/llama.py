@@ -59,8 +59,6 @@ class LlamaOutput(NamedTuple):
 
     hidden: Float[Array, "B T D"]
     """f: the state after the final norm, the LM head's input."""
-    state: Float[Array, "B T D"]
-    """The state at the entry: h_e in front of block e, or f at `head`."""
     taps: Float[Array, "P B T D"]
     """h_0 (embedding) ... h_L (output of the last block, before the final norm), in the order asked for."""
     cache: Cache | None
@@ -149,7 +147,7 @@ class Llama(nn.Module):
         """
         state, taps, cache = self.lower(tokens, positions, cache, places, peft)
         hidden, cache = self.upper(state, positions, cache, places, peft)
-        return LlamaOutput(hidden, state, taps, cache)
+        return LlamaOutput(hidden, taps, cache)
 
     def lower(
         self,
@@ -163,7 +161,6 @@ class Llama(nn.Module):
         """Runs tokens up to the entry; other arguments as for the whole.
 
         Args:
-            tokens, positions, cache, places, peft: see above.
             when: where given and false, no block runs, and the results mean nothing.
 
         Returns:

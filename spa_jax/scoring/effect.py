@@ -24,7 +24,6 @@ from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, Setting
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.plugin import PluginConfig
-from spa_jax.training.corrected import corrected_row
 from spa_jax.training.features import Kept, extract, kept_for
 from spa_jax.training.objective import possible_states, run_with_and_without_device
 from spa_jax.training.vocabulary_loss import best_tokens
@@ -76,8 +75,7 @@ def _consulted_and_changed(
 ) -> tuple[Bool[Array, "B R"], Bool[Array, "B R"]]:
     """Tells for each token whether the device is asked, and whether the side network changes the choice."""
     features = extract(llama, frozen, batch, kept_for(config))
-    row = corrected_row(llama, frozen, features, config.edits == "all")
-    states = possible_states(config, llama, params, frozen, features, row)
+    states = possible_states(config, llama, params, frozen, features)
     if setting not in ROUTED:
         states = states._replace(probability=jnp.ones_like(states.probability))
     sigma, asked, unasked = run_with_and_without_device(llama, frozen, states, threshold)

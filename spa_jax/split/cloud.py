@@ -22,7 +22,7 @@ from spa_jax.decoding.cache import init_cache, place_newest, prompt_slot_mask, t
 from spa_jax.decoding.hypotheses import IMPOSSIBLE, Hypotheses, init_hypotheses, last_tokens, parent_rows
 from spa_jax.decoding.next_token import choose_next_token
 from spa_jax.decoding.sampling import Sampling, append_token
-from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, positions_from_mask
+from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, prompt_positions
 from spa_jax.models.combine import ROUTED, Setting, with_correction, without_correction
 from spa_jax.models.llama import Llama, Params, normalize_state, normalize_taps, unit
 from spa_jax.models.router import consult
@@ -102,8 +102,6 @@ class Opening(NamedTuple):
     """Uncorrected states at the entry."""
     sigma: Bool[Array, "G T"]
     """The tokens for which the device is asked."""
-    taps: Encoded
-    """Normalised taps `[G,T,P,D]`."""
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
@@ -117,25 +115,27 @@ def prefill(
     *,
     slots: int,
     max_new_tokens: int,
-) -> tuple[CloudState, Opening | None]:
+) -> tuple[CloudState, Encoded | None, Opening | None]:
     """Runs the prompts, and asks the router about their last tokens.
 
     Returns:
-        The state, and what is known of all prompt tokens, where the side network reads or corrects them.
+        The state, the normalised taps of all prompt tokens `[G,T,P,D]` where the side network reads or corrects them,
+        and the prompts that wait where it corrects them.
     """
     model, width = config.model, config.width
     groups, length = tokens.shape
-    positions = _prompt_positions(lengths, length)
+    positions = prompt_positions(lengths, length)
     cache, places = init_cache(model.config, groups, slots, model.dtype), place_by_position(positions, None)
     states, taps, cache = model.apply({"params": frozen}, tokens, positions, cache, places, method="lower")
     if not config.corrects_prompt:
         _, cache = model.apply({"params": frozen}, states, positions, cache, places, method="upper")
     last = jnp.arange(groups), lengths - 1
-    opening = None
+    prompt_taps = opening = None
+    if config.corrects_prompt:
+        opening = Opening(states, _ask_router(config, frozen, router, states) & (positions != PADDING))
     if config.attends or config.corrects_prompt:
-        sigma = _ask_router(config, frozen, router, states) & (positions != PADDING)
-        opening = Opening(states, sigma, _encode_taps(config, frozen, taps))
-        last_taps = jax.tree.map(lambda leaf: leaf[last], opening.taps)
+        prompt_taps = _encode_taps(config, frozen, taps)
+        last_taps = jax.tree.map(lambda leaf: leaf[last], prompt_taps)
     else:
         last_taps = jax.tree.map(lambda leaf: leaf[:, 0], _encode_taps(config, frozen, taps[:, *last][:, :, None]))
     group_of_row = jnp.repeat(jnp.arange(groups), width)
@@ -159,7 +159,7 @@ def prefill(
     state = _route(config, frozen, state, jnp.ones(groups, bool), last_states, last_taps)
     if config.corrects_prompt:
         state = state._replace(waiting=jnp.ones(groups, bool))
-    return state, opening
+    return state, prompt_taps, opening
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -183,7 +183,7 @@ def correct_prompts(
     sigma = opening.sigma & answered
     corrected = with_correction(config.setting, states, unit(model, states) * wire.decode(g, states.dtype))
     states = jnp.where(sigma[:, :, None], corrected, states)
-    positions = _prompt_positions(state.position, states.shape[1])
+    positions = prompt_positions(state.position, states.shape[1])
     places = place_by_position(positions, None)
     _, cache = model.apply({"params": frozen}, states, positions, state.cache, places, method="upper")
     last = jnp.arange(len(states)), state.last_prompt_position
@@ -257,10 +257,6 @@ def advance(
         return _route(config, frozen, s, active, states, taps)
 
     return jax.lax.while_loop(lambda s: jnp.any(is_active(s)), step, state)
-
-
-def _prompt_positions(lengths: Int[Array, " G"], longest: int) -> Int[Array, "G T"]:
-    return positions_from_mask(jnp.arange(longest, dtype=jnp.int32)[None, :] < lengths[:, None])
 
 
 def _encode_taps(config: CloudConfig, frozen: Params, taps: Float[Array, "P B T D"]) -> Encoded:

@@ -49,9 +49,9 @@ class PromptQuestions:
         left: questions that are not answered yet.
     """
 
-    def __init__(self, config: CloudConfig, opening: Opening, lengths: Int[np.ndarray, " G"]) -> None:
+    def __init__(self, config: CloudConfig, opening: Opening, taps: Encoded, lengths: Int[np.ndarray, " G"]) -> None:
         self._config, self.opening = config, opening
-        self.taps = wire.to_host(opening.taps)
+        self.taps = wire.to_host(taps)
         sigma = jax.device_get(opening.sigma)
         groups, length, _ = opening.states.shape
         d = config.model.config.hidden_size

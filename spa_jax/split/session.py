@@ -103,7 +103,7 @@ class Session:
             jnp.full(groups, plan.threshold, jnp.float32),
             jnp.broadcast_to(jnp.asarray(plan.offset, jnp.float32), (groups, d)),
         )
-        self._state, opening = prefill(
+        self._state, prompt_taps, opening = prefill(
             config,
             frozen,
             router,
@@ -122,13 +122,13 @@ class Session:
         self._waiting = np.zeros(groups, bool)
         self._prompt_messages: list[Taps] = []
         self._prompt_questions: PromptQuestions | None = None
-        if config.corrects_prompt and opening is not None:
-            self._prompt_questions = PromptQuestions(config, opening, plan.lengths)
+        if opening is not None and prompt_taps is not None:
+            self._prompt_questions = PromptQuestions(config, opening, prompt_taps, plan.lengths)
             if not self._prompt_questions.left:
                 self._open(answered=False)
         else:
-            if opening is not None:
-                self._prompt_messages = prompt_parts(wire.to_host(opening.taps), plan.lengths - 1, config.width)
+            if prompt_taps is not None:
+                self._prompt_messages = prompt_parts(wire.to_host(prompt_taps), plan.lengths - 1, config.width)
             self._advance(self._no_reply, self._waiting)
 
     @property

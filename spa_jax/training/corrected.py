@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.decoding.cache import init_cache
-from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position
+from spa_jax.models.block import PADDING, Cache, CachePlacement, place_by_position, prompt_positions
 from spa_jax.models.llama import Llama, Params
 from spa_jax.training.features import Features, blocks_above
 
@@ -47,8 +47,7 @@ def corrected_row(model: Llama, frozen: Params, features: Features, everywhere: 
         return Row(states, nowhere, nowhere, in_order, None)
     if features.keys is not None:
         return Row(states, answers.predict, answers.answer_starts, in_order, features.keys)
-    positions = jnp.arange(states.shape[1], dtype=jnp.int32)[None, :]
-    positions = jnp.where(positions < answers.lengths[:, None], positions, PADDING)
+    positions = prompt_positions(answers.lengths, states.shape[1])
     predicts = jnp.where(answers.predict == PADDING, 0, answers.predict)
     if everywhere:
         return Row(states, positions, jnp.zeros_like(positions), predicts, None)
@@ -84,9 +83,7 @@ def run_upper_with_alternatives(
     if model.entry == "head":
         return taken, others
     count = taken.shape[1]
-    positions, answer_starts = (
-        jnp.take_along_axis(x, row.predicts, axis=1) for x in (row.positions, row.answer_starts)
-    )
+    positions, answer_starts = at_targets(row, row.positions), at_targets(row, row.answer_starts)
     # A second position sees the taken ones strictly before it, so that its own place is left to itself.
     history = _attention_mask(row, positions - 1, answer_starts)
     own = _attention_mask(row, row.positions, row.answer_starts)

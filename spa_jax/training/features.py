@@ -105,9 +105,11 @@ class Prefix(NamedTuple):
 def run_prefix(model: Llama, params: Params, tokens: Int[Array, "1 C"]) -> Prefix:
     """Runs the backbone over the common tokens once."""
     length = tokens.shape[1]
+    apply, positions = functools.partial(model.apply, {"params": params}), jnp.arange(length, dtype=jnp.int32)[None, :]
     cache = init_cache(model.config, 1, length, model.dtype)
-    out = model.apply({"params": params}, tokens, jnp.arange(length, dtype=jnp.int32)[None, :], cache)
-    return Prefix(out.cache, out.state, out.taps)
+    states, taps, cache = apply(tokens, positions, cache, method="lower")
+    _, cache = apply(states, positions, cache, method="upper")
+    return Prefix(cache, states, taps)
 
 
 def extract(

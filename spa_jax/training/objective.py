@@ -29,6 +29,7 @@ from spa_jax.training.outcomes import Outcomes, Sums, sum_tokens, token_metrics
 from spa_jax.training.vocabulary_loss import token_losses
 
 Objective = Literal["improvement", "straight_through", "soft"]
+Labels = Literal["router", "always"]
 
 FOLDS = 2
 """Side networks trained beside the main one when router labels are cross-fitted."""
@@ -56,7 +57,7 @@ class RouterConfig:
     weighted: bool = True
     cross_fit: bool = False
     offset: bool = False
-    labels: Literal["router", "always"] = "router"
+    labels: Labels = "router"
 
 
 class States(NamedTuple):
@@ -82,9 +83,11 @@ def corrections(plugin: PluginConfig, params: Params, features: Features, model:
 
 
 def possible_states(
-    plugin: PluginConfig, model: Llama, params: Params, frozen: Params, features: Features, row: Row
+    plugin: PluginConfig, model: Llama, params: Params, frozen: Params, features: Features, row: Row | None = None
 ) -> States:
-    """Computes the states with and without the device at each position, by equation 1 of the paper or a variant."""
+    """Computes the states with and without the device at each position, by equation 1 of the paper or a variant; `row`
+    is that of the features, where it is known already."""
+    row = row or corrected_row(model, frozen, features, plugin.edits == "all")
     size = unit(model, row.states)
     g = size * corrections(plugin, params, features, model)
     asked = with_correction(plugin.setting, row.states, g)
@@ -125,9 +128,13 @@ def token_outcomes(
     threshold: float | Float[Array, ""],
 ) -> Outcomes:
     """Computes the losses with and without the plugin under a router's threshold, and the router's probabilities."""
-    row = corrected_row(model, frozen, features, plugin.edits == "all")
-    states = possible_states(plugin, model, params, frozen, features, row)
+    states = possible_states(plugin, model, params, frozen, features)
     return _outcomes(plugin, model, frozen, features, states, threshold, "router")
+
+
+def _depends_on_history(model: Llama, labels: Labels) -> bool:
+    """Tells whether a token's losses with and without the device are those after the router's own decisions."""
+    return model.entry != "head" and labels == "router"
 
 
 def _outcomes(
@@ -137,14 +144,14 @@ def _outcomes(
     features: Features,
     states: States,
     threshold: float | Float[Array, ""],
-    labels: Literal["router", "always"],
+    labels: Labels,
 ) -> Outcomes:
     row, base = states.row, features.base_loss
     always = _losses(model, frozen, features, row, states.asked)
     if not plugin.routed:
         return Outcomes(base, always, base, always, at_targets(row, states.probability))
     probability = at_targets(row, states.probability)
-    if model.entry == "head" or labels == "always":
+    if not _depends_on_history(model, labels):
         unconsulted = _losses(model, frozen, features, row, states.unasked) if plugin.offset else base
         return Outcomes(base, always, unconsulted, always, probability)
     _, *both = run_with_and_without_device(model, frozen, jax.lax.stop_gradient(states), threshold)
@@ -176,17 +183,17 @@ def summed_loss(
     Returns:
         The sum, and the sums to report.
     """
-    row = corrected_row(model, frozen, features, plugin.edits == "all")
-    states = possible_states(plugin, model, params, frozen, features, row)
+    states = possible_states(plugin, model, params, frozen, features)
+    row = states.row
     if plugin.routed and router.objective != "improvement":
-        return _mixture_loss(params, frozen, features, plugin, router, model, states)
+        return _mixture_loss(frozen, features, plugin, router, model, states)
     outcomes = _outcomes(plugin, model, frozen, features, states, plugin.threshold, router.labels)
     total = outcomes.always
     if plugin.routed:
         label_outcomes = outcomes
         if plugin.offset:
             unasked = outcomes.unconsulted
-            if model.entry != "head" and router.labels == "router":
+            if _depends_on_history(model, router.labels):
                 unasked = _losses(model, frozen, features, row, states.unasked)
             total = total + unasked
         if router.cross_fit:
@@ -199,13 +206,7 @@ def summed_loss(
 
 
 def _mixture_loss(
-    params: Params,
-    frozen: Params,
-    features: Features,
-    plugin: PluginConfig,
-    router: RouterConfig,
-    model: Llama,
-    states: States,
+    frozen: Params, features: Features, plugin: PluginConfig, router: RouterConfig, model: Llama, states: States
 ) -> tuple[Float[Array, ""], Sums]:
     p, row = states.probability, states.row
     sigma = p > plugin.threshold

@@ -80,12 +80,14 @@ class Scorer:
     def outcomes_within(self, params: Params, budget: float) -> tuple[Outcomes, float]:
         """Computes the outcomes, and the threshold they are under: the method's own, or with a budget above 0 the one
         at which that share of the target tokens is asked for."""
-        threshold = self._recipe.method.threshold
         outcomes = self.outcomes(params)
-        if budget:
-            threshold = threshold_for(outcomes.probability, budget)
-            outcomes = outcomes if self._recipe.method.entry == "head" else self.outcomes(params, threshold)
-        return outcomes, threshold
+        return self.at_budget(params, outcomes, budget) if budget else (outcomes, self._recipe.method.threshold)
+
+    def at_budget(self, params: Params, outcomes: Outcomes, budget: float) -> tuple[Outcomes, float]:
+        """Returns the outcomes under the threshold at which a share `budget` of the target tokens is asked for, and
+        that threshold; at `head`, where outcomes depend on none, they are those given."""
+        threshold = threshold_for(outcomes.probability, budget)
+        return outcomes if self._recipe.method.entry == "head" else self.outcomes(params, threshold), threshold
 
     def metrics(self, outcomes: Outcomes, threshold: float, setting: str = "") -> dict[str, float]:
         """Averages outcomes to `loss/...` in nats and `router/usage`, per target token.

@@ -2,10 +2,9 @@
 
 A cache directory holds shards in ArrayRecord format, each moved into place whole. A shard's first record lists the
 digests of its examples and every further record is one example's features. Examples are found by the digest of their
-tokens, which covers tokenizer, template and truncation; the directory's name covers backbone, taps, entry,
-dtype and which positions are kept. So a
-killed build goes on where it stopped, two writers at once cost only duplicated work, and nested data sizes share their
-examples. Shape letters: P taps, R target tokens, D width.
+tokens, which covers tokenizer, template and truncation; the directory's name covers backbone, taps, entry, dtype
+and which positions are kept. So a killed build goes on where it stopped, two writers at once cost only duplicated work,
+and nested data sizes share their examples. Shape letters: P taps, R target tokens, D width.
 """
 
 import dataclasses
@@ -205,8 +204,10 @@ class TapCache:
     def _pack(self, features: Features, example: Example) -> bytes:
         keys = [] if features.keys is None else [features.keys["k"], features.keys["v"]]
         arrays, shapes = [features.states, features.taps, features.base_loss, *keys], self.spec.record(example)
-        parts = (np.asarray(a)[tuple(map(slice, shape))].astype(dtype) for a, (shape, dtype) in zip(arrays, shapes))
-        return b"".join(part.tobytes() for part in parts)
+        return b"".join(
+            np.asarray(a)[tuple(map(slice, shape))].astype(dtype).tobytes()
+            for a, (shape, dtype) in zip(arrays, shapes, strict=True)
+        )
 
     def _write(self, records: Sequence[tuple[str, bytes]]) -> None:
         digests = [digest for digest, _ in records]

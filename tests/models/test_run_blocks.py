@@ -42,8 +42,7 @@ def test_two_ranges_in_a_row_are_all_blocks(adapted, tiny_config, tiny_params, l
         h = llama.embed_tokens(TOKENS)
         h, lower, cache = llama.run_blocks(h, POSITIONS, cache, None, peft, last=entry, taps=TAPS)
         h, upper, cache = llama.run_blocks(h, POSITIONS, cache, None, peft, first=entry, taps=TAPS)
-        hidden = llama.final_norm(h)
-        return LlamaOutput(hidden, hidden, jnp.stack([lower, upper]), cache)
+        return LlamaOutput(llama.final_norm(h), jnp.stack([lower, upper]), cache)
 
     whole = jax.jit(model.apply)({"params": params}, TOKENS, POSITIONS, cache, None, peft)
     for static, entries in ((True, (1,)), (False, range(4))):
