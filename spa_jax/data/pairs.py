@@ -1,10 +1,11 @@
 """Rows of data: a source and a target, or a conversation of several; read from a file or the embedded data set."""
 
 import dataclasses
-import json
-from pathlib import Path
+from types import NoneType
 
 from spa_jax.data import persona
+from spa_jax.data.json_rows import read_json_rows
+from spa_jax.data.text import check_text
 from spa_jax.errors import UserError
 
 
@@ -41,26 +42,15 @@ def read_json_lines(path: str) -> list[Pair]:
         UserError: the file is missing, unreadable or empty, a line is no JSON object, or a column is missing, empty or
             not text.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the data file '{path}': {error}") from error
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{origin} is not JSON ({error.msg}, column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise UserError(f'{origin} is not a JSON object such as {{"source": "...", "target": "..."}}')
+    for origin, row in read_json_rows(path):
         for column in ("source", "target"):
-            if not isinstance(row.get(column), str) or not row[column].strip():
+            if type(row.get(column)) is not str or not row[column].strip():
                 raise UserError(f"{origin}: column '{column}' is missing, empty or not text; columns are {sorted(row)}")
-        if not isinstance(row.get("answer"), str | None):
+        if type(row.get("answer")) not in (str, NoneType):
             raise UserError(f"{origin}: column 'answer' is not text")
+        for column in ("source", "target", "answer"):
+            check_text(row.get(column) or "", f"{origin}: column '{column}'")
         pairs.append(Pair(row["source"], row["target"], row.get("answer"), origin))
     if not pairs:
         raise UserError(f"the data file '{path}' has no rows")

@@ -1,12 +1,11 @@
 """The paper's four data sets: where their rows come from, and how a row becomes prompt and target (section 4.1).
 
 A task's rows come from the Hugging Face hub, or from a directory with `train.jsonl`, `validation.jsonl` and
-`test.jsonl` that have the hub's columns. A source begins with the question, so that what is cut from a long one is the
-end of its passage.
+`test.jsonl` that have the hub's columns. A column is read as the type that its task declares. A source begins with the
+question, so that what is cut from a long one is the end of its passage.
 """
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from spa_jax.data.json_rows import read_json_rows
 from spa_jax.data.pairs import Pair
+from spa_jax.data.text import check_text
 from spa_jax.errors import UserError
 
 Split = Literal["train", "validation", "test"]
@@ -32,8 +33,8 @@ class Task:
 
     Attributes:
         hub: name on the hub, and name of the configuration.
-        columns: the columns that are read, with their type in `datasets`: `string`, or a list of it. `a.b` is field b
-            of column a.
+        columns: the columns that are read, with their type: `string`, or a list of a type. `a.b` is field b of
+            column a.
         pair: makes a row a source and a target, or a conversation.
         max_length: most tokens of prompt and target together.
         new_tokens: most tokens to generate, which every prompt leaves free for its target.
@@ -63,9 +64,22 @@ def _summary(instruction: str, source: str, target: str) -> Callable[[Row], Pair
 
 
 def _coqa(row: Row) -> Pair:
-    """Makes a conversation about a story, every answer a target; the story follows the first question."""
-    answers, others = row["answers.input_text"], row.get("additional_answers") or itertools.repeat(())
-    turns = [Pair(q, a, references=tuple(more)) for q, a, more in zip(row["questions"], answers, others)]
+    """Makes a conversation about a story, every answer a target; the story follows the first question.
+
+    Raises:
+        ValueError: there are not as many answers, or lists of additional ones, as questions.
+    """
+    questions, answers = row["questions"], row["answers.input_text"]
+    others = row["additional_answers"] or [()] * len(questions)
+    if not len(questions) == len(answers) == len(others):
+        raise ValueError(
+            f"there are {len(questions)} questions, {len(answers)} answers and {len(others)} lists of additional "
+            "answers, where every question has one of each"
+        )
+    turns = [
+        Pair(question, answer, references=tuple(other for other in more or () if other is not None))
+        for question, answer, more in zip(questions, answers, others)
+    ]
     first = f"Answer in a few words: {turns[0].source}\n\n{row['story']}"
     return dataclasses.replace(turns[0], source=first, later=tuple(turns[1:]))
 
@@ -76,7 +90,7 @@ def _sciq_closed_book(row: Row) -> Pair:
 
 def _sciq(row: Row) -> Pair:
     """Makes a question followed by its passage, which some rows lack."""
-    pair, passage = _sciq_closed_book(row), (row.get("support") or "").strip()
+    pair, passage = _sciq_closed_book(row), (row["support"] or "").strip()
     return dataclasses.replace(pair, source=f"{pair.source}\n\n{passage}") if passage else pair
 
 
@@ -147,15 +161,27 @@ def load_split(name: str, directory: str, split: Split) -> list[Pair]:
         directory: directory that has the splits as JSON lines; empty for the hub.
         split: `train`, `validation` or `test`.
 
+    A row of which a column is empty is left out, with a warning.
+
     Raises:
-        UserError: the hub or a file cannot be read, a column is missing, of another type or empty in some row, or there
-            are no rows.
+        UserError: the hub or a file cannot be read, a column is missing or of another type in some row, or no row is
+            left.
     """
     task = find_task(name)
-    where, rows = _load_directory(task, Path(directory), split) if directory else _load_hub(task, split)
-    if not rows:
-        raise UserError(f"{where} has no rows")
-    return [_pair(task, row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
+    where, rows = _read_directory(task, Path(directory), split) if directory else _read_hub(task, split)
+    pairs, empty = [], []
+    for origin, row in rows:
+        columns = {column: _value(row, column, kind, origin) for column, kind in (task.columns | task.optional).items()}
+        unfilled = [column for column in task.columns if not _is_filled(columns[column])]
+        if unfilled:
+            empty.append(f"{origin}: column '{unfilled[0]}' is empty")
+        else:
+            pairs.append(_pair(task, columns, origin))
+    if not pairs:
+        raise UserError(f"{where} has no rows" + (f" that are not empty: {empty[0]}" if empty else ""))
+    if empty:
+        log.warning("%d of %d rows are left out, the first since %s", len(empty), len(rows), empty[0])
+    return pairs
 
 
 def nested_subset(pairs: Sequence[Pair], size: str | int, name: str = "") -> list[Pair]:
@@ -189,23 +215,22 @@ def _size(size: str | int, name: str, everything: int) -> int:
     raise UserError(f"data.size is '{size}': write a number, {', '.join([*sizes, 'full'])}")
 
 
-def _load_directory(task: Task, directory: Path, split: Split) -> tuple[str, Any]:
-    import datasets
+Rows = list[tuple[str, Row]]
+"""Rows as they are read, each after what names it in messages."""
 
+
+def _read_directory(task: Task, directory: Path, split: Split) -> tuple[str, Rows]:
     named = directory / f"{task.train_file if split == 'train' else split}.jsonl"
     path = named if named.is_file() else directory / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"there is no file '{path}': a task's directory has train, validation and test.jsonl")
-    if not path.stat().st_size:
-        raise UserError(f"'{path}' has no rows")
-    try:
-        rows = _quietly(datasets.load_dataset, "json", data_files=str(path), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"'{path}' is no JSON lines file of one kind of row: {error.__cause__ or error}") from error
-    return f"'{path}'", _cast_columns(task, rows, str(path))
+    rows: Rows = list(read_json_rows(str(path)))
+    if rows:
+        _check_columns(task, list(dict.fromkeys(column for _, row in rows for column in row)), str(path))
+    return f"'{path}'", rows
 
 
-def _load_hub(task: Task, split: Split) -> tuple[str, Any]:
+def _read_hub(task: Task, split: Split) -> tuple[str, Rows]:
     import datasets
 
     hub, config = task.hub
@@ -218,12 +243,16 @@ def _load_hub(task: Task, split: Split) -> tuple[str, Any]:
                 raise
             log.info("%s is laid out by a script; reading the hub's conversion to Parquet", hub)
             rows = _quietly(datasets.load_dataset, hub, config, split=wanted, revision=PARQUET)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot read '{hub}' from the hub ({reason}): name a directory with its rows as JSON lines instead"
         ) from error
-    return f"{hub} ({wanted})", _cast_columns(task, rows, hub)
+    _check_columns(task, rows.column_names, hub)
+    needed = {column.partition(".")[0] for column in task.columns | task.optional}
+    rows = rows.select_columns([column for column in rows.column_names if column in needed])
+    where = f"{hub} ({wanted})"
+    return where, [(f"{where}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -235,33 +264,49 @@ def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     return load(*arguments, **options)
 
 
-def _cast_columns(task: Task, rows: Any, where: str) -> Any:
-    """Selects the task's columns and casts them to their types."""
-    import datasets
-
-    rows = rows.flatten()
-    missing = sorted(set(task.columns) - set(rows.column_names))
+def _check_columns(task: Task, columns: Sequence[str], where: str) -> None:
+    missing = sorted(column for column in task.columns if column.partition(".")[0] not in columns)
     if missing:
-        raise UserError(f"'{where}' lacks column {', '.join(missing)}; columns are {', '.join(rows.column_names)}")
-    wanted = {**task.columns, **{name: kind for name, kind in task.optional.items() if name in rows.column_names}}
-    rows = rows.select_columns(list(wanted))
+        raise UserError(f"'{where}' lacks column {', '.join(missing)}; columns are {', '.join(columns) or 'none'}")
+
+
+def _value(row: Row, column: str, kind: Any, origin: str) -> Any:
+    """Returns a row's value of a column, as its type; None where it has none."""
+    value: Any = row
     try:
-        return rows.cast(datasets.Features({name: _feature_type(kind) for name, kind in wanted.items()}))
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"a column of '{where}' is not of the type it has on the hub: {error}") from error
+        for field in column.split("."):
+            if not isinstance(value, Mapping | None):
+                raise TypeError(f"a {type(value).__name__} without fields")
+            value = None if value is None else value.get(field)
+        return _typed(value, kind, f"{origin}: column '{column}'")
+    except TypeError as error:
+        raise UserError(f"{origin}: column '{column}' is not of the type it has on the hub: {error}") from error
 
 
-def _feature_type(kind: Any) -> Any:
-    import datasets
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """Returns a value as a type, a number or truth value as the text that JSON has for it; None stays.
 
-    return datasets.List(_feature_type(kind[0])) if isinstance(kind, list) else datasets.Value(kind)
+    Raises:
+        TypeError: it is of another type.
+    """
+    if value is None:
+        return None
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            raise TypeError(f"a {type(value).__name__} where a list belongs")
+        return [_typed(item, kind[0], where) for item in value]
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"a {type(value).__name__} where text belongs")
+    return check_text(str(value), where)
 
 
-def _pair(task: Task, row: Row, origin: str) -> Pair:
-    for name in task.columns:
-        if not _is_filled(row[name]):
-            raise UserError(f"{origin}: column '{name}' is empty")
-    pair = dataclasses.replace(task.pair(row), origin=origin)
+def _pair(task: Task, columns: Row, origin: str) -> Pair:
+    try:
+        pair = dataclasses.replace(task.pair(columns), origin=origin)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from error
     later = tuple(dataclasses.replace(turn, origin=f"{origin}, turn {i}") for i, turn in enumerate(pair.later, start=2))
     return dataclasses.replace(pair, later=later)
 

@@ -62,6 +62,37 @@ def test_an_answer_that_is_no_text_is_refused(write):
         read_json_lines(write('{"source": "a", "target": "b", "answer": 3}'))
 
 
+@pytest.mark.parametrize("column", ["source", "target", "answer"])
+def test_half_of_a_surrogate_pair_is_no_text(column, write):
+    row = json.dumps({"source": "a", "target": "b", "answer": "c"} | {column: "hi \ud83d"})
+    with pytest.raises(UserError, match=rf"line 2: column '{column}' is not text: character 4 is '\\ud83d'"):
+        read_json_lines(write(f"{GOOD}\n{row}\n"))
+    whole = json.dumps({"source": "hi \U0001f600", "target": "b"})
+    assert "\\ud83d" in whole
+    assert read_json_lines(write(whole))[0].source == "hi \U0001f600"
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "1e999", "NaN", "[" * 900 + "]" * 900])
+def test_what_stands_in_other_columns_is_no_matter(value, write):
+    row = f'{{"source": "a", "target": "b", "id": {value}}}'
+    assert [pair.source for pair in read_json_lines(write(row))] == ["a"]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a":' * 100_000])
+def test_what_is_nested_too_deeply_is_named_by_number(value, write):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 has JSON that is nested too deeply"):
+        read_json_lines(write(f'{GOOD}\n{{"source": "a", "target": "b", "id": {value}'))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
+    assert [pair.source for pair in read_json_lines(write("\ufeff" + GOOD))] == ["a"]
+
+
+def test_a_file_of_windows_editors_is_refused_with_what_to_do(write):
+    with pytest.raises(UserError, match=r", line 1: 'utf-8' codec .*; write it as UTF-8"):
+        read_json_lines(write(GOOD.encode("utf-16")))
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_a_file_without_rows_is_refused(content, write):
     with pytest.raises(UserError, match=r"rows\.jsonl' has no rows"):
@@ -72,7 +103,7 @@ def test_a_file_that_cannot_be_read_is_refused(write, tmp_path):
     for path in (tmp_path / "missing.jsonl", tmp_path):
         with pytest.raises(UserError, match=f"cannot read the data file '{path}'"):
             read_json_lines(str(path))
-    with pytest.raises(UserError, match=r"cannot read the data file .*utf-8"):
+    with pytest.raises(UserError, match=r"cannot read the data file .*, line 2: 'utf-8' codec"):
         read_json_lines(write(GOOD.encode() + b'\n{"source": "\xff", "target": "b"}'))
 
 

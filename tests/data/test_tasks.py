@@ -26,15 +26,12 @@ ROWS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def write(tmp_path):
     def write(*rows, name="test"):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+        )
         return str(tmp_path)
 
     return write
@@ -84,28 +81,86 @@ def test_conversations_have_every_answer_and_the_other_peoples(write):
 
 def test_rows_are_named(write):
     first, second = read(write(ROWS["sciq"], ROWS["sciq"]), "sciq")
-    assert first.origin.endswith("test.jsonl', row 1")
-    assert second.origin.endswith("test.jsonl', row 2")
+    assert first.origin.endswith("test.jsonl, line 1")
+    assert second.origin.endswith("test.jsonl, line 2")
     (pair,) = read(write(ROWS["coqa"]), "coqa")
-    assert pair.later[0].origin.endswith("row 1, turn 2")
+    assert pair.later[0].origin.endswith("line 1, turn 2")
 
 
-BAD = {
-    "column": ([{"text": "a"}], "lacks column document, summary; columns are text"),
-    "type": ([{"document": ["a"], "summary": "b"}], "not of the type it has on the hub"),
-    "empty": ([ROWS["xsum"], {"document": "a", "summary": " "}], r"row 2: column 'summary' is empty"),
-    "null": ([ROWS["xsum"], {"document": None, "summary": "b"}], r"row 2: column 'document' is empty"),
+AS_WRITTEN = {
+    "a word and a number": ['"a"', "42"],
+    "numbers": ["42", "4.50", "-1e-7", "9" * 5000],
+    "dates": ['"1999-05-04"', '"1999-05-05"'],
+    "times": ['"1999-05-04T10:00:00Z"', '"1999-05-04T10:00:00Z"'],
+    "truth values": ["true", "false"],
+    "JSON": ['"{\\"a\\": 1}"', '"[1]"', '"null"'],
 }
+
+
+@pytest.mark.parametrize("case", AS_WRITTEN)
+def test_text_is_what_the_file_has_whatever_it_looks_like(case, write):
+    """An answer's text does not depend on the other rows."""
+    rows = [f'{{"question": {value}, "correct_answer": {value}}}' for value in AS_WRITTEN[case]]
+    written = [json.loads(value) if value[0] == '"' else value for value in AS_WRITTEN[case]]
+    pairs = read(write(*rows), "sciq")
+    assert [pair.target for pair in pairs] == written
+    assert [pair.source.removeprefix("Answer in a few words: ") for pair in pairs] == written
+
+
+def test_nulls_are_nobodys_answers(write):
+    rows = [{**ROWS["coqa"], "additional_answers": others} for others in ([["x", None], None], [None, ["y"]], None, [])]
+    found = [[turn.references for turn in pair.turns] for pair in read(write(*rows), "coqa")]
+    assert found == [[("x",), ()], [(), ("y",)], [(), ()], [(), ()]]
+
+
+@pytest.mark.parametrize("bad", [None, "", " "])
+def test_rows_with_an_empty_column_are_left_out_and_named(bad, write, caplog):
+    """One of a hundred thousand is no reason to refuse the others."""
+    without = {"document": "no summary"}
+    pairs = read(write(ROWS["xsum"], {**ROWS["xsum"], "summary": bad}, without, ROWS["xsum"]), "xsum")
+    assert [pair.origin.rpartition(", ")[2] for pair in pairs] == ["line 1", "line 4"]
+    (warning,) = caplog.messages
+    assert warning.startswith("2 of 4 rows are left out, the first since ")
+    assert warning.endswith("test.jsonl, line 2: column 'summary' is empty")
+
+
+def test_a_row_may_stand_on_several_lines_of_an_array(tmp_path):
+    rows = [ROWS["sciq"], {**ROWS["sciq"], "correct_answer": 42}]
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows, indent=2))
+    pairs = read(str(tmp_path), "sciq")
+    assert [pair.target for pair in pairs] == ["rain", "42"]
+    assert pairs[1].origin.endswith("test.jsonl, row 2")
+
+
+COQA = ROWS["coqa"]
+BAD = {
+    "column": ("xsum", {"text": "a"}, "lacks column document, summary; columns are text"),
+    "no columns": ("xsum", {}, "lacks column document, summary; columns are none"),
+    "type": ("xsum", {"document": ["a"], "summary": "b"}, "line 2: column 'document' is not of the type it has"),
+    "no list": ("coqa", {**COQA, "questions": "Who?"}, "line 2: column 'questions' is not of the type"),
+    "no fields": ("coqa", {**COQA, "answers": ["Ann"]}, "line 2: column 'answers.input_text' is not of the type"),
+    "optional": ("coqa", {**COQA, "additional_answers": {"0": []}}, "line 2: column 'additional_answers' is not of"),
+    "empty": ("xsum", {"document": "a", "summary": " "}, "not empty: .*line 2: column 'summary' is empty"),
+    "fewer answers": ("coqa", {**COQA, "answers": {"input_text": ["Ann"]}}, "line 2: there are 2 questions, 1 answers"),
+    "fewer others": ("coqa", {**COQA, "additional_answers": [["x"]]}, "2 answers and 1 lists of additional"),
+    "no object": ("xsum", "3", r"line 2 is not a JSON object"),
+    "surrogate": ("xsum", {"document": "a\ud83d", "summary": "b"}, "'document' is not text: character 2"),
+    "in a list": ("coqa", {**COQA, "questions": ["a", "\udfff"]}, "line 2: column 'questions' is not text"),
+    "nested": ("xsum", '{"id": ' + "[" * 100_000, "line 2 has JSON that is nested too deeply"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_rows_of_something_else_are_refused_by_name(case, write):
-    rows, says = BAD[case]
+    task, row, says = BAD[case]
     with pytest.raises(UserError, match=says):
-        read(write(*rows), "xsum")
+        read(write("", row), task)
 
 
-@pytest.mark.parametrize(("content", "says"), [("", "has no rows"), ("{", "is no JSON lines file"), (None, "no file")])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("", "has no rows"), ("\n \n", "has no rows"), ("{", "line 1 is not JSON"), (None, "no file")],
+)
 def test_missing_empty_and_broken_files_are_refused(content, says, tmp_path):
     if content is not None:
         (tmp_path / "test.jsonl").write_text(content)
@@ -188,6 +243,20 @@ def test_table_5s_sizes_have_names():
 def test_an_unknown_or_too_large_size_is_refused(size, says):
     with pytest.raises(UserError, match=says):
         nested_subset(some(50), size, "xsum")
+
+
+def test_the_hubs_rows_are_read_as_the_same_types(monkeypatch):
+    rows = datasets.Dataset.from_list([COQA, {**COQA, "story": " "}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *which, split: rows)
+    (pair,) = load_split("coqa", "", "test")
+    assert [(turn.target, turn.references) for turn in pair.turns] == [
+        ("Ann", ("Ann", "she")),
+        ("a cat", ("cat", "one cat")),
+    ]
+    assert pair.origin == "stanfordnlp/coqa (validation), row 1"
+    numbers = datasets.Dataset.from_list([{"question": "How many?", "correct_answer": 42}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *which, split: numbers)
+    assert [pair.target for pair in load_split("sciq", "", "test")] == ["42"]
 
 
 @pytest.mark.parametrize("name", TASKS)

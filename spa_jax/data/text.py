@@ -1,0 +1,34 @@
+"""Text that is text: what came from a file, a command line or a terminal, before a tokenizer or a message takes it."""
+
+from spa_jax.errors import UserError
+
+
+def check_text(text: str, where: str) -> str:
+    """Returns the text, which can be written as UTF-8.
+
+    Args:
+        text: where a byte could not be decoded, or a JSON escape is half of a surrogate pair, it has a lone surrogate.
+        where: names the text in the message.
+
+    Raises:
+        UserError: it has a lone surrogate, which is no character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} is not text: character {error.start + 1} is {text[error.start]!a}, half of a surrogate pair or a "
+            "byte that could not be decoded; write it as UTF-8"
+        ) from error
+    return text
+
+
+def check_prompt(prompt: str) -> str:
+    """Returns a prompt that a model can be asked.
+
+    Raises:
+        UserError: it is empty, or not text.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty")
+    return check_text(prompt, "the prompt")
