@@ -7,10 +7,10 @@ from typing import Any
 
 from spa_jax.data.encoding import Encoder
 from spa_jax.data.tasks import Split
+from spa_jax.data.text import check_prompt
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
-from spa_jax.errors import UserError
 from spa_jax.files import path_of
 from spa_jax.models.combine import Setting
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
@@ -173,11 +173,10 @@ def generate_text(
         beams: width of a beam search instead of sampling; 0 is none.
 
     Raises:
-        UserError: an empty prompt or one longer than the backbone's context, a bad argument, or a plugin of another
-            backbone.
+        UserError: a prompt that is empty, not text or longer than the backbone's context, a bad argument, or a plugin
+            of another backbone.
     """
-    if not prompt.strip():
-        raise UserError("the prompt is empty")
+    check_prompt(prompt)
     template = (plugin.template if plugin else "") or ("chat" if backbone.tokenizer.chat_template else "plain")
     encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
     model = FusedModel(backbone, plugin, setting, threshold)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ import rich
 from absl import app, flags
 from absl import logging as absl_logging
 
+from spa_jax.data.text import check_prompt
 from spa_jax.errors import UserError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which spa_jax does not need
@@ -36,6 +38,8 @@ def run(main: Callable[..., None], positional: bool = False) -> None:
         positional: whether it takes the list of arguments that are no flags; else there may be none.
     """
 
+    _tolerate_other_encodings()
+
     def guarded(arguments: list[str]) -> None:
         if len(arguments) > 1 and not positional:
             _fail(f"unexpected argument '{arguments[1]}': options are written --name=value")
@@ -57,15 +61,28 @@ def run(main: Callable[..., None], positional: bool = False) -> None:
 
 
 def typed_prompts() -> Iterator[str]:
-    """Yields the lines that are typed in until the end of the input, without empty ones."""
+    """Yields the lines that are typed in until the end of the input, without empty ones and those that are not text, of
+    which it says so."""
     while True:
         try:
             prompt = input("> ").strip()
         except EOFError:
             print()
             return
-        if prompt:
-            yield prompt
+        if not prompt:
+            continue
+        try:
+            yield check_prompt(prompt)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _tolerate_other_encodings() -> None:
+    """Lets standard output write characters that its encoding does not have as escapes, as standard error does, and
+    standard input read bytes that its encoding does not have as lone surrogates, which `check_text` refuses."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors=errors)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from absl import flags
 
 from spa_jax import command
 from spa_jax.data.encoding import Encoder, StreamingDetokenizer
+from spa_jax.data.text import check_prompt
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
@@ -254,8 +255,8 @@ def make_generator(
 def main() -> None:
     if (PROMPT.value is None) == (not INTERACTIVE.value):
         raise UserError("give either --prompt='...' or --interactive")
-    if PROMPT.value is not None and not PROMPT.value.strip():
-        raise UserError("the prompt is empty")
+    if PROMPT.value is not None:
+        check_prompt(PROMPT.value)
     if PLUGIN.value is None and BACKBONE.value is None:
         raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
     if INTERACTIVE.value and OUTPUT.value:

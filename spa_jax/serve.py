@@ -23,6 +23,7 @@ import prometheus_client
 from absl import flags
 
 from spa_jax import command
+from spa_jax.data.text import check_prompt
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
@@ -207,6 +208,8 @@ def run_device() -> None:
         raise UserError("name a plugin with --plugin=DIR")
     if (PROMPT.value is None) == (not INTERACTIVE.value):
         raise UserError("give either --prompt='...' or --interactive")
+    if PROMPT.value is not None:
+        check_prompt(PROMPT.value)
     plugin = load_plugin(Path(PLUGIN.value))
     head = None
     check_reply(REPLY.value, False, plugin.config.entry)
@@ -217,8 +220,6 @@ def run_device() -> None:
     address = check_address(CLOUD.value, TLS.value, INSECURE.value)
     connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
     if PROMPT.value is not None:
-        if not PROMPT.value.strip():
-            raise UserError("the prompt is empty")
         ask(plugin, head, connection, PROMPT.value)
         return
     for prompt in command.typed_prompts():

@@ -96,7 +96,7 @@ def read_predictions(path: Path) -> tuple[dict[str, Any], list[Prediction]]:
         first, *lines = text.split("\n")[:-1]
         identity = json.loads(first)["evaluation"]
         rows = [Prediction(**json.loads(line)) for line in lines]
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{path}' is no predictions file ({error}): delete it, or choose another --output") from error
     once = {row.id: row for row in rows}.values()
     return identity, sorted(once, key=lambda row: tuple(map(int, row.id.split("."))))

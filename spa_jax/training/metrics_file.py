@@ -18,11 +18,11 @@ class MetricsFile:
         """Opens or creates the file, and keeps its lines up to the step at which the run resumes."""
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_bytes().decode(errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= resumed_at:
                         kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         if is_main_process():
             write_bytes(path, "".join(kept).encode())

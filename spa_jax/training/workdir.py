@@ -58,7 +58,7 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
             old = json.loads(path.read_text(encoding="utf-8"))
             before, fingerprint, data_before = old["config"], old["backbone_fingerprint"], old["data_fingerprint"]
             before = _with_later_keys(before)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
         if fingerprint != backbone.fingerprint:
             raise UserError(f"'{workdir}' holds a run on another backbone ({fingerprint}): choose another --workdir")
@@ -94,7 +94,7 @@ def read_timing(workdir: Path) -> dict[str, float]:
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
         return {name: summary[name] for name in TIMING if name in summary}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -18,6 +18,7 @@ import pytest
 import rich
 from absl import flags
 
+from spa_jax.command import run as run_command
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
 from spa_jax.weights.huggingface import load_directory
@@ -68,7 +69,7 @@ def start(environment, tmp_path_factory) -> Iterator[Start]:
 
         def start_one(module: str, *arguments: str, stdin: str = "") -> Running:
             folder = tmp_path_factory.mktemp("command")
-            (folder / "stdin").write_text(stdin)
+            (folder / "stdin").write_text(stdin, errors="surrogateescape")
             request = {"module": module, "arguments": arguments, "folder": str(folder)}
             starter.stdin.write(json.dumps(request) + "\n")
             starter.stdin.flush()
@@ -157,6 +158,27 @@ def command_here(environment, monkeypatch) -> Run:
         with fresh_flags(), fresh_logs(), streams[0], streams[1], pytest.raises(SystemExit) as ended:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         return Result(ended.value.code or 0, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def on_terminal(monkeypatch) -> Callable[..., tuple[bytes, bytes]]:
+    """Runs a command's `main` with standard streams of an encoding, and returns what it wrote to output and error."""
+
+    def run(main: Callable[[], None], typed: bytes = b"", encoding: str = "utf-8") -> tuple[bytes, bytes]:
+        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+        streams["stderr"].reconfigure(errors="backslashreplace")  # as Python itself does
+        streams["stdin"] = io.TextIOWrapper(io.BytesIO(typed), encoding)
+        for name, stream in streams.items():
+            monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, "argv", ["command"])
+        with fresh_flags(), fresh_logs(), pytest.raises(SystemExit) as ended:
+            run_command(main)
+        assert not ended.value.code
+        for name in ("stdout", "stderr"):
+            streams[name].flush()
+        return streams["stdout"].buffer.getvalue(), streams["stderr"].buffer.getvalue()
 
     return run
 

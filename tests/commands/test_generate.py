@@ -162,11 +162,12 @@ def test_interactive_answers_each_line_on_its_own(command, plugin):
     assert "red\n" in second
 
 
-def test_a_prompt_too_long_does_not_end_an_interactive_session(command, plugin):
-    lines = f"{'long ' * 100}\nWhat is thing 0?\n"
+def test_a_prompt_too_long_or_not_text_does_not_end_an_interactive_session(command, plugin):
+    lines = f"{'long ' * 100}\n\udcff\nWhat is thing 0?\n"
     result = command(GENERATE, f"--plugin={plugin}", "--interactive", "--max_new_tokens=12", stdin=lines)
     assert result.status == 0, result.err
     assert "error: the prompt of " in result.err
+    assert "error: the prompt is not text" in result.err
     assert "Traceback" not in result.err
     assert result.out.count("consulted share") == 1
 

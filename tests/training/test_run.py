@@ -265,8 +265,9 @@ def test_a_run_from_before_inner_entries_goes_on_as_one_at_the_head(finished, ma
     assert "(side.entry was 'head', is now '0'; side.taps was 'all', is now '0')" in message
 
 
-def test_a_damaged_config_json_is_refused(finished, tmp_path):
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
+def test_a_damaged_config_json_is_refused(content, finished, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config.json' is damaged"):
         run.train(finished.config, tmp_path)
 
