@@ -98,6 +98,7 @@ def evaluate_plugin(
     budget: float = 0.0,
     beams: int = 4,
     batch_size: int = 16,
+    rouge_tokenizer: str = "english",
 ) -> dict[str, Any]:
     """Measures losses on a task's split, generates answers and scores them, as `python -m spa_jax.evaluate` does.
 
@@ -123,15 +124,20 @@ def evaluate_plugin(
         budget: instead of a threshold, the largest share of the validation split's target tokens to ask for.
         beams: width of the beam search; 1 is greedy.
         batch_size: prompts that are generated for at once.
+        rouge_tokenizer: what ROUGE counts: `english`, the stems of English words, or `unicode`, any script's words.
 
     Returns:
-        The content of `evaluation.json`. Scores are `[mean, low, high]` with 95 % bootstrap intervals.
+        The content of `evaluation.json`. Scores are `[mean, low, high]` with 95 % bootstrap intervals, which
+        are infinite (null in the file) where there is a single row.
 
     Raises:
         UserError: a bad argument, unreadable data, a plugin of another backbone, or an output directory that holds
             another evaluation.
     """
-    config = EvaluationConfig(task, data, split, limit, setting, threshold, budget, beams=beams, batch_size=batch_size)
+    config = EvaluationConfig(
+        task, data, split, limit, setting, threshold, budget,
+        beams=beams, batch_size=batch_size, rouge_tokenizer=rouge_tokenizer,
+    )  # fmt: skip
     return evaluate(config, backbone, plugin, Path(output))
 
 

@@ -5,6 +5,7 @@ asked for. Without --plugin, --backbone names a model that is evaluated alone. T
 stopped. docs/training.md describes the output.
 """
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
+from spa_jax.scoring.rouge import TOKENIZERS
 from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
@@ -37,6 +39,9 @@ SHOTS = flags.DEFINE_integer("shots", 0, "Training rows to show before each ques
 MAX_LENGTH = flags.DEFINE_integer("max_length", 0, "Tokens of a row, beyond which its source is cut; 0 is the task's.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Prompts that are worked on at once.")
 EFFECT = flags.DEFINE_bool("effect", False, "Also measure what the side network changes (Table 4 of the paper).")
+ROUGE_TOKENIZER = flags.DEFINE_enum(
+    "rouge_tokenizer", "english", list(TOKENIZERS), "What ROUGE counts: stems of English words, or any script's words."
+)
 OUTPUT = flags.DEFINE_string("output", None, "Directory for predictions.jsonl and evaluation.json.")
 
 
@@ -46,7 +51,10 @@ def show(summary: dict[str, Any]) -> None:
     for name, value in summary.items():
         mean, *interval = value if isinstance(value, list) else [value]
         whole = isinstance(mean, int)
-        table.add_row(name, f"{mean:,}" if whole else f"{mean:.3f}", " to ".join(f"{end:.3f}" for end in interval))
+        ends = (
+            " to ".join(f"{end:.3f}" for end in interval) if all(map(math.isfinite, interval)) else "none, of one row"
+        )
+        table.add_row(name, f"{mean:,}" if whole else f"{mean:.3f}", ends)
     Console().print(table)
 
 
@@ -59,7 +67,7 @@ def main() -> None:
     config = EvaluationConfig(
         TASK.value, DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
         THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,
-        BATCH_SIZE.value, EFFECT.value,
+        BATCH_SIZE.value, EFFECT.value, ROUGE_TOKENIZER.value,
     )  # fmt: skip
     backbone = load_backbone(
         BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, KEPT.value))

@@ -5,6 +5,7 @@ In a storage bucket files are written directly, since there a file appears only 
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -52,8 +53,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes or replaces a JSON file, indented."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Writes or replaces a JSON file, indented; NaN and the infinities, which JSON does not have, become null."""
+    write_bytes(path, (json.dumps(_with_nulls(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

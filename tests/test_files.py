@@ -3,6 +3,7 @@
 import json
 import stat
 
+import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
@@ -20,6 +21,14 @@ def test_a_file_is_written_with_its_parents_and_then_replaced(tmp_path):
     assert json.loads(path.read_text()) == {"n": 2}
     assert names(path.parent) == ["b.json"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    write_json(tmp_path / "a.json", {"a": [1.5, -inf, inf], "b": {"c": (nan, 2)}, "d": np.float64(nan), "e": "NaN"})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [1.5, None, None], "b": {"c": [None, 2]}, "d": None, "e": "NaN",
+    }  # fmt: skip
 
 
 def test_what_json_cannot_hold_leaves_the_old_file(tmp_path):

@@ -8,6 +8,7 @@ these tokens takes one exchange, its ratio M of exchanges to tokens.
 import dataclasses
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from spa_jax.models.llama import Params
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
+from spa_jax.scoring.rouge import TOKENIZERS, is_scoreable
 from spa_jax.scoring.scores import repetition, score
 from spa_jax.training.methods import recipe_for
 from spa_jax.training.outcomes import threshold_for
@@ -38,6 +40,8 @@ from spa_jax.training.scorer import Scorer
 from spa_jax.training.sources import run_backbone
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Trained
+
+log = logging.getLogger(__name__)
 
 PREDICTIONS, SUMMARY = "predictions.jsonl", "evaluation.json"
 EFFECT_QUESTIONS = 128
@@ -62,6 +66,7 @@ class EvaluationConfig:
         max_length: most tokens of a row, 0 for the task's.
         batch_size: prompts that are worked on at once.
         effect: also measure what the side network changes, see `spa_jax.scoring.effect` (Table 4).
+        rouge_tokenizer: what ROUGE counts, see `spa_jax.scoring.rouge`.
     """
 
     task: str
@@ -77,6 +82,7 @@ class EvaluationConfig:
     max_length: int = 0
     batch_size: int = 16
     effect: bool = False
+    rouge_tokenizer: str = "english"
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget <= 1 or (self.budget and self.threshold is not None):
@@ -86,6 +92,8 @@ class EvaluationConfig:
                 f"shots ({self.shots}) is 0 or 1, limit ({self.limit}) and max_length ({self.max_length}) are at least "
                 f"0, beams ({self.beams}) and batch_size ({self.batch_size}) at least 1"
             )
+        if self.rouge_tokenizer not in TOKENIZERS:
+            raise UserError(f"rouge_tokenizer is '{self.rouge_tokenizer}'; choices are {', '.join(TOKENIZERS)}")
 
 
 class Question(NamedTuple):
@@ -128,6 +136,7 @@ def evaluate(
         shown = _demonstration(encoder, config)
         examples = [encoder.encode_with_demonstration(shown, pair) for pair in pairs]
     questions = _questions(pairs, examples, config)
+    _warn_of_unscoreable(questions, config.rouge_tokenizer)
     identity = _identity(config, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
     summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
@@ -135,7 +144,7 @@ def evaluate(
     beams = Beams(config.beams, config.length_penalty) if config.beams > 1 else None
     todo = [question for question in questions if question.id not in predictions.rows]
     for answered in generate_all(model, todo, task.new_tokens, beams, config.batch_size):
-        predictions.add([_prediction(task, encoder, *one) for one in answered])
+        predictions.add([_prediction(task, encoder, config.rouge_tokenizer, *one) for one in answered])
     summary |= summarize(list(predictions.rows.values()))
     if config.effect:
         some = questions[:EFFECT_QUESTIONS]
@@ -147,7 +156,8 @@ def evaluate(
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
     """Averages scores and repetition, as `[mean, low, high]` with a 95 % bootstrap interval over rows, and counts the
-    share of generated tokens for which the device was asked."""
+    share of generated tokens for which the device was asked. Of a single row there is no interval: its ends are
+    infinite, and null in a file."""
     groups = [row.group for row in predictions]
     scores = {
         f"score/{name}": list(estimate([row.scores[name] for row in predictions], groups))
@@ -175,10 +185,11 @@ def generate_all(
             yield list(zip(batch, model.generate(prompts, new_tokens, beams=beams, batch_size=batch_size)))
 
 
-def _prediction(task: Task, encoder: Encoder, question: Question, generation: Generation) -> Prediction:
+def _prediction(task: Task, encoder: Encoder, tokenizer: str, question: Question, generation: Generation) -> Prediction:
     text = encoder.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
     sources = "".join("d" if asked else "c" for asked in generation.consulted)
-    scores = {name: round(value, 4) for name, value in score(task.scores, text, question.references).items()}
+    found = score(task.scores, text, question.references, tokenizer)
+    scores = {name: round(value, 4) for name, value in found.items()}
     return Prediction(question.id, hash_of(question.prompt, question.references), text, sources, scores)
 
 
@@ -192,6 +203,16 @@ def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: Evalu
             name = str(number) if len(turns) == 1 else f"{number}.{turn}"
             questions.append(Question(name, prompt, (asked.target, *asked.references)))
     return questions
+
+
+def _warn_of_unscoreable(questions: Sequence[Question], tokenizer: str) -> None:
+    count = sum(not any(is_scoreable(text, tokenizer) for text in question.references) for question in questions)
+    if count:
+        advice = "" if tokenizer == "unicode" else " (rouge_tokenizer=unicode counts the words of every script)"
+        log.warning(
+            "%d of %d questions have no reference with a token that ROUGE counts, and 0 for a score%s",
+            count, len(questions), advice,
+        )  # fmt: skip
 
 
 def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
@@ -240,8 +261,10 @@ def _identity(
     kept = ("task", "split", "beams", "length_penalty", "shots")
     method = plugin.config if plugin is not None else None
     where = {} if method is None or method.entry == "head" else {"entry": method.entry, "edits": method.edits}
+    counted = {} if config.rouge_tokenizer == "english" else {"rouge_tokenizer": config.rouge_tokenizer}
     return {
         **where,
+        **counted,
         **{name: getattr(config, name) for name in kept},
         "setting": model.setting,
         "threshold": model.threshold,

@@ -9,15 +9,16 @@ from spa_jax.scoring.rouge import rouge
 Kind = Literal["rouge", "answers"]
 
 
-def score(kind: Kind, text: str, references: Sequence[str]) -> dict[str, float]:
+def score(kind: Kind, text: str, references: Sequence[str], tokenizer: str = "english") -> dict[str, float]:
     """Computes scores from 0 to 100: `rouge1`, `rouge2`, `rougeL`, `rougeLsum`, and for answers `exact_match` and `f1`.
 
     Args:
         kind: the task's kind of scores.
         text: the generated text.
         references: people's answers, at least one.
+        tokenizer: what ROUGE counts.
     """
-    scores = rouge(text, references)
+    scores = rouge(text, references, tokenizer)
     if kind == "answers":
         scores["exact_match"] = 100 * against_humans(exact_match, text, references)
         scores["f1"] = 100 * against_humans(f1, text, references)

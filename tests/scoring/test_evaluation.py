@@ -22,6 +22,7 @@ from spa_jax.models.side import SideConfig
 from spa_jax.scoring.effect import alternatives, side_effect
 from spa_jax.scoring.evaluation import EvaluationConfig, Question, evaluate, generate_all
 from spa_jax.scoring.predictions import Prediction, Predictions, read_predictions
+from spa_jax.scoring.rouge import rouge
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
@@ -213,6 +214,37 @@ def test_a_limit_takes_whole_rows_and_losses_are_of_the_whole_split(backbone, pl
     assert some["loss/spa"] == every["loss/spa"]
 
 
+def test_of_a_single_story_there_is_no_interval(backbone, plugin, data, tmp_path):
+    """Its three answers stand and fall together, and the file is JSON all the same."""
+    summary = evaluate(config_of(data, "coqa", limit=2), backbone, plugin, tmp_path)
+    mean, low, high = summary["score/f1"]
+    assert (low, high) == (-np.inf, np.inf)
+    text = (tmp_path / "evaluation.json").read_text()
+    written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert written["score/f1"] == [mean, None, None]
+    assert written["repetition"][1:] == [None, None]
+
+
+def test_references_in_another_script_are_scored_by_their_own_tokenizer(backbone, plugin, data, tmp_path, caplog):
+    rows = [SCIQ[0], {**SCIQ[0], "correct_answer": "да"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = dataclasses.replace(config_of(data), directory=str(tmp_path))
+    evaluate(config, backbone, plugin, tmp_path / "out")
+    (warning,) = caplog.messages
+    assert warning.startswith("1 of 2 questions have no reference with a token that ROUGE counts")
+    assert "rouge_tokenizer=unicode" in warning
+    identity, rows = read_predictions(tmp_path / "out" / "predictions.jsonl")
+    assert "rouge_tokenizer" not in identity, "evaluations of before there was a choice go on"
+    unicode = dataclasses.replace(config, rouge_tokenizer="unicode")
+    with pytest.raises(UserError, match=r"another evaluation \(rouge_tokenizer differ\)"):
+        evaluate(unicode, backbone, plugin, tmp_path / "out")
+    caplog.clear()
+    evaluate(unicode, backbone, plugin, tmp_path / "unicode")
+    assert not caplog.messages
+    for row, reference in zip(read_predictions(tmp_path / "unicode" / "predictions.jsonl")[1], ("rainthing", "да")):
+        assert row.scores["rouge1"] == round(rouge(row.text, [reference], "unicode")["rouge1"], 4)
+
+
 def test_one_shot_shows_a_training_row_and_counts_no_loss_on_it(backbone, data, tmp_path):
     summary = evaluate(config_of(data, "coqa", shots=1), backbone, None, tmp_path)
     encoder, _ = encode(backbone, data, "coqa")
@@ -282,7 +314,15 @@ def test_batches_hold_prompts_of_about_one_length_or_one_conversations(backbone,
 
 
 @pytest.mark.parametrize(
-    "keys", [{"shots": 2}, {"limit": -1}, {"budget": 1.5}, {"budget": 0.5, "threshold": 0.5}, {"max_length": -1}]
+    "keys",
+    [
+        {"rouge_tokenizer": "german"},
+        {"shots": 2},
+        {"limit": -1},
+        {"budget": 1.5},
+        {"budget": 0.5, "threshold": 0.5},
+        {"max_length": -1},
+    ],
 )
 def test_what_makes_no_sense_is_refused(keys):
     with pytest.raises(UserError):

@@ -7,7 +7,7 @@ import pytest
 
 from spa_jax.scoring.answers import against_humans, exact_match, f1, words
 from spa_jax.scoring.bootstrap import estimate
-from spa_jax.scoring.rouge import rouge, sentences
+from spa_jax.scoring.rouge import KINDS, UnicodeTokenizer, is_scoreable, rouge, sentences
 from spa_jax.scoring.scores import repetition
 
 
@@ -38,6 +38,49 @@ def test_rouge_knows_word_stems_and_takes_the_best_reference():
         rouge("anything", [])
 
 
+SCRIPTS = ["да, конечно", "日本語です", "한국어 입니다", "हिन्दी में", "ภาษาไทย", "Ελλάδα σήμερα", "مرحبا بالعالم"]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_the_same_text_in_any_script_is_found_whole(text):
+    assert rouge(text, [text], "unicode") == dict.fromkeys(KINDS, 100)
+    assert rouge("another", [text], "unicode") == dict.fromkeys(KINDS, 0)
+    assert is_scoreable(text, "unicode")
+    assert not is_scoreable(text)
+    assert rouge(text, [text]) == dict.fromkeys(KINDS, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Да, конечно! 3.5", ["да", "конечно", "3.5"]),
+        ("日本語です。", ["日", "本", "語", "で", "す"]),
+        ("It's 42%", ["it's", "42"]),
+        ("STRASSE straße", ["strasse", "strasse"]),
+        ("e\u0301te\u0301 \u00e9t\u00e9", ["\u00e9t\u00e9"] * 2),
+        ("\uff76\uff80\uff76\uff85 カタカナ", ["カタカナ"] * 2),
+        ("😀 ... _", []),
+    ],
+)
+def test_words_of_any_script(text, tokens):
+    assert UnicodeTokenizer().tokenize(text) == tokens
+    assert is_scoreable(text, "unicode") == bool(tokens)
+
+
+def test_in_plain_english_both_tokenizers_find_the_same():
+    """Where no word has a stem of its own."""
+    said, wanted = "The cat sat on a mat. A dog ran", ["the cat sat", "A dog! The mat."]
+    assert rouge(said, wanted, "unicode") == pytest.approx(rouge(said, wanted))
+    assert rouge("running", ["run"], "unicode")["rouge1"] == 0
+
+
+def test_rouge_lsum_goes_by_sentences_of_other_scripts():
+    """As in English: the same two sentences in another order."""
+    scores = rouge("犬が吠える。猫が眠る。", ["猫が眠る。犬が吠える。"], "unicode")
+    assert scores["rougeLsum"] == pytest.approx(100)
+    assert scores["rougeL"] < 60
+
+
 def test_repetition_is_the_share_of_runs_of_four_words_that_were_there_before():
     """In "a b c d a b c d" five runs, of which the last is the first again."""
     assert repetition("a b c d a b c d") == pytest.approx(20)
@@ -52,6 +95,8 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_were_there_before():
         ('He said "no." She left.\nAnd so on', ['He said "no."', "She left.", "And so on"]),
         ("It costs 3.5 pounds (or so.) Yes", ["It costs 3.5 pounds (or so.)", "Yes"]),
         ("\n\n one \n", ["one"]),
+        ("犬\uff01「猫。」鳥", ["犬\uff01", "「猫。」", "鳥"]),
+        ("क्या? हाँ। ठीक", ["क्या?", "हाँ।", "ठीक"]),
         ("", []),
     ],
 )
