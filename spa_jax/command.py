@@ -77,6 +77,15 @@ def typed_prompts() -> Iterator[str]:
             print(f"error: {error}", file=sys.stderr)
 
 
+def explain_unread_config(error: OSError) -> str:
+    """Says why there is no config, of what ml_collections raises at the first use of one that it could not read."""
+    reason = str(error.__cause__ or error).splitlines()[-1].strip()
+    return (
+        f"cannot read the config: {reason}; the files in configs/ are found from the project's checkout alone: run "
+        "there, or give the file's whole path"
+    )
+
+
 def _tolerate_other_encodings() -> None:
     """Lets standard output write characters that its encoding does not have as escapes, as standard error does, and
     standard input read bytes that its encoding does not have as lone surrogates, which `check_text` refuses."""
@@ -90,6 +99,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except flags.Error as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(explain_unread_config(error))
     except Exception as error:  # a config file is Python, and may raise anything
         text, name = str(error), type(error).__name__
         with contextlib.suppress(ValueError, SyntaxError):

@@ -20,13 +20,17 @@ def read_config() -> RunConfig:
     """The config file with its overrides.
 
     Raises:
-        UserError: there is no such file, or what it says is no config.
+        UserError: the file cannot be read, or what it says is no config.
     """
     if CONFIG.value is None:
         raise UserError("--config=FILE is needed")
+    try:
+        getattr(CONFIG.value, "to_dict", None)  # the first use says whether the file could be read
+    except OSError as error:
+        raise UserError(command.explain_unread_config(error)) from error
     if not isinstance(CONFIG.value, ConfigDict):
         path = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise UserError(f"cannot use the config '{path}': no such file, or its get_config() returns no ConfigDict")
+        raise UserError(f"cannot use the config '{path}': its get_config() returns no ConfigDict")
     return parse(CONFIG.value.to_dict())
 
 

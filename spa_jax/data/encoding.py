@@ -53,6 +53,8 @@ class Encoder:
         max_length: most tokens of prompt and target together.
         target_room: tokens that every prompt leaves free for its target, so that how much of a source is cut does not
             tell how long the target is. A longer target takes what it needs.
+        limited_by: name of what the user can raise to allow more tokens; empty where `max_length` is the backbone's
+            context.
 
     Raises:
         UserError: an unknown template, `chat` for a tokenizer that has no chat template, or a tokenizer without EOS.
@@ -62,6 +64,7 @@ class Encoder:
     template: str
     max_length: int
     target_room: int = 0
+    limited_by: str = "data.max_length"
 
     def __post_init__(self) -> None:
         if self.template not in get_args(Template):
@@ -70,6 +73,12 @@ class Encoder:
             raise UserError("this backbone has no chat template: set data.template=plain")
         if self.tokenizer.eos_token_id is None:
             raise UserError("this backbone's tokenizer has no end-of-sequence token, so a target could never end")
+
+    @property
+    def limit(self) -> str:
+        """Describes `max_length` in messages."""
+        context = f"the backbone's context of {self.max_length} tokens"
+        return f"{self.limited_by}={self.max_length}" if self.limited_by else context
 
     def prompt(self, source: str) -> list[int]:
         """Returns the token ids of the prompt for a source text."""
@@ -146,8 +155,8 @@ class Encoder:
             long = "later turns have" if pair.later else "target has"
             raise UserError(
                 f"{pair.origin}: the {long} {rest + 1} tokens, which with the prompt's format is more than "
-                f"data.max_length={self.max_length}; only the first source is ever cut: shorten the "
-                "rest or raise data.max_length"
+                f"{self.limit}; only the first source is ever cut: shorten the rest"
+                + (f" or raise {self.limited_by}" if self.limited_by else "")
             )
         parts, predict, end = [np.array(prompt, np.int32)], [], len(prompt)
         for answer, question in zip(answers, [*questions, None]):

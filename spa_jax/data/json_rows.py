@@ -3,8 +3,7 @@
 import codecs
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spa_jax.errors import UserError
 
@@ -22,18 +21,27 @@ def read_json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         UserError: the file cannot be read or is not UTF-8, or a row is not a JSON object or nested too deeply.
     """
     try:
-        data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+        with open(path, "rb") as file:
+            for origin, row in _values(file, path):
+                if not isinstance(row, dict):
+                    raise UserError(f'{origin} is not a JSON object, such as {{"column": "text"}}')
+                yield origin, row
     except OSError as error:
         raise UserError(f"cannot read the data file '{path}': {error}") from error
-    if data.lstrip().startswith(b"["):
-        rows = [(f"{path}, row {i}", row) for i, row in enumerate(_parse(data, path, 1), start=1)]
-    else:
-        lines = enumerate(data.split(b"\n"), start=1)
-        rows = ((f"{path}, line {i}", _parse(line, path, i)) for i, line in lines if line.strip())
-    for origin, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f'{origin} is not a JSON object such as {{"source": "...", "target": "..."}}')
-        yield origin, row
+
+
+def _values(file: IO[bytes], path: str) -> Iterator[tuple[str, Any]]:
+    # The mark may stand within: a file may be several, one after the other.
+    lines = ((number, line.removeprefix(codecs.BOM_UTF8).strip()) for number, line in enumerate(file, start=1))
+    filled = ((number, line) for number, line in lines if line)
+    first, begin = next(filled, (1, b"[]"))
+    if begin.startswith(b"["):
+        array = _parse(begin + b"\n" + file.read(), path, first)
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(array, start=1))
+        return
+    yield f"{path}, line {first}", _parse(begin, path, first)
+    for number, line in filled:
+        yield f"{path}, line {number}", _parse(line, path, number)
 
 
 def _parse(data: bytes, path: str, first: int) -> Any:

@@ -7,7 +7,7 @@ question, so that what is cut from a long one is the end of its passage.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,31 +156,38 @@ def find_task(name: str) -> Task:
 def load_split(name: str, directory: str, split: Split) -> list[Pair]:
     """Reads a task's split, in the order of the file or the hub.
 
+    A row of which a column is empty is left out, with a warning.
+
     Args:
         name: name of the task.
         directory: directory that has the splits as JSON lines; empty for the hub.
         split: `train`, `validation` or `test`.
-
-    A row of which a column is empty is left out, with a warning.
 
     Raises:
         UserError: the hub or a file cannot be read, a column is missing or of another type in some row, or no row is
             left.
     """
     task = find_task(name)
-    where, rows = _read_directory(task, Path(directory), split) if directory else _read_hub(task, split)
-    pairs, empty = [], []
+    where, rows = _open_directory(task, Path(directory), split) if directory else _open_hub(task, split)
+    kinds = {**task.columns, **task.optional}
+    pairs: list[Pair] = []
+    empty: list[str] = []
+    known: dict[str, None] = {}
     for origin, row in rows:
-        columns = {column: _value(row, column, kind, origin) for column, kind in (task.columns | task.optional).items()}
+        known.update(dict.fromkeys(row))
+        columns = {column: _value(row, column, kind, origin) for column, kind in kinds.items()}
         unfilled = [column for column in task.columns if not _is_filled(columns[column])]
         if unfilled:
             empty.append(f"{origin}: column '{unfilled[0]}' is empty")
         else:
             pairs.append(_pair(task, columns, origin))
+    missing = sorted(column for column in task.columns if column.partition(".")[0] not in known)
+    if empty and missing:
+        raise UserError(f"{where} lacks column {', '.join(missing)}; columns are {', '.join(known) or 'none'}")
     if not pairs:
         raise UserError(f"{where} has no rows" + (f" that are not empty: {empty[0]}" if empty else ""))
     if empty:
-        log.warning("%d of %d rows are left out, the first since %s", len(empty), len(rows), empty[0])
+        log.warning("%d of %d rows are left out, the first since %s", len(empty), len(empty) + len(pairs), empty[0])
     return pairs
 
 
@@ -215,22 +222,19 @@ def _size(size: str | int, name: str, everything: int) -> int:
     raise UserError(f"data.size is '{size}': write a number, {', '.join([*sizes, 'full'])}")
 
 
-Rows = list[tuple[str, Row]]
+Rows = Iterator[tuple[str, Row]]
 """Rows as they are read, each after what names it in messages."""
 
 
-def _read_directory(task: Task, directory: Path, split: Split) -> tuple[str, Rows]:
+def _open_directory(task: Task, directory: Path, split: Split) -> tuple[str, Rows]:
     named = directory / f"{task.train_file if split == 'train' else split}.jsonl"
     path = named if named.is_file() else directory / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"there is no file '{path}': a task's directory has train, validation and test.jsonl")
-    rows: Rows = list(read_json_rows(str(path)))
-    if rows:
-        _check_columns(task, list(dict.fromkeys(column for _, row in rows for column in row)), str(path))
-    return f"'{path}'", rows
+    return f"'{path}'", read_json_rows(str(path))
 
 
-def _read_hub(task: Task, split: Split) -> tuple[str, Rows]:
+def _open_hub(task: Task, split: Split) -> tuple[str, Rows]:
     import datasets
 
     hub, config = task.hub
@@ -248,11 +252,8 @@ def _read_hub(task: Task, split: Split) -> tuple[str, Rows]:
         raise UserError(
             f"cannot read '{hub}' from the hub ({reason}): name a directory with its rows as JSON lines instead"
         ) from error
-    _check_columns(task, rows.column_names, hub)
-    needed = {column.partition(".")[0] for column in task.columns | task.optional}
-    rows = rows.select_columns([column for column in rows.column_names if column in needed])
     where = f"{hub} ({wanted})"
-    return where, [(f"{where}, row {number}", row) for number, row in enumerate(rows, start=1)]
+    return where, ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -262,12 +263,6 @@ def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
     return load(*arguments, **options)
-
-
-def _check_columns(task: Task, columns: Sequence[str], where: str) -> None:
-    missing = sorted(column for column in task.columns if column.partition(".")[0] not in columns)
-    if missing:
-        raise UserError(f"'{where}' lacks column {', '.join(missing)}; columns are {', '.join(columns) or 'none'}")
 
 
 def _value(row: Row, column: str, kind: Any, origin: str) -> Any:

@@ -124,7 +124,8 @@ def evaluate(
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
     """
     task = find_task(config.task)
-    encoder = task_encoder(backbone, plugin.template if plugin else "auto", config.task, config.max_length)
+    template = plugin.template if plugin else "auto"
+    encoder = task_encoder(backbone, template, config.task, config.max_length, limited_by="max_length")
     threshold = config.threshold
     if config.budget:
         held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
@@ -135,6 +136,7 @@ def evaluate(
     if config.shots:
         shown = _demonstration(encoder, config)
         examples = [encoder.encode_with_demonstration(shown, pair) for pair in pairs]
+        _check_context(examples, backbone.config.max_position_embeddings - task.new_tokens, encoder)
     questions = _questions(pairs, examples, config)
     _warn_of_unscoreable(questions, config.rouge_tokenizer)
     identity = _identity(config, model, plugin, questions)
@@ -228,6 +230,15 @@ def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
     raise UserError(
         f"every training row of {config.task} is longer than {encoder.max_length} tokens: none can be shown"
     )
+
+
+def _check_context(examples: Sequence[Example], most: int, encoder: Encoder) -> None:
+    longest = max(len(example.prompts[-1]) for example in examples)
+    if longest > most:
+        raise UserError(
+            f"with a training row before it, a prompt has {longest} tokens, and the backbone's context has room for "
+            f"{most}: set max_length below {encoder.max_length}, or leave out shots"
+        )
 
 
 def _losses(

@@ -56,7 +56,9 @@ def make_encoder(backbone: Backbone, config: DataConfig) -> Encoder:
     return task_encoder(backbone, config.template, config.task, config.max_length)
 
 
-def task_encoder(backbone: Backbone, template: str, task: str, max_length: int = 0) -> Encoder:
+def task_encoder(
+    backbone: Backbone, template: str, task: str, max_length: int = 0, limited_by: str = "data.max_length"
+) -> Encoder:
     """Makes the encoder of a task's rows, or of a file's where the name is empty.
 
     Args:
@@ -64,11 +66,13 @@ def task_encoder(backbone: Backbone, template: str, task: str, max_length: int =
         template: format of prompts; `auto` is `chat` where the tokenizer has a template.
         task: name of the task.
         max_length: most tokens of a row; 0 is the task's, or 1024.
+        limited_by: what sets `max_length`, for messages.
     """
     if template == "auto":
         template = "chat" if backbone.tokenizer.chat_template else "plain"
-    limit = min(row_length(task, max_length), backbone.config.max_position_embeddings)
-    return Encoder(backbone.tokenizer, template, limit, find_task(task).new_tokens if task else 0)
+    length, context = row_length(task, max_length), backbone.config.max_position_embeddings
+    room = find_task(task).new_tokens if task else 0
+    return Encoder(backbone.tokenizer, template, min(length, context), room, limited_by if length < context else "")
 
 
 def row_length(task: str, max_length: int) -> int:

@@ -55,8 +55,8 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     log.info("%d training and %d held-out examples", len(examples), len(held_out))
     if cut or held_out_cut:
         log.warning(
-            "%d training and %d held-out sources were longer than data.max_length=%d allows and cut at their end",
-            cut, held_out_cut, encoder.max_length,
+            "%d training and %d held-out sources were longer than %s allows and cut at their end",
+            cut, held_out_cut, encoder.limit,
         )  # fmt: skip
 
     recipe = recipe_from_config(config, backbone.config)

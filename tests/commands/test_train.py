@@ -170,11 +170,14 @@ def test_bad_config_files_are_refused(case, command_here, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+NO_FILE = "cannot read the config: [Errno 2] No such file or directory: 'gone.py'; the files in configs/ are found from"
 FLAGS = {
     "no config": (["--workdir=RUN"], "both --config=FILE and --workdir=DIR are needed"),
     "no workdir": (["--config=configs/default.py"], "both --config=FILE and --workdir=DIR are needed"),
     "empty workdir": (["--config=configs/default.py", "--workdir="], "both --config=FILE and --workdir=DIR are needed"),
-    "no such config": (["--config=gone.py", "--workdir=RUN"], "cannot use the config 'gone.py': no such file"),
+    "no such config": (["--config=gone.py", "--workdir=RUN"], NO_FILE),
+    "no such config with a key": (["--config=gone.py", "--workdir=RUN", "--config.seed=3"], NO_FILE),
+    "a directory": (["--config=configs", "--workdir=RUN", "--config.seed=3"], "Is a directory: 'configs'"),
     "argument": (["--config=configs/default.py:x", "--workdir=RUN"], "get_config() takes 0 positional arguments"),
     "unknown flag": (["--config=configs/default.py", "--workdir=RUN", "--sed=1"], "Unknown command line flag 'sed'"),
     "no flag": (["--config=configs/default.py", "--workdir=RUN", "seed=1"], "unexpected argument 'seed=1'"),

@@ -93,7 +93,10 @@ def test_cuts_are_counted_and_the_order_kept(encoder):
 
 
 def test_a_target_without_room_for_a_prompt_is_refused_by_row(encoder):
-    with pytest.raises(UserError, match=r"^rows\.jsonl, line 3: the target has 81 tokens.*max_length=60"):
+    with pytest.raises(
+        UserError,
+        match=r"^rows\.jsonl, line 3: the target has 81 tokens.*data\.max_length=60; .* raise data\.max_length$",
+    ):
         encoder.encode(dataclasses.replace(PAIR, target="y" * 80))
 
 

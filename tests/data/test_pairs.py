@@ -84,8 +84,15 @@ def test_what_is_nested_too_deeply_is_named_by_number(value, write):
         read_json_lines(write(f'{GOOD}\n{{"source": "a", "target": "b", "id": {value}'))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_row(write):
-    assert [pair.source for pair in read_json_lines(write("\ufeff" + GOOD))] == ["a"]
+@pytest.mark.parametrize("content", [GOOD, f"\n{GOOD}\n", f"[{GOOD}]", f"\n[\n{GOOD}\n]\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row_nor_an_arrays_brackets(mark, content, write):
+    assert [(pair.source, pair.target) for pair in read_json_lines(write(mark + content))] == [("a", "b")]
+
+
+def test_an_array_that_is_not_json_is_named_by_its_line(write):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 4 is not JSON \("):
+        read_json_lines(write(f"\n[\n{GOOD},\n{GOOD[:-2]}]"))
 
 
 def test_a_file_of_windows_editors_is_refused_with_what_to_do(write):
@@ -93,7 +100,7 @@ def test_a_file_of_windows_editors_is_refused_with_what_to_do(write):
         read_json_lines(write(GOOD.encode("utf-16")))
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
+@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff", "\ufeff\n", "[]", " [ ]\n"])
 def test_a_file_without_rows_is_refused(content, write):
     with pytest.raises(UserError, match=r"rows\.jsonl' has no rows"):
         read_json_lines(write(content))

@@ -258,6 +258,14 @@ def test_one_shot_shows_a_training_row_and_counts_no_loss_on_it(backbone, data, 
     assert summary["consulted_share"] == 0
 
 
+def test_a_shown_row_that_leaves_the_context_no_room_is_refused_with_what_to_do(backbone, data, tmp_path):
+    small = dataclasses.replace(backbone, config=dataclasses.replace(backbone.config, max_position_embeddings=128))
+    message = "a prompt has 159 tokens, and .* has room for 104: set max_length below 128, or leave out shots"
+    with pytest.raises(UserError, match=message):
+        evaluate(config_of(data, shots=1), small, None, tmp_path)
+    evaluate(config_of(data, shots=1, max_length=70, limit=1), small, None, tmp_path)
+
+
 def test_the_backbone_alone_has_the_loss_that_a_plugin_reports_for_it(backbone, plugin, data, tmp_path):
     alone = evaluate(config_of(data), backbone, None, tmp_path / "a")
     base = evaluate(config_of(data, setting="base"), backbone, plugin, tmp_path / "b")
