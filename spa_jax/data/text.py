@@ -18,7 +18,7 @@ def check_text(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where} is not text: character {error.start + 1} is {text[error.start]!a}, half of a surrogate pair or a "
-            "byte that could not be decoded; write it as UTF-8"
+            "byte that could not be decoded; use UTF-8, in the terminal too"
         ) from error
     return text
 
