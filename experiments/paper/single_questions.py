@@ -7,6 +7,7 @@ as it is for a task's.
 import json
 from pathlib import Path
 
+from spa_jax.data.json_rows import read_json_rows
 from spa_jax.data.pairs import Pair
 from spa_jax.data.tasks import Split, load_split
 from spa_jax.errors import UserError
@@ -36,13 +37,8 @@ def write_splits(task: str, directory: str, output: Path) -> None:
 
 def _coqa(path: Path) -> list[Pair]:
     """Reads question, the turns before it, and the story last, so that what is cut from a long row is its end."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error}") from error
     pairs = []
-    for line in lines:
-        row = json.loads(line)
+    for _, row in read_json_rows(str(path)):
         questions, answers = row["questions"], row["answers"]["input_text"]
         for turn in sorted({0, len(questions) // 2, len(questions) - 1}):
             if answers[turn].strip():

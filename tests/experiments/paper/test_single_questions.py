@@ -42,5 +42,5 @@ def test_of_sciq_every_question_is_taken_with_its_passage(tmp_path):
 def test_a_directory_must_be_named_and_be_there(tmp_path):
     with pytest.raises(UserError, match="name a directory with coqa's rows by --data=DIR"):
         write_splits("coqa", "", tmp_path)
-    with pytest.raises(UserError, match=r"cannot read '.*train\.jsonl'"):
+    with pytest.raises(UserError, match=r"cannot read the data file '.*train\.jsonl'"):
         write_splits("coqa", str(tmp_path / "none"), tmp_path)
