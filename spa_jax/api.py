@@ -1,7 +1,7 @@
 """The public functions of `spa_jax`: train, load, evaluate and generate in a few lines of Python."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ class GeneratedText:
         return sum(self.consulted) / len(self.consulted)
 
 
-def train_plugin(config: RunConfig | Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
+def train_plugin(
+    config: RunConfig | Mapping[str, Any], workdir: str | Path, *, trackers: Sequence[str] = ()
+) -> dict[str, float]:
     """Trains a plugin, or resumes a training, as `python -m spa_jax.train` does.
 
         >>> from spa_jax import train_plugin
@@ -55,6 +57,8 @@ def train_plugin(config: RunConfig | Mapping[str, Any], workdir: str | Path) -> 
             a whole `RunConfig`. With no key at all, the embedded persona is trained on SmolLM2-135M.
         workdir: directory of the run, or `gs://bucket/run`. The plugin is written to its folder `plugin`. Another call
             with the same config and directory resumes an interrupted training.
+        trackers: `tensorboard` (files in the run's folder `tensorboard`) or `wandb`, which get the metrics too; they
+            come with `pip install 'spa_jax[trackers]'`.
 
     Returns:
         The content of the run's `summary.json`: losses in nats per target token (`loss/base` of the backbone,
@@ -62,9 +66,11 @@ def train_plugin(config: RunConfig | Mapping[str, Any], workdir: str | Path) -> 
         asked (`router/usage`), times and sizes.
 
     Raises:
-        UserError: an unknown key, a bad value, unreadable data, or a directory that holds another run.
+        UserError: an unknown key, a bad value, unreadable data, a directory that holds another run, or a tracker that
+            cannot be opened.
     """
-    return train(config if isinstance(config, RunConfig) else with_defaults(config), path_of(str(workdir)))
+    config = config if isinstance(config, RunConfig) else with_defaults(config)
+    return train(config, path_of(str(workdir)), trackers)
 
 
 def load_plugin(directory: str | Path) -> Plugin | PeftPlugin:

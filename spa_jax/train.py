@@ -11,9 +11,11 @@ from spa_jax.errors import UserError
 from spa_jax.files import path_of
 from spa_jax.training.config import RunConfig, parse
 from spa_jax.training.run import train
+from spa_jax.training.trackers import TRACKERS
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; override keys with --config.key=value.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or gs://...; the same one again resumes.")
+TRACKER = flags.DEFINE_multi_enum("tracker", [], list(TRACKERS), "Shows the metrics there too; may be repeated.")
 
 
 def read_config() -> RunConfig:
@@ -35,7 +37,7 @@ def main() -> None:
         raise UserError("both --config=FILE and --workdir=DIR are needed")
     config = read_config()
     workdir = path_of(WORKDIR.value)
-    summary = train(config, workdir)
+    summary = train(config, workdir, TRACKER.value)
     setting = config.setting
     print(f"plugin: {workdir / 'plugin'} ({summary['params/trainable_percent']:.2f} % of the backbone's size)")
     print(
