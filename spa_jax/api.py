@@ -17,6 +17,7 @@ from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.training.config import RunConfig, with_defaults
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import PeftPlugin, load_trained
 from spa_jax.weights.plugin import Plugin
 
@@ -82,12 +83,12 @@ def load_plugin(directory: str | Path) -> Plugin | PeftPlugin:
         ('smollm2-135m-instruct', 'spa')
 
     Args:
-        directory: the folder `plugin` of a training run.
+        directory: the folder `plugin` of a training run, or a plugin's name on the hub, `org/name`.
 
     Raises:
         UserError: there is no plugin, or it is damaged or of another format version.
     """
-    return load_trained(Path(directory))
+    return load_trained(plugin_directory(str(directory)))
 
 
 def evaluate_plugin(
