@@ -1,7 +1,7 @@
 """The public functions of `spa_jax`: train, load, evaluate and generate in a few lines of Python."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.training.config import RunConfig, with_defaults
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import PeftPlugin, load_trained
 from spa_jax.weights.plugin import Plugin
 
@@ -41,7 +42,9 @@ class GeneratedText:
         return sum(self.consulted) / len(self.consulted)
 
 
-def train_plugin(config: RunConfig | Mapping[str, Any], workdir: str | Path) -> dict[str, float]:
+def train_plugin(
+    config: RunConfig | Mapping[str, Any], workdir: str | Path, *, trackers: Sequence[str] = ()
+) -> dict[str, float]:
     """Trains a plugin, or resumes a training, as `python -m spa_jax.train` does.
 
         >>> from spa_jax import train_plugin
@@ -55,6 +58,8 @@ def train_plugin(config: RunConfig | Mapping[str, Any], workdir: str | Path) -> 
             a whole `RunConfig`. With no key at all, the embedded persona is trained on SmolLM2-135M.
         workdir: directory of the run, or `gs://bucket/run`. The plugin is written to its folder `plugin`. Another call
             with the same config and directory resumes an interrupted training.
+        trackers: `tensorboard` (files in the run's folder `tensorboard`) or `wandb`, which get the metrics too; they
+            come with `pip install 'spa_jax[trackers]'`.
 
     Returns:
         The content of the run's `summary.json`: losses in nats per target token (`loss/base` of the backbone,
@@ -62,9 +67,11 @@ def train_plugin(config: RunConfig | Mapping[str, Any], workdir: str | Path) -> 
         asked (`router/usage`), times and sizes.
 
     Raises:
-        UserError: an unknown key, a bad value, unreadable data, or a directory that holds another run.
+        UserError: an unknown key, a bad value, unreadable data, a directory that holds another run, or a tracker that
+            cannot be opened.
     """
-    return train(config if isinstance(config, RunConfig) else with_defaults(config), path_of(str(workdir)))
+    config = config if isinstance(config, RunConfig) else with_defaults(config)
+    return train(config, path_of(str(workdir)), trackers)
 
 
 def load_plugin(directory: str | Path) -> Plugin | PeftPlugin:
@@ -76,12 +83,12 @@ def load_plugin(directory: str | Path) -> Plugin | PeftPlugin:
         ('smollm2-135m-instruct', 'spa')
 
     Args:
-        directory: the folder `plugin` of a training run.
+        directory: the folder `plugin` of a training run, or a plugin's name on the hub, `org/name`.
 
     Raises:
         UserError: there is no plugin, or it is damaged or of another format version.
     """
-    return load_trained(Path(directory))
+    return load_trained(plugin_directory(str(directory)))
 
 
 def evaluate_plugin(

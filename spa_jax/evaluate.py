@@ -20,10 +20,11 @@ from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.scoring.rouge import TOKENIZERS
+from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
-PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
+PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run leaves it, or its name on the hub.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 TASK = flags.DEFINE_enum("task", None, list(TASKS), "What to evaluate on.")
@@ -63,7 +64,7 @@ def main() -> None:
         raise UserError("both --task=NAME and --output=DIR are needed")
     if PLUGIN.value is None and BACKBONE.value is None:
         raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
-    plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
+    plugin = load_trained(plugin_directory(PLUGIN.value)) if PLUGIN.value is not None else None
     config = EvaluationConfig(
         TASK.value, DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
         THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,

@@ -40,11 +40,12 @@ from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import CODECS, REPLIES, Codec, ReplyMode
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import PeftPlugin, load_trained
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
-PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a training run leaves it.")
+PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run leaves it, or its name on the hub.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
@@ -267,7 +268,7 @@ def main() -> None:
     if BEAMS.value and TEMPERATURE.value:
         raise UserError("--beams searches and --temperature samples: give one of them")
     beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
-    plugin = load_trained(Path(PLUGIN.value)) if PLUGIN.value is not None else None
+    plugin = load_trained(plugin_directory(PLUGIN.value)) if PLUGIN.value is not None else None
     backbone = load_backbone(
         BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, PRECISION.value))
     )

@@ -42,6 +42,7 @@ from spa_jax.split.session import Cloud
 from spa_jax.split.wire import CODECS, REPLIES, ReplyMode, check_codec, check_reply
 from spa_jax.training.sharding import MeshConfig, MeshPartitioner, make_mesh
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.mapping import DTYPES
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
@@ -72,7 +73,7 @@ UNTIL_INPUT_ENDS = flags.DEFINE_bool(
     "until_input_ends", False, "cloud: stop when standard input ends, as it does with the process at its other end."
 )
 INSECURE = flags.DEFINE_bool("insecure", False, "Speak in the clear with other machines.")
-PLUGIN = flags.DEFINE_string("plugin", None, "device: directory of a plugin.")
+PLUGIN = flags.DEFINE_string("plugin", None, "device: directory of a plugin, or its name on the hub.")
 CLOUD = flags.DEFINE_string("cloud", "127.0.0.1:8470", "device: host:port of the cloud.")
 TLS = flags.DEFINE_bool("tls", False, "device: speak TLS.")
 CA = flags.DEFINE_string("ca", "", "device: PEM file of the authorities to trust; the system's by default.")
@@ -210,7 +211,7 @@ def run_device() -> None:
         raise UserError("give either --prompt='...' or --interactive")
     if PROMPT.value is not None:
         check_prompt(PROMPT.value)
-    plugin = load_plugin(Path(PLUGIN.value))
+    plugin = load_plugin(plugin_directory(PLUGIN.value))
     head = None
     check_reply(REPLY.value, False, plugin.config.entry)
     if REPLY.value == "token":

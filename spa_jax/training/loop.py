@@ -54,7 +54,7 @@ class TrainingLoop:
                 if step % self.eval_every == 0 or step == self.steps:
                     self._evaluate(step, state)
                 if notice(step) and step < self.steps:
-                    self.log.close()
+                    self.log.save()
                     # A state that is not evaluated is never the best one. It is kept where an evaluated one is not.
                     self.checkpoints.save(state, self.seed, {self.selector: math.inf})
                     raise Preempted(

@@ -1,6 +1,7 @@
 """The metrics that a run leaves, step by step."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from spa_jax.files import is_remote, write_bytes
@@ -28,7 +29,7 @@ class MetricsFile:
             write_bytes(path, "".join(kept).encode())
         self._path, self._lines = path, kept
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends the metrics of a step."""
         if not is_main_process():
             return
@@ -43,3 +44,7 @@ class MetricsFile:
         """Writes what is not on disk yet."""
         if is_remote(self._path) and is_main_process():
             write_bytes(self._path, "".join(self._lines).encode())
+
+    def close(self) -> None:
+        """Writes what is not on disk yet."""
+        self.flush()

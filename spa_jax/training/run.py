@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from spa_jax.training.scorer import Scorer
 from spa_jax.training.sharding import MeshPartitioner, make_mesh
 from spa_jax.training.sources import load_batches
 from spa_jax.training.step import TrainState, init_state, train_step
+from spa_jax.training.trackers import MetricWriter, check_trackers, open_trackers
 from spa_jax.training.training_log import TrainingLog
 from spa_jax.training.workdir import check_writable, open_workdir, read_timing
 from spa_jax.weights.registry import load_backbone
@@ -31,19 +33,25 @@ from spa_jax.weights.registry import load_backbone
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, workdir: Path) -> dict[str, float]:
+def train(config: RunConfig, workdir: Path, trackers: Sequence[str] = ()) -> dict[str, float]:
     """Runs or resumes a training, alone or with other processes, and returns what summary.json says.
 
+    Args:
+        config: of the run.
+        workdir: directory of the run.
+        trackers: names of `spa_jax.training.trackers` that get the metrics too.
+
     Raises:
-        UserError: anything in config, data, backbone or workdir that the user can mend.
+        UserError: anything in config, data, backbone, workdir or trackers that the user can mend.
         Preempted: the machine is about to be taken away, and the run is saved.
     """
     init_distributed(config.distributed)
     with explain_lost_process():
-        return _train(config, workdir)
+        return _train(config, workdir, trackers)
 
 
-def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
+def _train(config: RunConfig, workdir: Path, trackers: Sequence[str]) -> dict[str, float]:
+    check_trackers(trackers, workdir)
     check_writable(workdir)
     options = config.train
     pairs = load_pairs(config.data, config.seed)
@@ -88,9 +96,10 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
         if start:
             log.info("resuming at step %d of %d", start, steps)
         if start < steps:
-            training_log = TrainingLog(
-                MetricsFile(workdir / "metrics.jsonl", start), config.setting, steps, options.log_every
-            )
+            writers: list[MetricWriter] = [MetricsFile(workdir / "metrics.jsonl", start)]
+            if is_main_process():
+                writers += open_trackers(trackers, workdir, config, start)
+            training_log = TrainingLog(writers, config.setting, steps, options.log_every)
             eval_every = options.eval_every or len(epoch)
             loop = TrainingLoop(
                 steps, eval_every, config.seed, selector, take_step, evaluate, checkpoints, training_log

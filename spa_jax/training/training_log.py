@@ -1,17 +1,17 @@
-"""Reports of a training run: metrics.jsonl, and a progress bar on a terminal."""
+"""Reports of a training run: metrics.jsonl, trackers, and a progress bar on a terminal."""
 
 import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
 from spa_jax.errors import UserError
-from spa_jax.training.metrics_file import MetricsFile
 from spa_jax.training.outcomes import Sums, mean_metrics
 from spa_jax.training.progress import progress_bar
+from spa_jax.training.trackers import MetricWriter
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +20,14 @@ class TrainingLog:
     """Reports steps and evaluations; a step's sums are fetched when the next step is under way, so that the device
     never waits for the host."""
 
-    def __init__(self, file: MetricsFile, setting: str, steps: int, log_every: int) -> None:
+    def __init__(self, writers: Sequence[MetricWriter], setting: str, steps: int, log_every: int) -> None:
         """Args:
-        file: where the metrics go.
+        writers: where the metrics go.
         setting: of the run, for the name of its loss.
         steps: of the whole run.
-        log_every: steps between two lines in the file.
+        log_every: steps between two that are written.
         """
-        self._file, self._setting, self._steps, self._log_every = file, setting, steps, log_every
+        self._writers, self._setting, self._steps, self._log_every = writers, setting, steps, log_every
         self._bar = progress_bar(loss="loss", usage="consulted", rate="tokens/s")
         self._pending: tuple[int, Sums, float] | None = None
         self.tokens = 0.0
@@ -35,8 +35,10 @@ class TrainingLog:
 
     @contextlib.contextmanager
     def shown(self, completed: int) -> Iterator[None]:
-        """Shows the progress bar, with so many steps done already."""
-        with self._bar:
+        """Shows the progress bar, with so many steps done already; closes what the metrics go to in the end."""
+        with self._bar, contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
             self._task = self._bar.add_task(
                 "training", total=self._steps, completed=completed, loss="-", usage="-", rate="-"
             )
@@ -50,7 +52,7 @@ class TrainingLog:
         self._bar.update(self._task, completed=step)
 
     def flush(self) -> None:
-        """Reports the newest step, once it is computed, and has all lines on disk.
+        """Reports the newest step, once it is computed.
 
         Raises:
             UserError: the loss or its gradient is no longer a number.
@@ -67,17 +69,18 @@ class TrainingLog:
         """
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         _check_finite(step, metrics["eval/loss/always"])
-        self._file.write(step, metrics)
-        self._file.flush()
+        self._write(step, metrics)
+        self.save()
         log.info(
             "step %d of %d: held-out loss %.3f (base %.3f), consulted %.2f", step, self._steps,
             metrics[f"eval/loss/{self._setting}"], metrics["eval/loss/base"], metrics["eval/router/usage"],
         )  # fmt: skip
 
-    def close(self) -> None:
-        """Reports the newest step and writes the file, where it is not evaluated."""
+    def save(self) -> None:
+        """Reports the newest step, and has all that was written on disk."""
         self.flush()
-        self._file.flush()
+        for writer in self._writers:
+            writer.flush()
 
     def _report(self, step: int, sums: Sums, began: float) -> None:
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
@@ -88,8 +91,12 @@ class TrainingLog:
         loss, usage = metrics[f"train/loss/{self._setting}"], metrics["train/router/usage"]
         _check_finite(step, loss, values["gradient_norm"])
         if step % self._log_every == 0 or step == self._steps:
-            self._file.write(step, metrics)
+            self._write(step, metrics)
         self._bar.update(self._task, loss=f"{loss:.3f}", usage=f"{usage:.2f}", rate=f"{rate:,.0f}")
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, metrics)
 
 
 def _check_finite(step: int, *values: float) -> None:
