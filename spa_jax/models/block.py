@@ -65,7 +65,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Architecture of a `LlamaForCausalLM`; the letters are the module's."""
+    """Architecture of a `LlamaForCausalLM`, or of a Mistral, Qwen2 or Qwen3, which are LLaMA but for a detail; the
+    letters are the module's."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -81,14 +82,20 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 2048
+    qkv_bias: bool = False
+    """Biases of queries, keys and values, and none of the output (Qwen2); `attention_bias` has all four."""
+    qk_norm: bool = False
+    """Norms of each head's queries and keys, in front of their rotary embedding (Qwen3)."""
 
     @property
     def num_params(self) -> int:
         """Number of parameters of the whole model, the LM head counted once when tied."""
         d, f, queries, keys = self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads
         attention = 2 * d * (queries + keys) * self.head_dim
-        if self.attention_bias:
-            attention += (queries + 2 * keys) * self.head_dim + d
+        if self.attention_bias or self.qkv_bias:
+            attention += (queries + 2 * keys) * self.head_dim + (d if self.attention_bias else 0)
+        if self.qk_norm:
+            attention += 2 * self.head_dim
         mlp = 3 * d * f + (2 * f + d if self.mlp_bias else 0)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * d
         return embeddings + self.num_layers * (attention + mlp + 2 * d) + d
@@ -194,10 +201,13 @@ class Attention(nn.Module):
         c = self.config
 
         def heads(name: str, count: int) -> jax.Array:
-            dense = nn.DenseGeneral((count, c.head_dim), use_bias=c.attention_bias, dtype=self.dtype, name=name)
+            use_bias = c.attention_bias or c.qkv_bias
+            dense = nn.DenseGeneral((count, c.head_dim), use_bias=use_bias, dtype=self.dtype, name=name)
             return hook(name, x, dense(x))
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        if c.qk_norm:
+            q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]

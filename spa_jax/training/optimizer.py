@@ -41,7 +41,7 @@ WEIGHT_DECAY = {
     r"(attention|mlp|[qkvo]|gate|up|down)/[ab]": True,  # LoRA and Adapter
     r"(attention|mlp)/[ab]_bias": False,
     r"embed/embedding|lm_head/kernel|blocks/(attention/[qkvo]|mlp/(gate|up|down))/kernel": True,  # full fine-tuning
-    r"norm/scale|blocks/((attention|mlp)_norm/scale|(attention/[qkvo]|mlp/(gate|up|down))/bias)": False,
+    r"norm/scale|blocks/((attention|mlp|attention/[qk])_norm/scale|(attention/[qkvo]|mlp/(gate|up|down))/bias)": False,
 }
 """Parameter path -> whether weight decay applies: to matrices, and not to vectors."""
 

@@ -38,6 +38,7 @@ BACKBONE = {
     r"embed/embedding": P("tensor", "fsdp"),  # V,D
     r"blocks/(attention|mlp)_norm/scale": P(None, None),  # L,D
     r"blocks/attention/[qkv]/kernel": P(None, "fsdp", "tensor", None),  # L,D,N,H
+    r"blocks/attention/[qk]_norm/scale": P(None, None),  # L,H
     r"blocks/attention/[qkv]/bias": P(None, "tensor", None),  # L,N,H
     r"blocks/attention/o/kernel": P(None, "tensor", None, "fsdp"),  # L,N,H,D
     r"blocks/attention/o/bias": P(None, None),  # L,D

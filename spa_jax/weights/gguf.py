@@ -1,4 +1,4 @@
-"""LLaMA checkpoints in GGUF, llama.cpp's single-file format, quantised or not."""
+"""LLaMA, Mistral, Qwen2 and Qwen3 checkpoints in GGUF, llama.cpp's single-file format, quantised or not."""
 
 import dataclasses
 import logging
@@ -34,6 +34,8 @@ _NAMES = {
     "attn_q": "model.layers.{}.self_attn.q_proj",
     "attn_k": "model.layers.{}.self_attn.k_proj",
     "attn_v": "model.layers.{}.self_attn.v_proj",
+    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
     "attn_output": "model.layers.{}.self_attn.o_proj",
     "ffn_norm": "model.layers.{}.post_attention_layernorm",
     "ffn_gate": "model.layers.{}.mlp.gate_proj",
@@ -41,7 +43,9 @@ _NAMES = {
     "ffn_down": "model.layers.{}.mlp.down_proj",
 }
 
-_IGNORED_KEYS = {"llama.rope.scaling.finetuned", "llama.tensor_data_layout"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Values of `general.architecture`; a Mistral's is llama."""
+_IGNORED_KEYS = ("rope.scaling.finetuned", "tensor_data_layout")
 _NO_DEFAULT = object()
 
 
@@ -65,7 +69,8 @@ def load_gguf(
     file = GGUFFile(path)
     config = llama_config_from_gguf(file)
     tokenizer = tokenizer_from_metadata(file.metadata, path)
-    log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
+    kind = file.metadata["general.architecture"]
+    log.info("%s: %s with %d blocks of width %d", path, kind, config.num_layers, config.hidden_size)
     params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings, weights)
     return Backbone(str(path), config, params, tokenizer, eos_ids(file.metadata), fingerprint)
 
@@ -76,7 +81,8 @@ class GGUFSource:
     def __init__(self, file: GGUFFile, config: LlamaConfig) -> None:
         self._file = file
         self._stored = {_hf_name(name): name for name in file.shapes if name != ROPE_FREQS}
-        self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        paired = file.metadata["general.architecture"] == "llama"
+        self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if paired else {}
 
     def names(self) -> set[str]:
         return set(self._stored)
@@ -89,7 +95,7 @@ class GGUFSource:
         projection = name.split(".")[-2]
         if projection not in self._heads:
             return tensor
-        # GGUF stores the two rows of a rotary pair next to each other, Hugging Face half a head apart.
+        # GGUF stores the two rows of a LLaMA's rotary pair next to each other, Hugging Face half a head apart.
         pairs = tensor.reshape(self._heads[projection], -1, 2, *tensor.shape[1:])
         return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
@@ -109,19 +115,21 @@ def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
     """Reads the architecture that a GGUF file describes.
 
     Raises:
-        UserError: the file is no LLaMA's, or a key (named in the message) is missing, unknown or not supported.
+        UserError: the file is of another architecture, or a key (named in the message) is missing, unknown or not
+            supported.
     """
     metadata = _Metadata(file.metadata, file.path)
-    metadata.require("general.architecture", "llama")
-    metadata.require("split.count", 1, 1)
+    architecture = file.metadata["general.architecture"]
+    if (parts := file.metadata.get("split.count", 1)) != 1:
+        raise UserError(f"{file.path} is one of {parts} files (split.count); merge them by llama.cpp's gguf-split.")
     width = metadata.number("embedding_length")
     num_heads = metadata.number("attention.head_count")
     head_dim = metadata.number("attention.key_length", width // max(num_heads, 1))
-    metadata.require("llama.attention.value_length", head_dim, head_dim)
-    metadata.require("llama.rope.dimension_count", head_dim, head_dim)
-    metadata.require("llama.expert_count", 0, 0)
-    metadata.require("llama.expert_used_count", 0, 0)
-    metadata.require("llama.attention.causal", True, True)
+    metadata.require("attention.value_length", head_dim, head_dim)
+    metadata.require("rope.dimension_count", head_dim, head_dim)
+    metadata.require("expert_count", 0, 0)
+    metadata.require("expert_used_count", 0, 0)
+    metadata.require("attention.causal", True, True)
     theta = metadata.decimal("rope.freq_base", 10000.0)
     config = LlamaConfig(
         vocab_size=metadata.number("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ()))),
@@ -135,21 +143,28 @@ def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
         rope_scaling=_linear_scaling(metadata),
         rms_norm_eps=metadata.decimal("attention.layer_norm_rms_epsilon"),
         tie_word_embeddings="output.weight" not in file.shapes,
-        attention_bias=any(re.fullmatch(r"blk\.\d+\.attn_\w+\.bias", name) for name in file.shapes),
-        mlp_bias=any(re.fullmatch(r"blk\.\d+\.ffn_\w+\.bias", name) for name in file.shapes),
+        attention_bias=architecture != "qwen2" and _has(file, r"attn_\w+\.bias"),
+        mlp_bias=_has(file, r"ffn_\w+\.bias"),
         max_position_embeddings=metadata.number("context_length"),
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
     )
     metadata.finish()
     return _with_llama3_scaling(config, file) if ROPE_FREQS in file.shapes else config
 
 
+def _has(file: GGUFFile, pattern: str) -> bool:
+    """Tells whether blocks have a tensor of that name."""
+    return any(re.fullmatch(rf"blk\.\d+\.{pattern}", name) for name in file.shapes)
+
+
 def _linear_scaling(metadata: "_Metadata") -> RopeScaling | None:
     factor = metadata.decimal("rope.scale_linear", 1.0)  # before llama.cpp named the kinds
-    kind = metadata.get("llama.rope.scaling.type", "none" if factor == 1.0 else "linear")
+    kind = metadata.get("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if kind not in ("none", "linear"):
-        metadata.refuse("llama.rope.scaling.type", kind, "none, linear or the llama3 kind (tensor rope_freqs.weight)")
+        metadata.refuse("rope.scaling.type", kind, "none, linear or the llama3 kind (tensor rope_freqs.weight)")
     factor = metadata.decimal("rope.scaling.factor", factor)
-    metadata.get("llama.rope.scaling.original_context_length", None)  # these two kinds do not read it
+    metadata.get("rope.scaling.original_context_length", None)  # these two kinds do not read it
     return RopeScaling("linear", factor) if kind == "linear" and factor != 1.0 else None
 
 
@@ -179,13 +194,20 @@ def _decimal(value: float) -> float:
 
 
 class _Metadata:
-    """The `llama.*` keys of a file; `finish` refuses the keys that nothing read, so that none is silently ignored."""
+    """The keys of a file that describe its architecture, such as `llama.block_count`, named without `llama.`; `finish`
+    refuses those that nothing read, so that none is silently ignored."""
 
     def __init__(self, values: Mapping[str, Any], path: pathlib.Path) -> None:
-        self._values, self._path = values, path
-        self._read = set(_IGNORED_KEYS)
+        self._path = path
+        architecture = values.get("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise self._unsupported("general.architecture", architecture, ", ".join(ARCHITECTURES))
+        self._prefix = f"{architecture}."
+        self._values = {key: value for key, value in values.items() if key.startswith(self._prefix)}
+        self._read = {self._prefix + key for key in _IGNORED_KEYS}
 
     def get(self, key: str, default: Any = _NO_DEFAULT) -> Any:
+        key = self._prefix + key
         self._read.add(key)
         value = self._values.get(key, default)
         if value is _NO_DEFAULT:
@@ -193,17 +215,17 @@ class _Metadata:
         return value
 
     def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
-        value = self.get(f"llama.{key}", default)
+        value = self.get(key, default)
         if isinstance(value, list) and len(set(value)) == 1:  # one value per block
             value = value[0]
         if not isinstance(value, int) or value <= 0:
-            self.refuse(f"llama.{key}", value, "one positive whole number")
+            self.refuse(key, value, "one positive whole number")
         return value
 
     def decimal(self, key: str, default: Any = _NO_DEFAULT) -> float:
-        value = self.get(f"llama.{key}", default)
+        value = self.get(key, default)
         if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
-            self.refuse(f"llama.{key}", value, "one positive number")
+            self.refuse(key, value, "one positive number")
         return _decimal(value)
 
     def require(self, key: str, expected: Any, default: Any = _NO_DEFAULT) -> None:
@@ -212,9 +234,12 @@ class _Metadata:
             self.refuse(key, value, repr(expected))
 
     def refuse(self, key: str, value: Any, supported: str) -> None:
-        raise UserError(f"{self._path}: {key} = {value!r} is not supported, only {supported}; choose another model.")
+        raise self._unsupported(self._prefix + key, value, supported)
+
+    def _unsupported(self, key: str, value: Any, supported: str) -> UserError:
+        return UserError(f"{self._path}: {key} = {value!r} is not supported, only {supported}; choose another model.")
 
     def finish(self) -> None:
-        unknown = sorted(key for key in self._values if key.startswith("llama.") and key not in self._read)
+        unknown = sorted(self._values.keys() - self._read)
         if unknown:
             raise UserError(f"{self._path}: spa_jax does not know {', '.join(unknown)}; choose another model.")

@@ -16,6 +16,10 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 SPLITS = {
     "smollm": (r"\p{N}", _GPT2),
@@ -24,11 +28,15 @@ SPLITS = {
     "llama-bpe": (_LLAMA3,),
     "llama-v3": (_LLAMA3,),
     "llama3": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
 }
 """Split rule of `tokenizer.ggml.pre` -> the expressions that split text before byte-pair merging, in order."""
 
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama-v3", "llama3"}
 """Split rules of vocabularies that begin with BOS and keep a piece whole if it is a token, whatever the merges."""
+
+_COMPOSED = {"qwen2"}
+"""Split rules of vocabularies over text in Unicode's composed form (NFC)."""
 
 _WORD_START = "\u2581"
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -75,7 +83,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata.get("llama.context_length"),
+        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         clean_up_tokenization_spaces=False,
         **special,
     )
@@ -106,6 +114,8 @@ def _byte_level(metadata: Mapping[str, Any], path: pathlib.Path) -> tuple[Tokeni
             ignore_merges=pre in _WHOLE_WORDS_FIRST,
         )
     )
+    if pre in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[pre]]
     as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_characters])

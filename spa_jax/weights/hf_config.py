@@ -1,4 +1,7 @@
-"""Reads `config.json` of a LLaMA checkpoint; every key is used, known not to change the computation, or refused."""
+"""Reads `config.json` of a LLaMA, Mistral, Qwen2 or Qwen3.
+
+Every key is used, known not to change the computation, or refused.
+"""
 
 import math
 from collections.abc import Mapping
@@ -31,7 +34,6 @@ IGNORED_KEYS = frozenset({
 })  # fmt: skip
 
 _REQUIRED_VALUES = {
-    "model_type": "llama",
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
@@ -44,6 +46,16 @@ _REQUIRED_VALUES = {
     "pruned_heads": {},
     "quantization_config": None,
 }
+
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""`model_type` -> the class of transformers that computes what we do."""
+_MISTRAL_WINDOW = 4096
+"""What transformers takes where a Mistral's config.json has no `sliding_window`; null is none."""
 
 _ROPE_KEYS = {
     "default": (),
@@ -63,20 +75,21 @@ def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
         UserError: a key (named in the message) is missing, unknown, contradicts another one, or is not supported.
     """
     keys = _Keys(described)
-    if described.get("model_type") is None:
-        raise UserError("config.json lacks model_type; only LLaMA checkpoints (model_type llama) are supported.")
+    kind = keys.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise _unsupported("model_type", kind, ", ".join(MODEL_TYPES))
     for key, value in _REQUIRED_VALUES.items():
         keys.require(key, value)
     architectures = keys.get("architectures", None)
-    if architectures is not None and "LlamaForCausalLM" not in architectures:
-        raise _unsupported("architectures", architectures, "LlamaForCausalLM")
+    if architectures is not None and MODEL_TYPES[kind] not in architectures:
+        raise _unsupported("architectures", architectures, MODEL_TYPES[kind])
     width, num_heads = keys.number("hidden_size"), keys.number("num_attention_heads")
-    num_kv_heads = keys.number("num_key_value_heads", num_heads)
+    num_kv_heads = keys.number("num_key_value_heads", num_heads if kind == "llama" else _NO_DEFAULT)
     if num_heads % num_kv_heads:
         raise UserError(
             f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}."
         )
-    head_dim = keys.number("head_dim", width // num_heads)
+    head_dim = keys.number("head_dim", _NO_DEFAULT if kind == "qwen3" else width // num_heads)
     if head_dim % 2:
         raise UserError(f"config.json: head_dim {head_dim} is odd, so rotary pairs do not come out even.")
     theta, scaling = _rope(keys)
@@ -92,12 +105,34 @@ def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
         rope_scaling=scaling,
         rms_norm_eps=keys.decimal("rms_norm_eps", 1e-6),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        attention_bias=keys.flag("attention_bias"),
-        mlp_bias=keys.flag("mlp_bias"),
-        max_position_embeddings=keys.number("max_position_embeddings", 2048),
+        attention_bias=kind in ("llama", "qwen3") and keys.flag("attention_bias"),
+        mlp_bias=kind == "llama" and keys.flag("mlp_bias"),
+        max_position_embeddings=_context(keys, kind),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
     )
     keys.finish()
     return config
+
+
+def _context(keys: "_Keys", kind: str) -> int:
+    """Returns the most positions that a sequence may have: where there is a sliding window, no more than it has, so
+    that it hides nothing."""
+    positions = keys.number("max_position_embeddings", 2048 if kind == "llama" else _NO_DEFAULT)
+    if kind == "mistral":
+        window = keys.get("sliding_window", None if keys.has("sliding_window") else _MISTRAL_WINDOW)
+    elif kind in ("qwen2", "qwen3"):
+        keys.get("max_window_layers", None)
+        window, slides = keys.get("sliding_window", None), keys.flag("use_sliding_window")
+        slides |= "sliding_attention" in keys.get("layer_types", ())
+        window = window if slides else None
+    else:
+        window = None
+    if window is None:
+        return positions
+    if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
+        raise _unsupported("sliding_window", window, "a positive whole number or null")
+    return min(positions, window)
 
 
 def _rope(keys: "_Keys") -> tuple[float, RopeScaling | None]:
@@ -170,6 +205,10 @@ class _Keys:
         if default is _NO_DEFAULT:
             raise UserError(f"config.json lacks {key}; add it, or fetch the checkpoint again.")
         return default
+
+    def has(self, key: str) -> bool:
+        """Tells whether the file has the key, be it with the value null."""
+        return key in self._values
 
     def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
         value = self.get(key, default)

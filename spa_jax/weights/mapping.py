@@ -39,6 +39,8 @@ TABLE = {
     "model.layers.{}.self_attn.k_proj.bias": ("blocks/attention/k/bias", "KH -> K,H"),
     "model.layers.{}.self_attn.v_proj.bias": ("blocks/attention/v/bias", "KH -> K,H"),
     "model.layers.{}.self_attn.o_proj.bias": ("blocks/attention/o/bias", "D -> D"),
+    "model.layers.{}.self_attn.q_norm.weight": ("blocks/attention/q_norm/scale", "H -> H"),
+    "model.layers.{}.self_attn.k_norm.weight": ("blocks/attention/k_norm/scale", "H -> H"),
     "model.layers.{}.post_attention_layernorm.weight": ("blocks/mlp_norm/scale", "D -> D"),
     "model.layers.{}.mlp.gate_proj.weight": ("blocks/mlp/gate/kernel", "F,D -> D,F"),
     "model.layers.{}.mlp.up_proj.weight": ("blocks/mlp/up/kernel", "F,D -> D,F"),
@@ -263,5 +265,9 @@ def _digest(name: str, tensor: np.ndarray, samples: int = 1024) -> str:
 
 
 def _fingerprint(config: LlamaConfig, digests: Mapping[str, str]) -> str:
-    described = json.dumps([dataclasses.asdict(config), sorted(digests.items())], sort_keys=True)
+    architecture = dataclasses.asdict(config)
+    for name in ("qkv_bias", "qk_norm"):  # fingerprints of models without them are older than these fields
+        if not architecture[name]:
+            del architecture[name]
+    described = json.dumps([architecture, sorted(digests.items())], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:32]

@@ -45,6 +45,11 @@ REGISTRY = {
     "llama-3.1-8b": BackboneSource("meta-llama/Llama-3.1-8B"),
     "llama-3.2-1b": BackboneSource("meta-llama/Llama-3.2-1B"),
     "llama-3.2-3b": BackboneSource("meta-llama/Llama-3.2-3B"),
+    "mistral-7b-instruct-v0.3": BackboneSource("mistralai/Mistral-7B-Instruct-v0.3"),
+    "qwen2.5-0.5b-instruct": BackboneSource("Qwen/Qwen2.5-0.5B-Instruct"),
+    "qwen2.5-7b-instruct": BackboneSource("Qwen/Qwen2.5-7B-Instruct"),
+    "qwen3-0.6b": BackboneSource("Qwen/Qwen3-0.6B"),
+    "qwen3-8b": BackboneSource("Qwen/Qwen3-8B"),
 }
 
 

@@ -28,7 +28,7 @@ def mesh_of(data=1, fsdp=1, tensor=1):
 
 def parameters():
     """Paths and shapes of all parameters there are: of every option of a backbone, and of all that is trained."""
-    biased = dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True)
+    biased = dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True, qk_norm=True)
     for tree in (init_params(biased, abstract=True), init_params(CONFIG, abstract=True)):
         yield from flax.traverse_util.flatten_dict(tree, sep="/").items()
     for side in KINDS.values():

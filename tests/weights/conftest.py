@@ -21,13 +21,17 @@ TINY = {
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    """Makes tiny `transformers.LlamaForCausalLM`s; norm scales and biases are random, or no test would see them."""
+    """Makes tiny models of transformers, by `kind` a Llama, Mistral, Qwen2 or Qwen3.
+
+    Norm scales and biases are random, or no test would see them.
+    """
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 
-    def make(seed: int = 0, **overrides: Any) -> Any:
+    def make(seed: int = 0, kind: str = "Llama", **overrides: Any) -> Any:
         torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, **overrides})).eval()
+        config = getattr(transformers, f"{kind}Config")(**{**TINY, **overrides})
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -24,6 +24,7 @@ from spa_jax.weights.registry import load_backbone
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
@@ -57,7 +58,9 @@ def write_gguf(tmp_path) -> Callable[..., pathlib.Path]:
     ) -> pathlib.Path:  # fmt: skip
         path = tmp_path / "model.gguf"
         c = model.config
-        writer = gguf.GGUFWriter(path, "llama")
+        architecture = {"mistral": "llama"}.get(c.model_type, c.model_type)
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        writer = gguf.GGUFWriter(path, architecture)
         writer.add_vocab_size(c.vocab_size)
         writer.add_context_length(c.max_position_embeddings)
         writer.add_embedding_length(c.hidden_size)
@@ -65,9 +68,9 @@ def write_gguf(tmp_path) -> Callable[..., pathlib.Path]:
         writer.add_feed_forward_length(c.intermediate_size)
         writer.add_head_count(c.num_attention_heads)
         writer.add_head_count_kv(c.num_key_value_heads)
-        writer.add_key_length(c.head_dim)
-        writer.add_value_length(c.head_dim)
-        writer.add_rope_dimension_count(c.head_dim)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(head_dim)
         writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
         writer.add_layer_norm_rms_eps(c.rms_norm_eps)
         writer.add_tokenizer_model("gpt2")
@@ -82,7 +85,7 @@ def write_gguf(tmp_path) -> Callable[..., pathlib.Path]:
             tensors.pop("lm_head.weight", None)
         for name, tensor in tensors.items():
             for projection, heads in (("q_proj", c.num_attention_heads), ("k_proj", c.num_key_value_heads)):
-                if f".{projection}." in name:
+                if f".{projection}." in name and architecture == "llama":
                     tensor = _interleave(tensor, heads)
             this = kind if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
             writer.add_tensor(
@@ -109,6 +112,9 @@ def write_gguf(tmp_path) -> Callable[..., pathlib.Path]:
         {"attention_bias": True, "mlp_bias": True},
         {"head_dim": 12},
         {"rms_norm_eps": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        {"kind": "Mistral", "sliding_window": None},
+        {"kind": "Qwen2", "tie_word_embeddings": True},
+        {"kind": "Qwen3", "head_dim": 12},
     ],
     ids=str,
 )
@@ -200,7 +206,7 @@ def test_fingerprint_does_not_depend_on_the_dtype(make_model, write_gguf) -> Non
         (lambda w: w.add_causal_attention(False), "llama.attention.causal"),
         (lambda w: w.add_uint16("split.count", 3), "split.count"),
         (lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count"),
-        (lambda w: w.add_tokenizer_pre("qwen2"), "tokenizer.ggml.pre = 'qwen2'"),
+        (lambda w: w.add_tokenizer_pre("tekken"), "tokenizer.ggml.pre = 'tekken'"),
         (lambda w: w.add_tokenizer_model("t5"), "tokenizer.ggml.model = 't5'"),
     ],
 )
@@ -211,7 +217,7 @@ def test_unsupported_metadata_is_refused_by_name(change, named, make_model, writ
 
 def test_unknown_tensor_is_refused_by_name(make_model, write_gguf) -> None:
     extra = {"blk.0.attn_q_norm.weight": np.ones(8, np.float32), "output.weird": np.ones(8, np.float32)}
-    with pytest.raises(UserError, match=r"unknown: blk\.0\.attn_q_norm\.weight, output\.weird"):
+    with pytest.raises(UserError, match=r"unknown: model\.layers\.0\.self_attn\.q_norm\.weight, output\.weird"):
         load_gguf(write_gguf(make_model(), extra=extra))
 
 

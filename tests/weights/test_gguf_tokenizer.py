@@ -128,6 +128,21 @@ def test_byte_level_equals_transformers(pre, tmp_path) -> None:
         assert tokenizer.decode(ids) == text
 
 
+def test_qwen2_equals_transformers() -> None:
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    metadata = {**_byte_level_metadata("qwen2"), "general.architecture": "qwen2", "qwen2.context_length": 99}
+    tokens, merges = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
+    judge = transformers.Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[tuple(merge.split(" ")) for merge in merges]
+    )
+    tokenizer = tokenizer_from_metadata(metadata, NOWHERE)
+    assert tokenizer.model_max_length == 99
+    for text in [*TEXTS, *SPACES_BEFORE_NUMBERS, *CORPUS, "1234567 890"]:
+        if "<|endoftext|>" not in text:  # transformers adds it
+            assert tokenizer(text)["input_ids"] == judge(text)["input_ids"], text
+
+
 def test_default_splits_punctuation_and_triples_of_digits() -> None:
     tokenizer = tokenizer_from_metadata(_byte_level_metadata("default"), NOWHERE)
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's 1234567, ok $5")

@@ -88,7 +88,8 @@ def test_rope_in_both_forms(rope: dict, theta: float, scaling: RopeScaling | Non
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": "gemma3"}, "model_type = 'gemma3'"),
+        ({"model_type": "mistral"}, "MistralForCausalLM"),
         ({"model_type": None}, "model_type"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"sliding_window": 128}, "sliding_window"),
@@ -105,6 +106,36 @@ def test_rope_in_both_forms(rope: dict, theta: float, scaling: RopeScaling | Non
 def test_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         llama_config_from_hf({**BASE, **change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows", "context"),
+    [
+        ("mistral", {}, 4096),
+        ("mistral", {"sliding_window": None}, 32768),
+        ("mistral", {"sliding_window": 100}, 100),
+        ("mistral", {"sliding_window": 99_999}, 32768),
+        ("qwen2", {"sliding_window": 100, "max_window_layers": 2, "use_sliding_window": False}, 32768),
+        ("qwen2", {"sliding_window": 100, "max_window_layers": 2, "use_sliding_window": True}, 100),
+        ("qwen3", {"layer_types": ["full_attention"] * 3, "use_sliding_window": False, "sliding_window": 100}, 32768),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 100}, 100),
+    ],
+)
+def test_no_sequence_is_longer_than_a_sliding_window(kind: str, windows: dict, context: int) -> None:
+    classes = {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    described = {key: value for key, value in BASE.items() if key not in ("attention_bias", "mlp_bias")}
+    described |= {"model_type": kind, "architectures": [classes[kind]], "max_position_embeddings": 32768}
+    config = llama_config_from_hf({**described, "num_key_value_heads": 2, "head_dim": 16, **windows})
+    assert config.max_position_embeddings == context
+    assert (config.qkv_bias, config.qk_norm) == (kind == "qwen2", kind == "qwen3")
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "max_position_embeddings", "head_dim"])
+def test_what_the_classes_of_transformers_differ_in_must_be_said(key: str) -> None:
+    described = {**BASE, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 99}
+    described = {**described, "num_key_value_heads": 2, "head_dim": 16, key: None}
+    with pytest.raises(UserError, match=f"lacks {key}"):
+        llama_config_from_hf(described)
 
 
 def test_keys_of_published_checkpoints_that_change_nothing_are_ignored() -> None:

@@ -30,6 +30,11 @@ VARIANTS = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
         }
     },
+    "mistral": {"kind": "Mistral", "sliding_window": None},
+    "mistral with a window": {"kind": "Mistral", "sliding_window": 32},
+    "qwen2": {"kind": "Qwen2", "tie_word_embeddings": True},
+    "qwen3": {"kind": "Qwen3", "head_dim": 12},
+    "qwen3 with biases": {"kind": "Qwen3", "head_dim": 8, "attention_bias": True},
 }  # fmt: skip
 
 

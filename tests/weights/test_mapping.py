@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import hashlib
+import json
 import threading
 
 import flax.traverse_util
@@ -13,7 +15,7 @@ import pytest
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig
 from spa_jax.models.llama import init_params
-from spa_jax.weights.mapping import TABLE, convert
+from spa_jax.weights.mapping import TABLE, _fingerprint, convert
 
 CONFIG = LlamaConfig(
     vocab_size=40, hidden_size=8, intermediate_size=12, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -80,9 +82,20 @@ def test_parameters_are_those_of_the_model(dtype: str, tied: bool) -> None:
 
 
 def test_the_table_has_no_row_that_no_model_uses() -> None:
-    params, _ = convert(CONFIG, MemorySource(_tensors(CONFIG)))
+    params = init_params(dataclasses.replace(CONFIG, qk_norm=True), abstract=True)
     paths = {"/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert {path for path, _ in TABLE.values()} == paths
+
+
+def test_fields_that_a_model_does_not_need_leave_its_fingerprint_as_it_was() -> None:
+    """A plugin knows its backbone by the fingerprint."""
+    plain = dataclasses.replace(CONFIG, attention_bias=False, mlp_bias=False, tie_word_embeddings=True)
+    config = {key: value for key, value in dataclasses.asdict(plain).items() if key not in ("qkv_bias", "qk_norm")}
+    assert len(config) == 14
+    described = json.dumps([config, [["a", "b"]]], sort_keys=True)
+    assert _fingerprint(plain, {"a": "b"}) == hashlib.sha256(described.encode()).hexdigest()[:32]
+    others = {_fingerprint(dataclasses.replace(plain, **{name: True}), {"a": "b"}) for name in ("qkv_bias", "qk_norm")}
+    assert len({*others, _fingerprint(plain, {"a": "b"})}) == 3
 
 
 def test_every_tensor_is_read_once() -> None:
