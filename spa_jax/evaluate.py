@@ -44,6 +44,7 @@ ROUGE_TOKENIZER = flags.DEFINE_enum(
     "rouge_tokenizer", "english", list(TOKENIZERS), "What ROUGE counts: stems of English words, or any script's words."
 )
 OUTPUT = flags.DEFINE_string("output", None, "Directory for predictions.jsonl and evaluation.json.")
+HTML = flags.DEFINE_bool("html", False, "Write report.html there too: every answer, its tokens coloured by source.")
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     backbone = load_backbone(
         BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, KEPT.value))
     )
-    show(evaluate(config, backbone, plugin, Path(OUTPUT.value)))
+    show(evaluate(config, backbone, plugin, Path(OUTPUT.value), html=HTML.value))
 
 
 if __name__ == "__main__":

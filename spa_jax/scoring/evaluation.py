@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spa_jax.data.encoding import Encoder, Example
+from spa_jax.data.encoding import Encoder, Example, token_texts
 from spa_jax.data.pairs import Pair
 from spa_jax.data.tasks import Split, Task, find_task, load_split, nested_subset
 from spa_jax.decoding.beam import Beams
@@ -30,6 +30,7 @@ from spa_jax.models.llama import Params
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
+from spa_jax.scoring.report import Answered, write_report
 from spa_jax.scoring.rouge import TOKENIZERS, is_scoreable
 from spa_jax.scoring.scores import repetition, score
 from spa_jax.training.methods import recipe_for
@@ -43,7 +44,7 @@ from spa_jax.weights.plugin import Trained
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS, SUMMARY = "predictions.jsonl", "evaluation.json"
+PREDICTIONS, SUMMARY, REPORT = "predictions.jsonl", "evaluation.json", "report.html"
 EFFECT_QUESTIONS = 128
 """Number of questions, from the first on, for which the effect of the side network is measured."""
 
@@ -97,11 +98,12 @@ class EvaluationConfig:
 
 
 class Question(NamedTuple):
-    """A prompt to answer, as token ids, and the answers that it is scored against."""
+    """A prompt to answer, as token ids, with the answers that it is scored against and its own last source."""
 
     id: str
     prompt: list[int]
     references: tuple[str, ...]
+    source: str = ""
 
 
 def evaluate(
@@ -110,6 +112,7 @@ def evaluate(
     plugin: Trained | None,
     output: Path,
     prompts: PromptStore | None = None,
+    html: bool = False,
 ) -> dict[str, Any]:
     """Runs or resumes an evaluation, and returns what `evaluation.json` says.
 
@@ -119,6 +122,7 @@ def evaluate(
         plugin: what was trained on it; None for the backbone alone.
         output: directory of predictions and summary.
         prompts: keeps prompts that have run, for other evaluations of the same questions.
+        html: whether to write `report.html` too, which shows every answer by the source of its tokens.
 
     Raises:
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
@@ -153,6 +157,9 @@ def evaluate(
         greedy = itertools.chain.from_iterable(generate_all(model, some, task.new_tokens, None, config.batch_size))
         summary |= side_effect(model, [(q.prompt, g.tokens) for q, g in greedy], config.batch_size)
     write_json(output / SUMMARY, {"evaluation": identity, **summary})
+    if html:
+        answers = [Answered(q.source, q.references, predictions.rows[q.id]) for q in questions]
+        write_report(output / REPORT, f"{config.task}, {model.setting}", summary, answers)
     return summary
 
 
@@ -192,7 +199,8 @@ def _prediction(task: Task, encoder: Encoder, tokenizer: str, question: Question
     sources = "".join("d" if asked else "c" for asked in generation.consulted)
     found = score(task.scores, text, question.references, tokenizer)
     scores = {name: round(value, 4) for name, value in found.items()}
-    return Prediction(question.id, hash_of(question.prompt, question.references), text, sources, scores)
+    pieces = token_texts(encoder.tokenizer, generation.tokens)
+    return Prediction(question.id, hash_of(question.prompt, question.references), text, sources, scores, pieces)
 
 
 def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: EvaluationConfig) -> list[Question]:
@@ -203,7 +211,7 @@ def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: Evalu
         turns = pair.turns
         for turn, (asked, prompt) in enumerate(zip(turns, example.prompts[-len(turns) :]), start=1):
             name = str(number) if len(turns) == 1 else f"{number}.{turn}"
-            questions.append(Question(name, prompt, (asked.target, *asked.references)))
+            questions.append(Question(name, prompt, (asked.target, *asked.references), asked.source))
     return questions
 
 

@@ -27,6 +27,7 @@ class Prediction:
         text: the generated text.
         sources: a letter for each token, EOS included: `d` where the device was asked, `c` where the cloud was alone.
         scores: score by name, see `spa_jax.scoring.scores`.
+        pieces: the text that each token adds; empty in files of before there were any.
     """
 
     id: str
@@ -34,6 +35,18 @@ class Prediction:
     text: str
     sources: str
     scores: dict[str, float]
+    pieces: Sequence[str] = ()
+
+    @property
+    def line(self) -> str:
+        """The line of the file."""
+        return json.dumps({name: value for name, value in vars(self).items() if name != "pieces" or value})
+
+    @property
+    def tokens(self) -> list[tuple[str, str]]:
+        """The text that each token adds and its letter in `sources`; the whole text and no letter where there are no
+        pieces."""
+        return list(zip(self.pieces, self.sources)) if self.pieces else [(self.text, "")]
 
     @property
     def group(self) -> str:
@@ -70,13 +83,13 @@ class Predictions:
                     "--output"
                 )
             self.rows = {row.id: row for row in rows}
-        lines = [json.dumps({"evaluation": identity}), *(json.dumps(vars(row)) for row in self.rows.values())]
+        lines = [json.dumps({"evaluation": identity}), *(row.line for row in self.rows.values())]
         write_bytes(path, "".join(line + "\n" for line in lines).encode())
 
     def add(self, rows: Sequence[Prediction]) -> None:
         """Appends rows and has them on disk before it returns."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(row)) + "\n" for row in rows)
+            file.writelines(row.line + "\n" for row in rows)
         self.rows.update({row.id: row for row in rows})
 
 
