@@ -1,5 +1,6 @@
 """LLaMA checkpoints in GGUF, llama.cpp's single-file format, quantised or not."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from transformers import PreTrainedTokenizerFast
 
+from spa_jax.chat import end_of_answer
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.models.compute import Weights
-from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.backbone import Backbone, check_vocabulary
 from spa_jax.weights.gguf_file import GGUFFile
 from spa_jax.weights.gguf_tokenizer import eos_ids, tokenizer_from_metadata
 from spa_jax.weights.mapping import Shardings, convert
@@ -65,9 +68,21 @@ def load_gguf(
     file = GGUFFile(path)
     config = llama_config_from_gguf(file)
     tokenizer = tokenizer_from_metadata(file.metadata, path)
+    eos = _stop_tokens(file, tokenizer)
+    check_vocabulary(path, config, tokenizer, eos)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
     params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings, weights)
-    return Backbone(str(path), config, params, tokenizer, eos_ids(file.metadata), fingerprint)
+    return Backbone(str(path), config, params, tokenizer, eos, fingerprint)
+
+
+def _stop_tokens(file: GGUFFile, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Returns the ids that end a generation, ascending: those that the file names, and as in llama.cpp the one that
+    ends an answer of its chat, which many files do not name."""
+    named = set(eos_ids(file.metadata))
+    if tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # whoever uses the template will hear of it
+            named |= {end_of_answer(tokenizer, "chat")} - {None}
+    return tuple(sorted(named))
 
 
 class GGUFSource:
