@@ -3,6 +3,7 @@
 A template is a program that came with a checkpoint, and may raise anything.
 """
 
+import contextlib
 import datetime
 import re
 from collections.abc import Mapping, Sequence
@@ -57,10 +58,11 @@ def parse_date(text: str) -> datetime.date:
     Raises:
         UserError: the text is none.
     """
-    try:
-        return datetime.date.fromisoformat(text)
-    except ValueError as error:
-        raise UserError(f"data.date is '{text}': write a date such as {DATE}") from error
+    with contextlib.suppress(ValueError):
+        day = datetime.date.fromisoformat(text)
+        if day.isoformat() == text:  # there are other forms, of which two would be one day
+            return day
+    raise UserError(f"data.date is '{text}': write a date such as {DATE}")
 
 
 def writes_date(tokenizer: "PreTrainedTokenizerFast") -> bool:

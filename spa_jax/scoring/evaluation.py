@@ -116,7 +116,8 @@ def evaluate(
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
     """
     task = find_task(config.task)
-    encoder = task_encoder(backbone, plugin.template if plugin else "auto", config.task, config.max_length)
+    template, date = (plugin.template, plugin.date) if plugin else ("", "")
+    encoder = task_encoder(backbone, template, config.task, config.max_length, date)
     threshold = config.threshold
     if config.budget:
         held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
@@ -128,7 +129,7 @@ def evaluate(
         shown = _demonstration(encoder, config)
         examples = [encoder.encode_with_demonstration(shown, pair) for pair in pairs]
     questions = _questions(pairs, examples, config)
-    identity = _identity(config, model, plugin, questions)
+    identity = _identity(config, encoder, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
     summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
     summary |= _losses(backbone, plugin, model, examples, config.batch_size)
@@ -233,7 +234,11 @@ def _threshold(
 
 
 def _identity(
-    config: EvaluationConfig, model: FusedModel, plugin: Trained | None, questions: Sequence[Question]
+    config: EvaluationConfig,
+    encoder: Encoder,
+    model: FusedModel,
+    plugin: Trained | None,
+    questions: Sequence[Question],
 ) -> dict[str, Any]:
     """Describes all that the predictions depend on, and no place of this machine."""
     asked = [hash_of(question.prompt, question.references) for question in questions]
@@ -242,6 +247,7 @@ def _identity(
     where = {} if method is None or method.entry == "head" else {"entry": method.entry, "edits": method.edits}
     return {
         **where,
+        **({"date": encoder.date} if encoder.writes_date else {}),
         **{name: getattr(config, name) for name in kept},
         "setting": model.setting,
         "threshold": model.threshold,

@@ -123,7 +123,8 @@ def _train(config: RunConfig, workdir: Path) -> dict[str, float]:
     }
     params = partitioner.to_host(params)
     if is_main_process():
-        recipe.trained(threshold, params, backbone, encoder.template).save(workdir / "plugin")
+        trained = recipe.trained(threshold, params, backbone, encoder.template, encoder.date)
+        trained.save(workdir / "plugin")
         write_json(workdir / "summary.json", summary)
     barrier("the run is written")
     return summary

@@ -81,7 +81,8 @@ def _stop_tokens(file: GGUFFile, tokenizer: PreTrainedTokenizerFast) -> tuple[in
     named = set(eos_ids(file.metadata))
     if tokenizer.chat_template:
         with contextlib.suppress(UserError):  # whoever uses the template will hear of it
-            named |= {end_of_answer(tokenizer, "chat")} - {None}
+            end = end_of_answer(tokenizer, "chat")
+            named |= set() if end is None else {end}
     return tuple(sorted(named))
 
 
