@@ -140,7 +140,7 @@ def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
     metadata.require("llama.attention.causal", True, True)
     theta = metadata.decimal("rope.freq_base", 10000.0)
     config = LlamaConfig(
-        vocab_size=metadata.number("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ()))),
+        vocab_size=metadata.number("vocab_size", len(metadata.tokens)),
         hidden_size=width,
         intermediate_size=metadata.number("feed_forward_length"),
         num_layers=metadata.number("block_count"),
@@ -210,9 +210,9 @@ class _Metadata:
 
     def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
         value = self.get(f"llama.{key}", default)
-        if isinstance(value, list) and len(set(value)) == 1:  # one value per block
+        if isinstance(value, list) and value == value[:1] * len(value) != []:  # one value per block
             value = value[0]
-        if not isinstance(value, int) or value <= 0:
+        if type(value) is not int or value <= 0:
             self.refuse(f"llama.{key}", value, "one positive whole number")
         return value
 
@@ -221,6 +221,12 @@ class _Metadata:
         if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
             self.refuse(f"llama.{key}", value, "one positive number")
         return _decimal(value)
+
+    @property
+    def tokens(self) -> list[str]:
+        """The vocabulary, empty where there is none."""
+        tokens = self._values.get("tokenizer.ggml.tokens")
+        return tokens if isinstance(tokens, list) else []
 
     def require(self, key: str, expected: Any, default: Any = _NO_DEFAULT) -> None:
         value = self.get(key, default)

@@ -42,8 +42,20 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
         path: the file's path, for messages.
 
     Raises:
-        UserError: there is no vocabulary, or one of an unsupported kind.
+        UserError: there is no vocabulary, one of an unsupported kind, or one that contradicts itself.
     """
+    try:
+        return _build(metadata, path)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: its tokenizer cannot be built ({reason}); convert the model to GGUF again."
+        ) from error
+
+
+def _build(metadata: Mapping[str, Any], path: pathlib.Path) -> PreTrainedTokenizerFast:
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:

@@ -165,6 +165,18 @@ def test_a_special_token_that_the_vocabulary_has_not_is_none(index) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", ["a"]), ("tokens", 3), ("tokens", [1]), ("merges", ["x y"]), ("merges", [1]), ("model", []),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_that_makes_no_sense_is_one_line(key, value) -> None:
+    with pytest.raises(UserError, match=r"^test\.gguf: ") as refused:
+        tokenizer_from_metadata({**_byte_level_metadata("smollm"), f"tokenizer.ggml.{key}": value}, NOWHERE)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("key", ["model", "tokens", "merges", "pre"])
 def test_missing_key_is_named(key) -> None:
     metadata = _byte_level_metadata("smollm")
