@@ -38,6 +38,7 @@ BROKEN = {
     "zero": ("{{ 1 / 0 }}", "division by zero"),
     "loop": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
     "unsafe": ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+    "alias": ("{% set now = strftime_now %}{{ now('%Y') }}", "a format that is not a constant"),
     "clock": ("{% set form = '%Y' %}{{ strftime_now(form) }}", "a format that is not a constant"),
 }
 
