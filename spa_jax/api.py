@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spa_jax.data.encoding import Encoder
 from spa_jax.data.tasks import Split
 from spa_jax.data.text import check_prompt
 from spa_jax.decoding.beam import Beams
@@ -15,6 +14,7 @@ from spa_jax.files import path_of
 from spa_jax.models.combine import Setting
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.training.config import RunConfig, with_defaults
+from spa_jax.training.rows import prompt_encoder
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.hub import plugin_directory
@@ -190,8 +190,7 @@ def generate_text(
             of another backbone.
     """
     check_prompt(prompt)
-    template = (plugin.template if plugin else "") or ("chat" if backbone.tokenizer.chat_template else "plain")
-    encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
+    encoder = prompt_encoder(backbone, plugin)
     model = FusedModel(backbone, plugin, setting, threshold)
     sampling = Sampling(temperature, top_k, top_p).check()
     search = Beams(beams).check() if beams else None

@@ -17,7 +17,8 @@ from typing import Any, cast
 from absl import flags
 
 from spa_jax import command
-from spa_jax.data.encoding import Encoder, StreamingDetokenizer
+from spa_jax.data.detokenizing import StreamingDetokenizer
+from spa_jax.data.encoding import Encoder
 from spa_jax.data.text import check_prompt
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
@@ -39,6 +40,7 @@ from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
 from spa_jax.split.wire import CODECS, REPLIES, Codec, ReplyMode
+from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import PeftPlugin, load_trained
@@ -193,15 +195,24 @@ def start_local_cloud(backbone: Backbone) -> str:
 
 def answer(generate_tokens: GenerateTokens, encoder: Encoder, prompt: str) -> dict[str, Any]:
     """Prints the answer to a prompt as it comes, and returns it as `--output` writes it."""
-    printer, text, tokens, sources = Printer(), StreamingDetokenizer(encoder.tokenizer), [], []
+    printer, stream = Printer(), StreamingDetokenizer(encoder.tokenizer)
+    tokens: list[int] = []
+    sources: list[str] = []
     cost: dict[str, Any] = {}
+    unprinted = iter(sources)
     began = time.perf_counter()
+
+    def print_texts(texts: list[str]) -> None:
+        for text in texts:
+            printer.add(text, next(unprinted) == "device")
+
     try:
         for token, consulted in generate_tokens(encoder.prompt(prompt), cost):
             tokens.append(token)
             sources.append("device" if consulted else "cloud")
-            printer.add(text.add(token), consulted)
+            print_texts(stream.add(token))
     finally:
+        print_texts(stream.finish())
         if tokens:
             printer.finish()
     share = sources.count("device") / len(sources)
@@ -278,8 +289,7 @@ def main() -> None:
 
 def answer_all(generate_tokens: GenerateTokens, backbone: Backbone, plugin: Plugin | PeftPlugin | None) -> None:
     """Answers the prompt of the flags, or those typed in."""
-    template = (plugin.template if plugin else "") or ("chat" if backbone.tokenizer.chat_template else "plain")
-    encoder = Encoder(backbone.tokenizer, template, backbone.config.max_position_embeddings)
+    encoder = prompt_encoder(backbone, plugin)
     if PROMPT.value is not None:
         result = answer(generate_tokens, encoder, PROMPT.value)
         if OUTPUT.value:

@@ -14,11 +14,11 @@ from configs import quickstart
 from experiments.benchmarks.output import write_result
 from experiments.record import print_table
 from spa_jax import command
-from spa_jax.data.encoding import Encoder
 from spa_jax.data.persona import PersonaRow, generate, is_right
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.models.combine import Setting
 from spa_jax.training.config import parse
+from spa_jax.training.rows import prompt_encoder
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin, load_plugin
@@ -34,7 +34,7 @@ SETTINGS: tuple[Setting, ...] = ("base", "spa", "s1")
 def ask(backbone: Backbone, plugin: Plugin, setting: Setting, pairs: list[PersonaRow]) -> dict[str, float | list[str]]:
     """Answers all pairs greedily in one setting; returns right shares by kind, consulted share and wrong answers."""
     model = FusedModel(backbone, plugin, setting)
-    encoder = Encoder(backbone.tokenizer, plugin.template, backbone.config.max_position_embeddings)
+    encoder = prompt_encoder(backbone, plugin)
     asked = sorted(((encoder.prompt(pair.source), pair) for pair in pairs), key=lambda each: len(each[0]))
     batches = [[prompt for prompt, _ in asked[start : start + BATCH]] for start in range(0, len(asked), BATCH)]
     generations = [generation for batch in batches for generation in model.generate(batch, MAX_NEW_TOKENS)]

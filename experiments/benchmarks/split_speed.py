@@ -19,7 +19,6 @@ from absl import flags
 from experiments.benchmarks.output import write_result
 from experiments.record import print_table
 from spa_jax import command
-from spa_jax.data.encoding import Encoder
 from spa_jax.data.persona import generate as persona
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
@@ -31,6 +30,7 @@ from spa_jax.split.generation import generate
 from spa_jax.split.head import Head, head_of
 from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
+from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 
@@ -50,7 +50,7 @@ def main() -> None:
 def measure(plugin: Plugin, address: str) -> None:
     """Times each way in turn, the gRPC one with the cloud at that address."""
     backbone = load_backbone(plugin.backbone)
-    encoder = Encoder(backbone.tokenizer, plugin.template, backbone.config.max_position_embeddings)
+    encoder = prompt_encoder(backbone, plugin)
     _, held_out = persona(0)
     prompts = [encoder.prompt(pair.source) for pair in held_out[:: len(held_out) // PROMPTS][:PROMPTS]]
     base, spa, cloud = FusedModel(backbone, None), FusedModel(backbone, plugin), Cloud(backbone)

@@ -18,11 +18,12 @@ from experiments.paper.report import RESULTS, plt
 from experiments.record import write_record
 from spa_jax import command
 from spa_jax.data import persona
-from spa_jax.data.encoding import Encoder, token_texts
+from spa_jax.data.detokenizing import token_texts
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
 from spa_jax.scoring.effect import alternatives
+from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 
@@ -40,7 +41,7 @@ def answers(plugin_directory: Path) -> list[dict[str, Any]]:
     plugin = load_plugin(plugin_directory)
     backbone = load_backbone(plugin.backbone)
     model = FusedModel(backbone, plugin)
-    encoder = Encoder(backbone.tokenizer, plugin.template, backbone.config.max_position_embeddings)
+    encoder = prompt_encoder(backbone, plugin)
     _, held_out = persona.generate()
     asked = held_out[:: len(held_out) // QUESTIONS][:QUESTIONS]
     prompts = [encoder.prompt(pair.source) for pair in asked]

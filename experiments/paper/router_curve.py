@@ -74,7 +74,7 @@ def curves(store: CellStore, task: str) -> dict[str, Any] | None:
 
 def outcomes_of(store: CellStore, plugin: Plugin, task: str) -> tuple[Outcomes, Float[np.ndarray, " N"]]:
     """Computes losses of all target tokens of the test split, and the entropy in nats of what the base expects."""
-    encoder = task_encoder(store.backbone, plugin.template, task)
+    encoder = task_encoder(store.backbone, plugin.template, task, date=plugin.date)
     examples, _ = encoder.encode_all(load_split(task, store.directory(task), "test"))
     scorer = Scorer(store.backbone, recipe_for(plugin.config), examples, BATCH)
 

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from spa_jax import chat
 from spa_jax.data.pairs import Pair
 from spa_jax.errors import UserError
 
@@ -20,9 +20,9 @@ class Example(NamedTuple):
     """One tokenised row; all arrays are int32.
 
     Attributes:
-        tokens: prompt and answers, without the EOS of the last answer, T tokens.
+        tokens: prompt and answers, without the token that ends the last answer, T tokens.
         predict: the R positions whose output predicts a target token.
-        targets: the R target tokens: the answers, each with its EOS.
+        targets: the R target tokens: the answers, each with the token that ends it.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -53,26 +53,38 @@ class Encoder:
         max_length: most tokens of prompt and target together.
         target_room: tokens that every prompt leaves free for its target, so that how much of a source is cut does not
             tell how long the target is. A longer target takes what it needs.
+        date: the day that a chat template with a date writes, such as `2024-07-26`.
         limited_by: name of what the user can raise to allow more tokens; empty where `max_length` is the backbone's
             context.
+        end: the token that ends a target.
 
     Raises:
-        UserError: an unknown template, `chat` for a tokenizer that has no chat template, or a tokenizer without EOS.
+        UserError: an unknown template, `chat` for a tokenizer that has no chat template or one that fails, or nothing
+            to end a target with.
     """
 
     tokenizer: PreTrainedTokenizerFast
     template: str
     max_length: int
     target_room: int = 0
+    date: str = chat.DATE
     limited_by: str = "data.max_length"
+    end: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         if self.template not in get_args(Template):
             raise UserError(f"data.template is '{self.template}'; choices are {', '.join(get_args(Template))}")
         if self.template == "chat" and not self.tokenizer.chat_template:
             raise UserError("this backbone has no chat template: set data.template=plain")
-        if self.tokenizer.eos_token_id is None:
+        end = chat.end_of_answer(self.tokenizer, self.template)
+        if end is None:
             raise UserError("this backbone's tokenizer has no end-of-sequence token, so a target could never end")
+        object.__setattr__(self, "end", end)
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether prompts depend on the date."""
+        return self.template == "chat" and chat.writes_date(self.tokenizer)
 
     @property
     def limit(self) -> str:
@@ -84,13 +96,12 @@ class Encoder:
         """Returns the token ids of the prompt for a source text."""
         if self.template == "plain":
             return list(self.tokenizer(source + "\n")["input_ids"])
-        turn = [{"role": "user", "content": source}]
-        text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        text = chat.render(self.tokenizer, [{"role": "user", "content": source}], open_answer=True, date=self.date)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def target(self, target: str) -> list[int]:
-        """Returns the token ids of a target text, with EOS at the end."""
-        return [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        """Returns the token ids of a target text, with the token that ends it."""
+        return [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end]
 
     def truncate(self, source: str, max_tokens: int) -> tuple[str, list[int]]:
         """Cuts the end of a source whose prompt would have more than `max_tokens` tokens.
@@ -112,29 +123,29 @@ class Encoder:
         return source, prompt
 
     def follow_up(self, source: str) -> list[int]:
-        """Returns the token ids of a later question of a conversation, from the EOS of the answer before it (not
-        included) to where its own answer begins.
+        """Returns the token ids of a later question of a conversation, from the end of the answer before it (its
+        token not included) to where its own answer begins.
 
         Raises:
-            UserError: the chat template does not write an answer as its text and EOS.
+            UserError: the chat template does not write an answer as its text and the token that ends it.
         """
         if self.template == "plain":
             return list(self.tokenizer(source + "\n", add_special_tokens=False)["input_ids"])
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         first_prompt, answered, second_prompt = (
-            self.tokenizer.apply_chat_template(turns, add_generation_prompt=prompts, tokenize=False)
-            for turns, prompts in (
+            chat.render(self.tokenizer, turns, open_answer, self.date)
+            for turns, open_answer in (
                 (exchange[:1], True),
                 (exchange, False),
                 ([*exchange, {"role": "user", "content": source}], True),
             )
         )
-        eos = self.tokenizer.eos_token
-        content, found, closing = answered.removeprefix(first_prompt).partition(eos)
+        end = self.tokenizer.convert_ids_to_tokens(self.end)
+        content, found, closing = answered.removeprefix(first_prompt).partition(end)
         continues = answered.startswith(first_prompt) and second_prompt.startswith(answered)
         if not (continues and found and content.strip() == "b"):
             raise UserError(
-                f"this backbone's chat template does not end an answer with {eos} and go on: set data.template=plain"
+                f"this backbone's chat template does not end an answer with {end} and go on: set data.template=plain"
             )
         text = closing + second_prompt[len(answered) :]
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -192,21 +203,3 @@ class Encoder:
         """Encodes rows in order; also returns how many sources were cut."""
         encoded = [self.encode(pair) for pair in pairs]
         return [example for example, _ in encoded], sum(cut for _, cut in encoded)
-
-
-class StreamingDetokenizer:
-    """Decodes a generation token by token; a character made of several tokens comes with the last of them."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def add(self, token: int) -> str:
-        """Returns the text that the token adds; empty for a special token or within a character."""
-        return self._stream.step(self._tokenizer, token) or ""
-
-
-def token_texts(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> list[str]:
-    """Returns the text that each token adds, which joined are the text of all."""
-    stream = StreamingDetokenizer(tokenizer)
-    return [stream.add(token) for token in tokens]

@@ -23,9 +23,9 @@ from spa_jax.decoding.fused_programs import (
 )
 from spa_jax.decoding.hypotheses import Generation, to_generations
 from spa_jax.decoding.prompt_store import PromptState, PromptStore
-from spa_jax.decoding.prompts import check_lengths, longest_extensions, pad_prompts
+from spa_jax.decoding.prompts import check_lengths, check_tokens, longest_extensions, pad_prompts
 from spa_jax.decoding.sampling import GREEDY, Sampling
-from spa_jax.decoding.settings import resolve_setting
+from spa_jax.decoding.settings import resolve_setting, stop_tokens
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Params
 from spa_jax.models.method import Method
@@ -71,7 +71,8 @@ class FusedModel:
             # The threshold is an argument of the programs: plugins that differ in it alone share them.
             method = dataclasses.replace(cast(PluginConfig, method), threshold=0.5)
         self.model = backbone.model(method.taps, entry=method.entry) if method else backbone.model()
-        self._config = FusedConfig(self.model, method, self.setting, backbone.eos_ids)
+        stops = stop_tokens(backbone, plugin.template if plugin else "")
+        self._config = FusedConfig(self.model, method, self.setting, stops)
         self._prompt_store = prompts if method is None or method.side is not None else None
 
     def start(
@@ -87,9 +88,11 @@ class FusedModel:
         A prompt that begins another one, as the earlier questions of a conversation do, is run with it.
 
         Raises:
-            UserError: a prompt is empty, or does not fit the backbone's context with `max_new_tokens` new tokens.
+            UserError: a prompt is empty, does not fit the backbone's context with `max_new_tokens` new tokens, or holds
+                tokens that the backbone has not.
         """
         lengths = check_lengths(prompts, max_new_tokens, self.backbone.config.max_position_embeddings)
+        check_tokens(prompts, self.backbone.config.vocab_size)
         extensions = longest_extensions(prompts)
         unextended = np.unique(extensions)
         rows = np.searchsorted(unextended, extensions).astype(np.int32)
@@ -159,7 +162,7 @@ class FusedModel:
             min_active = len(groups) // 2 if batch_size and len(groups) >= 2 * MIN_GROUPS else 0
             state = self.advance(state, sampling, max_new_tokens, beams, min_active)
             is_done = jax.device_get(state.hypotheses.is_done)
-            found = to_generations(state.hypotheses, self.backbone.eos_ids)
+            found = to_generations(state.hypotheses, self._config.eos_ids)
             generations |= {group: each for group, each, done in zip(groups.tolist(), found, is_done) if done}
             if is_done.all():
                 return [generations[group] for group in range(len(prompts))]

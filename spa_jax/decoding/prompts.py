@@ -30,6 +30,20 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: 
     return lengths
 
 
+def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuses token ids that are not those of a vocabulary.
+
+    Raises:
+        UserError: an id is negative, or `vocab_size` or above.
+    """
+    for prompt in prompts:
+        if wrong := [token for token in (min(prompt), max(prompt)) if not 0 <= token < vocab_size]:
+            raise UserError(
+                f"the prompt holds tokens that this backbone has not: {wrong[-1]}, where its vocabulary has "
+                f"{vocab_size} (0 to {vocab_size - 1}); encode the prompt by the backbone's own tokenizer"
+            )
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "G T"]:
     """Pads prompts with zeros on the right to a common length, one of few; int32."""
     tokens = np.zeros((len(prompts), padded_length(max(map(len, prompts)), 32)), np.int32)

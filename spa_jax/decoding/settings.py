@@ -1,8 +1,10 @@
-"""The setting and the threshold that a trained method runs with."""
+"""The setting and the threshold that a trained method runs with, and what ends its generations."""
 
+from spa_jax.chat import end_of_answer
 from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS
 from spa_jax.models.method import Method
+from spa_jax.weights.backbone import Backbone
 
 
 def resolve_setting(method: Method | None, setting: str | None, threshold: float | None) -> tuple[str, float]:
@@ -31,3 +33,21 @@ def resolve_setting(method: Method | None, setting: str | None, threshold: float
         possible = ", ".join(each for each in SETTINGS if method.runs_as(each))
         raise UserError(f"a plugin trained as '{method.setting}' cannot run as '{setting}', only as {possible}")
     return setting, method.threshold if threshold is None else threshold
+
+
+def stop_tokens(backbone: Backbone, template: str) -> tuple[int, ...]:
+    """Returns the ids that end a generation, ascending: the backbone's, and the one that ends the targets of what was
+    trained, which a checkpoint's own list may lack.
+
+    Args:
+        backbone: without stop tokens, nothing ends a generation but its length.
+        template: the format of the rows that it was trained on; empty for the backbone alone.
+
+    Raises:
+        UserError: the chat template fails.
+    """
+    stops, tokenizer = backbone.eos_ids, backbone.tokenizer
+    if not template or not stops or tokenizer is None:  # a backbone that only ever sees token ids needs no tokenizer
+        return stops
+    end = end_of_answer(tokenizer, template)
+    return stops if end is None else tuple(sorted({*stops, end}))

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spa_jax.data.encoding import Encoder, Example, token_texts
+from spa_jax.data.detokenizing import token_texts
+from spa_jax.data.encoding import Encoder, Example
 from spa_jax.data.pairs import Pair
 from spa_jax.data.tasks import Split, Task, find_task, load_split, nested_subset
 from spa_jax.decoding.beam import Beams
@@ -128,8 +129,8 @@ def evaluate(
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
     """
     task = find_task(config.task)
-    template = plugin.template if plugin else "auto"
-    encoder = task_encoder(backbone, template, config.task, config.max_length, limited_by="max_length")
+    template, date = (plugin.template, plugin.date) if plugin else ("", "")
+    encoder = task_encoder(backbone, template, config.task, config.max_length, date, limited_by="max_length")
     threshold = config.threshold
     if config.budget:
         held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
@@ -143,7 +144,7 @@ def evaluate(
         _check_context(examples, backbone.config.max_position_embeddings - task.new_tokens, encoder)
     questions = _questions(pairs, examples, config)
     _warn_of_unscoreable(questions, config.rouge_tokenizer)
-    identity = _identity(config, model, plugin, questions)
+    identity = _identity(config, encoder, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
     summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
     summary |= _losses(backbone, plugin, model, examples, config.batch_size)
@@ -273,7 +274,11 @@ def _threshold(
 
 
 def _identity(
-    config: EvaluationConfig, model: FusedModel, plugin: Trained | None, questions: Sequence[Question]
+    config: EvaluationConfig,
+    encoder: Encoder,
+    model: FusedModel,
+    plugin: Trained | None,
+    questions: Sequence[Question],
 ) -> dict[str, Any]:
     """Describes all that the predictions depend on, and no place of this machine."""
     asked = [hash_of(question.prompt, question.references) for question in questions]
@@ -284,6 +289,7 @@ def _identity(
     return {
         **where,
         **counted,
+        **({"date": encoder.date} if encoder.writes_date else {}),
         **{name: getattr(config, name) for name in kept},
         "setting": model.setting,
         "threshold": model.threshold,

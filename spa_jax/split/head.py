@@ -72,7 +72,7 @@ def load_head(path: Path, fingerprint: str, hidden_size: int) -> Head:
     """Reads the head of the backbone with that fingerprint and width.
 
     Raises:
-        UserError: the file is missing, damaged, or of another backbone.
+        UserError: the file is missing, damaged, of another backbone, or has values that are not finite.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -89,4 +89,6 @@ def load_head(path: Path, fingerprint: str, hidden_size: int) -> Head:
             f"'{path}' is the LM head of a backbone with fingerprint {found}, and the plugin was trained on one with "
             f"{fingerprint}: make one of that backbone with python -m spa_jax.serve head"
         )
+    if wrong := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise UserError(f"'{path}' is damaged: {', '.join(wrong)} of the LM head are not all finite; make it again")
     return Encoded(jnp.asarray(values), None if scales is None else jnp.asarray(scales))

@@ -15,7 +15,7 @@ class Tensor(_message.Message):
     def __init__(self, values: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("version", "backbone", "setting", "threshold", "router", "offset", "taps", "codec", "attends", "prompts", "max_new_tokens", "sampling", "beams", "template", "reply", "entry", "edits")
+    __slots__ = ("version", "backbone", "setting", "threshold", "router", "offset", "taps", "codec", "attends", "prompts", "max_new_tokens", "sampling", "beams", "template", "reply", "entry", "edits", "date")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BACKBONE_FIELD_NUMBER: _ClassVar[int]
     SETTING_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class Open(_message.Message):
     REPLY_FIELD_NUMBER: _ClassVar[int]
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     EDITS_FIELD_NUMBER: _ClassVar[int]
+    DATE_FIELD_NUMBER: _ClassVar[int]
     version: int
     backbone: str
     setting: str
@@ -50,7 +51,8 @@ class Open(_message.Message):
     reply: str
     entry: int
     edits: str
-    def __init__(self, version: _Optional[int] = ..., backbone: _Optional[str] = ..., setting: _Optional[str] = ..., threshold: _Optional[float] = ..., router: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., taps: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., attends: bool = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., template: _Optional[str] = ..., reply: _Optional[str] = ..., entry: _Optional[int] = ..., edits: _Optional[str] = ...) -> None: ...
+    date: str
+    def __init__(self, version: _Optional[int] = ..., backbone: _Optional[str] = ..., setting: _Optional[str] = ..., threshold: _Optional[float] = ..., router: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., taps: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., attends: bool = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., beams: _Optional[_Union[Beams, _Mapping]] = ..., template: _Optional[str] = ..., reply: _Optional[str] = ..., entry: _Optional[int] = ..., edits: _Optional[str] = ..., date: _Optional[str] = ...) -> None: ...
 
 class Prompt(_message.Message):
     __slots__ = ("tokens", "text")

@@ -5,6 +5,7 @@ from typing import cast
 
 import numpy as np
 
+from spa_jax.chat import DATE
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.sampling import GREEDY, Sampling
 from spa_jax.decoding.settings import resolve_setting
@@ -73,6 +74,7 @@ def open_message(
             attends=config.side.attends and runs_as != "base",
             prompts=[Prompt(text=p) if isinstance(p, str) else Prompt(tokens=p) for p in prompts],
             template=plugin.template,
+            date="" if plugin.date == DATE else plugin.date,
             reply=reply,
             entry=None if config.entry == "head" else config.entry,
             edits=config.edits,

@@ -103,7 +103,7 @@ class Server:
             FromCloud(opened=Opened(session=session.generation.id, version=wire.VERSION, lengths=lengths))
         )
         session.send_current()
-        reader, num_sent = asyncio.create_task(self._read(session, requests)), [0] * len(lengths)
+        reader, num_sent = asyncio.create_task(self._read(session, requests)), [(0, 0)] * len(lengths)
         try:
             async for message in outbox.messages():
                 data = _without_sent(message, num_sent).SerializeToString()
@@ -301,7 +301,12 @@ class Server:
     def _progress(self, generation: Session, done: bool) -> FromCloud:
         """Makes the message with all tokens so far."""
         parts = [
-            Generated(tokens=g.tokens, consulted=g.consulted, score=g.score or 0.0, pieces=self._cloud.token_texts(g))
+            Generated(
+                tokens=g.tokens,
+                consulted=g.consulted,
+                score=g.score or 0.0,
+                pieces=self._cloud.token_texts(g, ended=done),
+            )
             for g in generation.result()
         ]
         return FromCloud(
@@ -356,16 +361,18 @@ class Refused(UserError):
         self.kind = kind
 
 
-def _without_sent(message: FromCloud, num_sent: list[int]) -> FromCloud:
-    """Drops from a progress the `num_sent` tokens of each prompt that its stream has sent before; counts the others."""
+def _without_sent(message: FromCloud, num_sent: list[tuple[int, int]]) -> FromCloud:
+    """Drops from a progress the tokens and pieces of each prompt that its stream has sent before, `num_sent` of each;
+    counts the others."""
     if not message.HasField("progress"):
         return message
     trimmed = FromCloud()
     trimmed.CopyFrom(message)
     for prompt, generated in enumerate(trimmed.progress.generated):
-        generated.begin, num_sent[prompt] = num_sent[prompt], len(generated.tokens)
-        for field in (generated.tokens, generated.consulted, generated.pieces):
-            del field[: generated.begin]
+        (tokens, pieces), num_sent[prompt] = num_sent[prompt], (len(generated.tokens), len(generated.pieces))
+        generated.begin = tokens
+        for field, count in ((generated.tokens, tokens), (generated.consulted, tokens), (generated.pieces, pieces)):
+            del field[:count]
     return trimmed
 
 

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from spa_jax.data.encoding import Encoder, token_texts
+from spa_jax.chat import DATE
+from spa_jax.data.detokenizing import token_texts
+from spa_jax.data.encoding import Encoder
 from spa_jax.data.padding import padded_length
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.cache import cache_bytes, count_slots
 from spa_jax.decoding.hypotheses import Generation, to_generations
-from spa_jax.decoding.prompts import check_lengths, pad_prompts
+from spa_jax.decoding.prompts import check_lengths, check_tokens, pad_prompts
 from spa_jax.decoding.sampling import Sampling
+from spa_jax.decoding.settings import stop_tokens
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, SETTINGS, Edits
 from spa_jax.models.llama import Entry, Params
@@ -340,9 +343,11 @@ class Cloud:
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None, entry)
         model, corrects_prompt = backbone.model(taps, entry=entry), request.edits == "all" and request.setting != "base"
         config = CloudConfig(
-            model, request.setting, codec, request.attends, reply, beams, backbone.eos_ids, corrects_prompt
-        )
+            model, request.setting, codec, request.attends, reply, beams, stop_tokens(backbone, request.template),
+            corrects_prompt,
+        )  # fmt: skip
         lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
+        check_tokens(prompts, backbone.config.vocab_size)
         d, s = backbone.config.hidden_size, request.sampling
         return GenerationPlan(
             config,
@@ -356,15 +361,15 @@ class Cloud:
             request.threshold,
         )
 
-    def token_texts(self, generation: Generation) -> list[str]:
-        """Decodes each token by itself; a character of several tokens comes with the last of them."""
-        return token_texts(self._backbone.tokenizer, generation.tokens)
+    def token_texts(self, generation: Generation, ended: bool = True) -> list[str]:
+        """Returns the text of each token, see `spa_jax.data.detokenizing.token_texts`."""
+        return token_texts(self._backbone.tokenizer, generation.tokens, ended)
 
     def _tokenize(self, request: Open) -> list[list[int]]:
         """Returns the token ids of the prompts.
 
         Raises:
-            UserError: too many or too long prompts, or ids that are not the backbone's.
+            UserError: too many or too long prompts, or text that its template cannot write.
         """
         backbone = self._backbone
         size = sum(len(prompt.text) + len(prompt.tokens) for prompt in request.prompts)
@@ -375,13 +380,12 @@ class Cloud:
             )
         encoder = None
         if any(prompt.text for prompt in request.prompts):
-            encoder = Encoder(backbone.tokenizer, request.template, backbone.config.max_position_embeddings)
+            limit, date = backbone.config.max_position_embeddings, request.date or DATE
+            encoder = Encoder(backbone.tokenizer, request.template, limit, date=date)
         prompts = [
             encoder.prompt(prompt.text) if encoder is not None and prompt.text else list(prompt.tokens)
             for prompt in request.prompts
         ]
-        if any(token >= backbone.config.vocab_size for prompt in prompts for token in prompt):
-            raise UserError("the prompt holds tokens that this backbone has not")
         return prompts
 
 

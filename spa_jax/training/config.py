@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from spa_jax.chat import DATE, parse_date
 from spa_jax.data.encoding import Template
 from spa_jax.errors import UserError
 from spa_jax.models.combine import ROUTED, Edits
@@ -58,6 +59,7 @@ class DataConfig:
         eval: the same for evaluation; empty to hold out `eval_fraction` of the training rows.
         eval_fraction: share of the training file held out when `eval` is empty.
         template: `chat`, `plain`, or `auto`: chat where the backbone has a template.
+        date: the day that a chat template with a date writes, such as `2024-07-26`.
         max_length: most tokens of prompt and target together, 0 for the task's (1024 without one); longer sources are
             cut, longer targets refused.
         phrasings: training phrasings of each fact of the embedded persona; 0 for all.
@@ -72,6 +74,7 @@ class DataConfig:
     eval: str = ""
     eval_fraction: float = 0.1
     template: Literal["auto"] | Template = "auto"
+    date: str = DATE
     max_length: int = 0
     phrasings: int = 0
     persona_seed: int = 0
@@ -191,6 +194,7 @@ class RunConfig:
                 "thresholds lie between 0 and 1, train.accumulate divides train.batch_size, and -1 leaves a size of "
                 "the mesh open)"
             )
+        parse_date(self.data.date)
         options = self.router
         if self.setting not in ROUTED and (
             options.objective != "improvement" or options.cross_fit or options.offset or options.budget

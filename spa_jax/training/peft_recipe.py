@@ -75,5 +75,7 @@ class PeftRecipe(Recipe[Batch, ScoredBatch]):
         losses, base = self.losses(model, params, frozen, tokens), jnp.asarray(base_loss)
         return Outcomes(base, losses, base, losses, jnp.ones_like(losses)), jnp.asarray(tokens.weights)
 
-    def trained(self, threshold: float, params: Params, backbone: Backbone, template: str) -> PeftPlugin:
-        return PeftPlugin(self.method, params, backbone.name, backbone.fingerprint, template)
+    def trained(
+        self, threshold: float, params: Params, backbone: Backbone, template: str, date: str = ""
+    ) -> PeftPlugin:
+        return PeftPlugin(self.method, params, backbone.name, backbone.fingerprint, template, date)

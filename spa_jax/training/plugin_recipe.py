@@ -93,6 +93,6 @@ class PluginRecipe(Recipe[Batch | Features, Batch | Features]):
         features = self.features(model, frozen, batch)
         return token_outcomes(self.method, model, params, frozen, features, threshold), features.weights
 
-    def trained(self, threshold: float, params: Params, backbone: Backbone, template: str) -> Plugin:
+    def trained(self, threshold: float, params: Params, backbone: Backbone, template: str, date: str = "") -> Plugin:
         method = dataclasses.replace(self.method, threshold=threshold)
-        return Plugin(method, params, backbone.name, backbone.fingerprint, template)
+        return Plugin(method, params, backbone.name, backbone.fingerprint, template, date)

@@ -74,5 +74,5 @@ class Recipe(abc.ABC, Generic[TrainingBatch, ScoringBatch]):
         """
 
     @abc.abstractmethod
-    def trained(self, threshold: float, params: Params, backbone: Backbone, template: str) -> Trained:
+    def trained(self, threshold: float, params: Params, backbone: Backbone, template: str, date: str = "") -> Trained:
         """Returns what a run leaves: the method's parameters with the threshold in force, ready to be saved."""

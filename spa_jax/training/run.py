@@ -132,7 +132,8 @@ def _train(config: RunConfig, workdir: Path, trackers: Sequence[str]) -> dict[st
     }
     params = partitioner.to_host(params)
     if is_main_process():
-        recipe.trained(threshold, params, backbone, encoder.template).save(workdir / "plugin")
+        trained = recipe.trained(threshold, params, backbone, encoder.template, encoder.date)
+        trained.save(workdir / "plugin")
         write_json(workdir / "summary.json", summary)
     barrier("the run is written")
     return summary

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from spa_jax.chat import DATE
 from spa_jax.data.encoding import Example
 from spa_jax.errors import UserError
 from spa_jax.files import is_remote, write_json
@@ -28,6 +29,7 @@ LATER_KEYS = {
     "side": {"entry": "head", "edits": "targets"},
     "tap_cache": {"dtype": ""},
     "router": {"labels": "router"},
+    "data": {"date": DATE},
 }
 """Config keys that older runs do not have, with what was so before there was a choice."""
 

@@ -1,5 +1,6 @@
 """LLaMA, Mistral, Qwen2 and Qwen3 checkpoints in GGUF, llama.cpp's single-file format, quantised or not."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from transformers import PreTrainedTokenizerFast
 
+from spa_jax.chat import end_of_answer
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig, RopeScaling, rope_frequencies
 from spa_jax.models.compute import Weights
-from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.backbone import Backbone, check_vocabulary
 from spa_jax.weights.gguf_file import GGUFFile
 from spa_jax.weights.gguf_tokenizer import eos_ids, tokenizer_from_metadata
 from spa_jax.weights.mapping import Shardings, convert
@@ -69,10 +72,23 @@ def load_gguf(
     file = GGUFFile(path)
     config = llama_config_from_gguf(file)
     tokenizer = tokenizer_from_metadata(file.metadata, path)
+    eos = _stop_tokens(file, tokenizer)
+    check_vocabulary(path, config, tokenizer, eos)
     kind = file.metadata["general.architecture"]
     log.info("%s: %s with %d blocks of width %d", path, kind, config.num_layers, config.hidden_size)
     params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings, weights)
-    return Backbone(str(path), config, params, tokenizer, eos_ids(file.metadata), fingerprint)
+    return Backbone(str(path), config, params, tokenizer, eos, fingerprint)
+
+
+def _stop_tokens(file: GGUFFile, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Returns the ids that end a generation, ascending: those that the file names, and as in llama.cpp the one that
+    ends an answer of its chat, which many files do not name."""
+    named = set(eos_ids(file.metadata))
+    if tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # whoever uses the template will hear of it
+            end = end_of_answer(tokenizer, "chat")
+            named |= set() if end is None else {end}
+    return tuple(sorted(named))
 
 
 class GGUFSource:
@@ -122,6 +138,7 @@ def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
     architecture = file.metadata["general.architecture"]
     if (parts := file.metadata.get("split.count", 1)) != 1:
         raise UserError(f"{file.path} is one of {parts} files (split.count); merge them by llama.cpp's gguf-split.")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
     width = metadata.number("embedding_length")
     num_heads = metadata.number("attention.head_count")
     head_dim = metadata.number("attention.key_length", width // max(num_heads, 1))
@@ -132,7 +149,7 @@ def llama_config_from_gguf(file: GGUFFile) -> LlamaConfig:
     metadata.require("attention.causal", True, True)
     theta = metadata.decimal("rope.freq_base", 10000.0)
     config = LlamaConfig(
-        vocab_size=metadata.number("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", ()))),
+        vocab_size=metadata.number("vocab_size", len(tokens) if isinstance(tokens, list) else 0),
         hidden_size=width,
         intermediate_size=metadata.number("feed_forward_length"),
         num_layers=metadata.number("block_count"),
@@ -216,9 +233,9 @@ class _Metadata:
 
     def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
         value = self.get(key, default)
-        if isinstance(value, list) and len(set(value)) == 1:  # one value per block
+        if isinstance(value, list) and value == value[:1] * len(value) != []:  # one value per block
             value = value[0]
-        if not isinstance(value, int) or value <= 0:
+        if type(value) is not int or value <= 0:
             self.refuse(key, value, "one positive whole number")
         return value
 

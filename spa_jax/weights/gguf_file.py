@@ -19,7 +19,7 @@ class GGUFFile:
         shapes: shapes of the tensors by GGUF name, slowest dimension first.
 
     Raises:
-        UserError: on opening, if the file is not GGUF, truncated, or of an unsupported version or tensor type.
+        UserError: on opening, if the file is not GGUF, truncated, or of an unsupported version or unknown tensor type.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -33,8 +33,20 @@ class GGUFFile:
         self.shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
 
     def dequantize(self, name: str) -> Float[np.ndarray, "..."]:
-        """Reads one tensor as float32, or as float16 if it is stored so."""
+        """Reads one tensor as float32, or as float16 if it is stored so.
+
+        Raises:
+            UserError: its type is none that weights are stored in.
+        """
         tensor = self._tensors[name]
         if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
             return tensor.data
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        if tensor.tensor_type == gguf.GGMLQuantizationType.F64:
+            return tensor.data.astype(np.float32)
+        try:
+            return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self.path}: the tensor {name} is of type {tensor.tensor_type.name}, which holds no weights that can "
+                "be read; convert the model to another type, such as Q8_0 or F16."
+            ) from error

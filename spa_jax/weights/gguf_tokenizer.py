@@ -50,8 +50,20 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
         path: the file's path, for messages.
 
     Raises:
-        UserError: there is no vocabulary, or one of an unsupported kind.
+        UserError: there is no vocabulary, one of an unsupported kind, or one that contradicts itself.
     """
+    try:
+        return _build(metadata, path)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: its tokenizer cannot be built ({reason}); convert the model to GGUF again."
+        ) from error
+
+
+def _build(metadata: Mapping[str, Any], path: pathlib.Path) -> PreTrainedTokenizerFast:
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
@@ -67,7 +79,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
     types = metadata.get("tokenizer.ggml.token_type", ())
     tokenizer.add_special_tokens(_added(tokens, types, _CONTROL))
     tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED))
-    ids = {role: metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in _SPECIAL.items()}
+    ids = {role: _token_id(metadata, key) for role, key in _SPECIAL.items()}
     special = {role: tokens[index] for role, index in ids.items() if index is not None}
     before = metadata.get("tokenizer.ggml.add_bos_token", begins_with_bos)
     after = metadata.get("tokenizer.ggml.add_eos_token", False)
@@ -91,8 +103,15 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], path: pathlib.Path) -> 
 
 def eos_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the ids that end a generation (end of sequence, of turn, of message), ascending."""
-    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-    return tuple(sorted({metadata[key] for key in keys if key in metadata}))
+    ids = {_token_id(metadata, name) for name in ("eos", "eot", "eom")}
+    return tuple(sorted(index for index in ids if index is not None))
+
+
+def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
+    """Returns the id of a special token; None where the file names none, or one that its vocabulary has not: files
+    write -1, or 4294967295 which is the same without a sign, for no token."""
+    index = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return index if type(index) is int and 0 <= index < len(metadata["tokenizer.ggml.tokens"]) else None
 
 
 def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:

@@ -76,12 +76,12 @@ def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
     """
     keys = _Keys(described)
     kind = keys.get("model_type")
-    if kind not in MODEL_TYPES:
+    if kind not in tuple(MODEL_TYPES):
         raise _unsupported("model_type", kind, ", ".join(MODEL_TYPES))
     for key, value in _REQUIRED_VALUES.items():
         keys.require(key, value)
-    architectures = keys.get("architectures", None)
-    if architectures is not None and MODEL_TYPES[kind] not in architectures:
+    architectures = keys.get("architectures", [MODEL_TYPES[kind]])
+    if not isinstance(architectures, list) or MODEL_TYPES[kind] not in architectures:
         raise _unsupported("architectures", architectures, MODEL_TYPES[kind])
     width, num_heads = keys.number("hidden_size"), keys.number("num_attention_heads")
     num_kv_heads = keys.number("num_key_value_heads", num_heads if kind == "llama" else _NO_DEFAULT)
@@ -141,12 +141,12 @@ def _rope(keys: "_Keys") -> tuple[float, RopeScaling | None]:
     old, new = keys.get("rope_scaling", None), keys.get("rope_parameters", None)
     scaling = _rope_scaling("rope_scaling", old)
     if new is None:
-        inside = None if old is None else old.get("rope_theta")
+        inside = _rope_theta("rope_scaling", old)
         if None not in (theta, inside) and theta != inside:
             raise _disagree("rope_theta", theta, "rope_scaling.rope_theta", inside)
         return float(theta or inside or 10000.0), scaling
     new_scaling = _rope_scaling("rope_parameters", new)
-    new_theta = new.get("rope_theta")
+    new_theta = _rope_theta("rope_parameters", new)
     if None not in (theta, new_theta) and theta != new_theta:
         raise _disagree("rope_theta", theta, "rope_parameters.rope_theta", new_theta)
     if old is not None and scaling != new_scaling:
@@ -160,11 +160,11 @@ def _rope_scaling(key: str, described: Any) -> RopeScaling | None:
     if not isinstance(described, Mapping):
         raise _unsupported(key, described, "an object")
     given = {name: value for name, value in described.items() if value is not None}
-    kinds = {given.pop(name) for name in ("rope_type", "type") if name in given}
-    if len(kinds) > 1:
-        raise _disagree(f"{key}.rope_type", described["rope_type"], f"{key}.type", described["type"])
-    kind = kinds.pop() if kinds else "default"
-    if kind not in _ROPE_KEYS:
+    kinds = [given.pop(name) for name in ("rope_type", "type") if name in given] or ["default"]
+    kind = kinds[0]
+    if kinds[-1] != kind:
+        raise _disagree(f"{key}.rope_type", kind, f"{key}.type", kinds[-1])
+    if kind not in tuple(_ROPE_KEYS):
         raise _unsupported(f"{key}.rope_type", kind, ", ".join(_ROPE_KEYS))
     if (share := given.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise _unsupported(f"{key}.partial_rotary_factor", share, "1.0")
@@ -179,7 +179,23 @@ def _rope_scaling(key: str, described: Any) -> RopeScaling | None:
         raise UserError(
             f"config.json: spa_jax does not know {', '.join(f'{key}.{name}' for name in unknown)} of type {kind}."
         )
+    for name in given:
+        if not _is_positive(given[name]):
+            raise _unsupported(f"{key}.{name}", given[name], "a positive number")
+    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise _unsupported(f"{key}.low_freq_factor", given["low_freq_factor"], "less than high_freq_factor")
     return None if kind == "default" else RopeScaling(cast(Literal["linear", "llama3"], kind), **given)
+
+
+def _rope_theta(key: str, described: Mapping[str, Any] | None) -> float | None:
+    theta = None if described is None else described.get("rope_theta")
+    if theta is not None and not _is_positive(theta):
+        raise _unsupported(f"{key}.rope_theta", theta, "a positive number")
+    return theta
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _disagree(first: str, first_value: Any, second: str, second_value: Any) -> UserError:
@@ -218,7 +234,7 @@ class _Keys:
 
     def decimal(self, key: str, default: Any = _NO_DEFAULT) -> Any:
         value = self.get(key, default)
-        if value is not default and not (isinstance(value, int | float) and 0 < value < math.inf):
+        if value is not default and not _is_positive(value):
             raise _unsupported(key, value, "a positive number")
         return value
 

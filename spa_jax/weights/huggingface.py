@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spa_jax.errors import UserError
 from spa_jax.models.compute import Weights
-from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.backbone import Backbone, check_vocabulary
 from spa_jax.weights.hf_config import llama_config_from_hf
 from spa_jax.weights.mapping import Shardings, convert
 
@@ -52,12 +53,11 @@ def load_directory(
     described = _read_json(path / "config.json")
     config = llama_config_from_hf(described)
     tokenizer = load_tokenizer(path)
+    eos = _eos_ids(path, described, tokenizer)
+    check_vocabulary(path, config, tokenizer, eos)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
     params, fingerprint = convert(config, SafetensorsSource(path), dtype, shardings, weights)
-    generation_file = path / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
-    eos = _ids(described.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | _ids(tokenizer.eos_token_id)
-    return Backbone(str(path), config, params, tokenizer, tuple(sorted(eos)), fingerprint)
+    return Backbone(str(path), config, params, tokenizer, eos, fingerprint)
 
 
 def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
@@ -96,8 +96,8 @@ class SafetensorsSource:
             files = [SINGLE_FILE]
         elif index.is_file():
             promised = _read_json(index).get("weight_map")
-            if not isinstance(promised, dict):
-                raise UserError(f"{index} has no weight_map; fetch it again.")
+            if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
+                raise UserError(f"{index} has no weight_map that names the file of each tensor; fetch it again.")
             files = sorted(set(promised.values()))
         else:
             raise UserError(
@@ -193,7 +193,22 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return parsed
 
 
-def _ids(value: int | list[int] | None) -> set[int]:
-    if value is None:
-        return set()
-    return set(value) if isinstance(value, list) else {value}
+def _eos_ids(path: pathlib.Path, described: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Returns the ids that end a generation, ascending, of the first place that names some, as transformers does:
+    generation_config.json, config.json, the tokenizer.
+
+    Raises:
+        UserError: one of the files names something else than ids.
+    """
+    file = path / "generation_config.json"
+    generation = _read_json(file) if file.is_file() else {}
+    for name, given in ((file.name, generation.get("eos_token_id")), ("config.json", described.get("eos_token_id"))):
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(index) is int and index >= 0 for index in ids):
+            raise UserError(
+                f"{path / name}: eos_token_id = {given!r} is not supported, only a token id or a list of them; correct "
+                "it."
+            )
+        if ids:
+            return tuple(sorted(set(ids)))
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -129,8 +129,8 @@ def convert(
         The parameters, and the fingerprint of the architecture and the checkpoint's values.
 
     Raises:
-        UserError: tensors (all named in the message) are missing, unknown or of another shape, or the dtype is not one
-            of `DTYPES`.
+        UserError: tensors (all named in the message) are missing, unknown or of another shape, one has values that are
+            not finite, or the dtype is not one of `DTYPES`.
     """
     target = np.dtype(dtype)
     if target.name not in DTYPES:
@@ -149,7 +149,11 @@ def convert(
                 index: int, name: str, shards: Any = shards, layout: TensorLayout = layout, stacked: bool = stacked
             ) -> tuple[str, str]:
                 tensor = source.read(name)
-                shards.fill(layout.apply(tensor), index if stacked else None)
+                if not shards.fill(layout.apply(tensor), index if stacked else None):
+                    raise UserError(
+                        f"{name} has values that are NaN or infinite as {target.name}, so the checkpoint is damaged; "
+                        "fetch it again, or choose another model."
+                    )
                 if name == EMBEDDING and config.tie_word_embeddings and LM_HEAD in source.names():
                     _check_tied(tensor, source.read(LM_HEAD))
                 return name, _digest(name, tensor)
@@ -182,14 +186,19 @@ class _LocalShards:
         whole = index or (slice(None),) * len(self._shape)
         return tuple(axis.indices(size)[:2] for axis, size in zip(whole, self._shape))
 
-    def fill(self, tensor: np.ndarray, block: int | None) -> None:
-        """Copies what the shards need from one block's tensor, or (block None) from the whole parameter."""
+    def fill(self, tensor: np.ndarray, block: int | None) -> bool:
+        """Copies what the shards need from one block's tensor, or (block None) from the whole parameter; tells whether
+        all of that is finite."""
+        finite = True
         for bounds, shard in self._shards.items():
             index = tuple(slice(*axis) for axis in bounds)
             if block is None:
                 shard[...] = tensor[index]
+                finite &= _is_finite(shard)
             elif bounds[0][0] <= block < bounds[0][1]:
                 shard[block - bounds[0][0]] = tensor[index[1:]]
+                finite &= _is_finite(shard[block - bounds[0][0]])
+        return finite
 
     def finish(self) -> jax.Array:
         """Puts the parameter on the devices."""
@@ -207,6 +216,12 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _is_finite(values: np.ndarray, chunk: int = 2**18) -> bool:
+    """Looks at contiguous values a chunk at a time, which takes less memory and time than all at once."""
+    flat = values.reshape(-1)
+    return all(bool(np.isfinite(flat[begin : begin + chunk]).all()) for begin in range(0, flat.size, chunk))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ same backbone can be read without our `plugin_config.json`. An Adapter, which PE
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from spa_jax.weights.mapping import TABLE
 from spa_jax.weights.plugin import (
     CONFIG,
     FORMAT_VERSION,
+    ORIGIN,
     WEIGHTS,
     Plugin,
     Trained,
@@ -33,10 +35,9 @@ from spa_jax.weights.plugin import (
 )
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ORIGIN = {"format_version": int, "backbone": str, "fingerprint": str, "template": ("chat", "plain")}
 DESCRIPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {**ORIGIN, "config": {"setting": ("lora",)}},
-    "adapter": {**ORIGIN, "config": {"setting": ("adapter",), "rank": int}},
+    "lora": {"format_version": int, **ORIGIN, "config": {"setting": ("lora",)}},
+    "adapter": {"format_version": int, **ORIGIN, "config": {"setting": ("adapter",), "rank": int}},
 }
 """The keys of plugin_config.json; the rest of a LoRA's config is in adapter_config.json."""
 
@@ -80,7 +81,7 @@ class PeftPlugin(Trained[PeftConfig]):
 
     def save(self, directory: Path) -> None:
         config = self.config
-        origin = {"backbone": self.backbone, "fingerprint": self.fingerprint, "template": self.template}
+        origin = {name: getattr(self, name) for name in ORIGIN}
         kept = {"setting": "lora"} if config.setting == "lora" else {"setting": "adapter", "rank": config.rank}
         with replaced_directory(directory) as new:
             if config.setting == "lora":
@@ -136,11 +137,7 @@ def load_adapter(directory: Path) -> PeftPlugin:
     described = read_description(directory / CONFIG, DESCRIPTIONS["adapter"])
     arrays = read_arrays(directory / WEIGHTS)
     params = unflatten_dict({name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}, sep=".")
-    return PeftPlugin(PeftConfig(**described["config"]), params, *_origin(described))
-
-
-def _origin(described: dict[str, Any]) -> tuple[str, str, str]:
-    return described["backbone"], described["fingerprint"], described["template"]
+    return PeftPlugin(PeftConfig(**described["config"]), params, *(described[name] for name in ORIGIN))
 
 
 def load_lora(directory: Path) -> PeftPlugin:
@@ -153,11 +150,13 @@ def load_lora(directory: Path) -> PeftPlugin:
     path = directory / PEFT_CONFIG
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        kind, rank, alpha = described["peft_type"], described["r"], float(described["lora_alpha"])
+        kind, rank, alpha = described["peft_type"], described["r"], described["lora_alpha"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is damaged: {error!r}") from error
     if kind != "LORA" or type(rank) is not int or rank < 1:
         raise UserError(f"'{path}' is of kind {kind!r} and rank {rank!r}; what can be read is a LORA of rank 1 or more")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise UserError(f"'{path}' is damaged: lora_alpha is {alpha!r}, and must be a finite number")
     unsupported = {
         name: value
         for name, value in described.items()
@@ -169,10 +168,11 @@ def load_lora(directory: Path) -> PeftPlugin:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unsupported.items()))
         raise UserError(f"'{path}' asks for {listed}, which is not supported: train a LoRA without it")
     params = _from_peft(directory / PEFT_WEIGHTS)
-    config = PeftConfig("lora", rank, alpha, tuple(params))
+    config = PeftConfig("lora", rank, float(alpha), tuple(params))
     if not (directory / CONFIG).exists():
         return PeftPlugin(config, params, str(described.get("base_model_name_or_path") or "unknown"), "", "")
-    return PeftPlugin(config, params, *_origin(read_description(directory / CONFIG, DESCRIPTIONS["lora"])))
+    described = read_description(directory / CONFIG, DESCRIPTIONS["lora"])
+    return PeftPlugin(config, params, *(described[name] for name in ORIGIN))
 
 
 def _from_peft(path: Path) -> Params:

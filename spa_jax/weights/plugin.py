@@ -21,10 +21,11 @@ from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
 
-FORMAT_VERSION = 3
-READABLE = (2, 3)
-"""Format 2 knows no inner entry: its corrections enter at `head`."""
+FORMAT_VERSION = 4
+READABLE = (2, 3, 4)
+"""Format 2 knows no inner entry: its corrections enter at `head`. Formats before 4 have no date."""
 WEIGHTS, CONFIG = "plugin.safetensors", "plugin_config.json"
+ORIGIN = {"backbone": str, "fingerprint": str, "template": ("chat", "plain"), "date": str}
 DESCRIPTION = {
     "format_version": int,
     "config": {
@@ -36,9 +37,7 @@ DESCRIPTION = {
         "entry": ("head", int),
         "edits": get_args(Edits),
     },
-    "backbone": str,
-    "fingerprint": str,
-    "template": ("chat", "plain"),
+    **ORIGIN,
 }
 """The keys of plugin_config.json, with their types, or their choices of values and types in parentheses."""
 
@@ -56,6 +55,7 @@ class Trained(abc.ABC, Generic[Config]):
         backbone: name of the backbone it was trained on.
         fingerprint: of that backbone; the hidden states of another one mean nothing to it.
         template: the format of its prompts, `chat` or `plain`.
+        date: the day that a chat template with a date writes in them; empty for `spa_jax.chat.DATE`.
     """
 
     config: Config
@@ -63,6 +63,7 @@ class Trained(abc.ABC, Generic[Config]):
     backbone: str
     fingerprint: str
     template: str
+    date: str = ""
 
     def check(self, backbone: Backbone) -> None:
         """Refuses a backbone that this was not trained on.
@@ -119,19 +120,22 @@ def load_plugin(directory: Path) -> Plugin:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise UserError(f"'{directory / WEIGHTS}' does not fit its {CONFIG}: missing, extra or misshapen {wrong}")
     params = unflatten_dict({name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}, sep=".")
-    return Plugin(config, params, description["backbone"], description["fingerprint"], description["template"])
+    return Plugin(config, params, *(description[name] for name in ORIGIN))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads the tensors of a safetensors file.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: it is missing or damaged, or has values that are not finite.
     """
     try:
-        return safetensors.numpy.load_file(path)
+        arrays = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read '{path}': {error}") from error
+    if wrong := sorted(name for name, array in arrays.items() if not np.isfinite(array).all()):
+        raise UserError(f"'{path}' is damaged: values of {', '.join(wrong)} are NaN or infinite")
+    return arrays
 
 
 def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
@@ -156,23 +160,34 @@ def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
             f"'{path.parent}' holds a '{setting}', which works within the backbone and has no side network: it runs "
             "by spa_jax.generate with --channel=none"
         )
+    if version < 4:
+        description = {"date": "", **description}
     if version == 2 and pattern is DESCRIPTION and isinstance(description.get("config"), dict):
         description["config"] = {"entry": "head", "edits": "targets", **description["config"]}
     if not _matches(description, pattern):
         raise UserError(f"'{path}' is damaged: its keys or values are not those of plugin format {version}")
     if "side" in description["config"]:
-        _check_entry(path, description["config"])
+        _check_values(path, description["config"])
     return description
 
 
-def _check_entry(path: Path, config: dict[str, Any]) -> None:
-    """Refuses taps and edits that do not go with the entry.
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    """Refuses values out of range, and taps and edits that do not go with the entry.
 
     Raises:
-        UserError: there is no tap, one above the entry, or the edits are not possible.
+        UserError: a size or the threshold is out of range, there is no tap, one above the entry, or the edits are not
+            possible.
     """
-    taps, entry, edits = config["side"]["taps"], config["entry"], config["edits"]
-    if not taps or (entry != "head" and max(taps) > entry):
+    side = config["side"]
+    sizes = {"hidden_size": config["hidden_size"], "side.width": side["width"], "side.heads": side["heads"]}
+    if wrong := [name for name, size in sizes.items() if size < 1]:
+        raise UserError(f"'{path}' is damaged: {', '.join(wrong)} must be at least 1")
+    if side["kind"] == "transformer" and side["width"] % (2 * side["heads"]):
+        raise UserError(f"'{path}' is damaged: side.width does not give each of {side['heads']} heads an even width")
+    if not 0 <= config["threshold"] <= 1:
+        raise UserError(f"'{path}' is damaged: threshold {config['threshold']} does not lie between 0 and 1")
+    taps, entry, edits = side["taps"], config["entry"], config["edits"]
+    if not taps or min(taps) < 0 or (entry != "head" and max(taps) > entry):
         raise UserError(f"'{path}' is damaged: a side network that enters at {entry} cannot read the taps {taps}")
     if edits == "all" and (entry == "head" or config["offset"]):
         offset = " whose router has an offset" if config["offset"] else ""

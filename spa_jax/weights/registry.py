@@ -90,9 +90,10 @@ def cache_directory() -> pathlib.Path:
 
 def _local(name: str) -> pathlib.Path | None:
     path = pathlib.Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    is_gguf = path.suffix.lower() == ".gguf"
+    if path.is_dir() or (path.is_file() and is_gguf):
         return path
-    if path.suffix == ".gguf":
+    if is_gguf:
         raise UserError(f"There is no file {path}; give the path of an existing GGUF file.")
     return None
 

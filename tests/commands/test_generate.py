@@ -144,6 +144,16 @@ def test_a_seed_says_the_same_again(answer):
     assert answer(*hot)[0] != answer("--temperature=5", "--seed=2")[0]
 
 
+def test_a_last_character_that_is_not_complete_is_printed_as_the_whole_text_has_it(
+    command_here, tiny_backbone_directory, tmp_path
+):
+    random = [f"--backbone={tiny_backbone_directory}", "--temperature=5", "--seed=3", "--max_new_tokens=6"]
+    result = command_here(GENERATE, *random, PROMPT, f"--output={tmp_path}/answer.json")
+    text = json.loads((tmp_path / "answer.json").read_text())["text"]
+    assert text.endswith("\N{REPLACEMENT CHARACTER}")
+    assert result.out.startswith(f"{text}\n6 tokens in "), result.err
+
+
 def test_a_backbone_alone_answers(command, tiny_backbone_directory, environment):
     arguments = ["-m", GENERATE, f"--backbone={tiny_backbone_directory}", PROMPT, "--max_new_tokens=3"]
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)

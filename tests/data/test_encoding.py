@@ -152,6 +152,19 @@ def test_a_chat_template_that_ends_answers_otherwise_is_refused(tiny_backbone_di
         Encoder(odd, "chat", 120).encode(TALK)
 
 
+def test_answers_end_in_the_token_that_the_template_ends_them_with(tiny_backbone_directory):
+    tokenizer = load_tokenizer(tiny_backbone_directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "<|eot_id|>")
+    encoder = Encoder(tokenizer, "chat", 120)
+    example, _ = encoder.encode(TALK)
+    assert tokenizer.decode(example.targets) == "Miso<|eot_id|>Rex<|eot_id|>7<|eot_id|>"
+    turns = [{"role": role, "content": text} for turn in TALK.turns for role, text in
+             (("user", turn.source), ("assistant", turn.target))]  # fmt: skip
+    whole = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert [*example.tokens, example.targets[-1]] == whole
+
+
 def test_no_chat_template_or_no_eos_or_an_unknown_template_is_refused(tiny_backbone_directory):
     bare = load_tokenizer(tiny_backbone_directory)
     bare.chat_template = None

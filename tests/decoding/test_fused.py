@@ -261,3 +261,9 @@ def test_prompts_that_do_not_fit_are_refused_and_the_longest_that_does_is_not(fu
     assert model.start([[1] * (CONTEXT - 2)], 2, Sampling(), 0).hypotheses.tokens.shape == (1, 1, 2)
     with pytest.raises(UserError, match=f"63 tokens and 2 new ones do not fit the backbone's context of {CONTEXT}"):
         model.generate([[1, 2], [1] * (CONTEXT - 1)], 2)
+
+
+def test_tokens_beyond_the_embedding_are_refused_and_not_taken_for_its_last(fused, backbone):
+    size = backbone.config.vocab_size
+    with pytest.raises(UserError, match=f"this backbone has not: {size}, where its vocabulary has {size} "):
+        fused("base").generate([[1, 2], [1, size]], 2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spa_jax.decoding.prompts import check_lengths, longest_extensions, pad_prompts
+from spa_jax.decoding.prompts import check_lengths, check_tokens, longest_extensions, pad_prompts
 from spa_jax.errors import UserError
 
 
@@ -18,6 +18,13 @@ from spa_jax.errors import UserError
 def test_prompts_that_do_not_fit_are_refused_by_name(prompts, max_new_tokens, says):
     with pytest.raises(UserError, match=says):
         check_lengths(prompts, max_new_tokens, limit=8)
+
+
+@pytest.mark.parametrize("token", [300, 305, -1, 2**32 - 1])
+def test_tokens_that_have_no_row_in_the_embedding_are_refused(token):
+    check_tokens([[5, 299], [0]], 300)
+    with pytest.raises(UserError, match=f"tokens that this backbone has not: {token}, where its vocabulary has 300"):
+        check_tokens([[5], [5, token, 7]], 300)
 
 
 def test_prompts_are_counted_and_padded_to_one_length():

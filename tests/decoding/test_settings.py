@@ -1,13 +1,16 @@
-"""A method runs in the settings it has the parts for, and with the threshold it is given or has."""
+"""A method runs in the settings it has the parts for, with the threshold it is given or has, and to its own end."""
+
+import dataclasses
 
 import pytest
 
-from spa_jax.decoding.settings import resolve_setting
+from spa_jax.decoding.settings import resolve_setting, stop_tokens
 from spa_jax.errors import UserError
 from spa_jax.models.combine import SETTINGS
 from spa_jax.models.peft import PeftConfig
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.models.side import SideConfig
+from spa_jax.weights.registry import load_backbone
 
 
 def make_method(setting, threshold=0.5):
@@ -52,3 +55,11 @@ def test_a_threshold_is_the_one_that_is_given_or_the_plugins_own():
 def test_a_threshold_out_of_range_is_refused(threshold):
     with pytest.raises(UserError, match="threshold is "):
         resolve_setting(make_method("spa"), None, threshold)
+
+
+def test_a_generation_ends_where_the_checkpoint_says_and_with_a_plugin_where_its_targets_end(tiny_backbone_directory):
+    backbone = dataclasses.replace(load_backbone(str(tiny_backbone_directory)), eos_ids=(1,))
+    assert [stop_tokens(backbone, template) for template in ("", "plain", "chat")] == [(1,), (1, 256), (1, 256)]
+    backbone.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<assistant>{% endfor %}"
+    assert [stop_tokens(backbone, template) for template in ("", "plain", "chat")] == [(1,), (1, 256), (1, 258)]
+    assert stop_tokens(dataclasses.replace(backbone, eos_ids=()), "chat") == ()

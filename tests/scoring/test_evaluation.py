@@ -1,5 +1,6 @@
 """Evaluation on a task, end to end on a tiny random backbone, against the parts done by hand."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -174,6 +175,24 @@ def test_the_predictions_of_another_evaluation_are_refused(backbone, plugin, dat
     (tmp_path / "predictions.jsonl").write_text("text\n")
     with pytest.raises(UserError, match="is no predictions file"):
         evaluate(config_of(data, limit=2), backbone, plugin, tmp_path)
+
+
+def described(output):
+    return json.loads((output / "evaluation.json").read_text())["evaluation"]
+
+
+def test_the_date_of_a_chat_is_the_plugins_and_tells_evaluations_apart(backbone, plugin, data, tmp_path):
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    dated, config = dataclasses.replace(backbone, tokenizer=tokenizer), config_of(data, limit=1)
+    days = {name: dataclasses.replace(plugin, date=date) for name, date in (("", ""), ("may", "2031-05-09"))}
+    for name, trained in days.items():
+        assert evaluate(config, dated, trained, tmp_path / name) == evaluate(config, dated, trained, tmp_path / name)
+        assert described(tmp_path / name)["date"] == (trained.date or "2024-07-26")
+    with pytest.raises(UserError, match=r"another evaluation \(date, questions differ\)"):
+        evaluate(config, dated, days["may"], tmp_path / "")
+    evaluate(config, backbone, plugin, tmp_path / "undated")
+    assert "date" not in described(tmp_path / "undated")
 
 
 def test_what_two_processes_wrote_of_one_evaluation_counts_once(tmp_path):

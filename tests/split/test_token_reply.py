@@ -151,6 +151,10 @@ def test_a_file_that_is_no_head_of_this_backbone_is_refused(backbone, tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "head").read_bytes()[:-5])
     safetensors.numpy.save_file({"values": np.zeros((9, d), np.int8)}, tmp_path / "unscaled")
     safetensors.numpy.save_file({"weights": np.zeros((9, d), np.float32)}, tmp_path / "misnamed")
+    values = np.full((9, d), np.nan, np.float32)
+    safetensors.numpy.save_file({"values": values}, tmp_path / "nan", {"fingerprint": backbone.fingerprint})
+    with pytest.raises(UserError, match="values of the LM head are not all finite"):
+        load_head(tmp_path / "nan", backbone.fingerprint, d)
     for name, says in (("cut", "cannot read"), ("none", "cannot read"), ("unscaled", "no LM"), ("misnamed", "no LM")):
         with pytest.raises(UserError, match=says):
             load_head(tmp_path / name, backbone.fingerprint, d)

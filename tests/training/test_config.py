@@ -48,6 +48,8 @@ def changed(**keys):
         ({"dtype": "float16"}, "config key dtype is 'float16'; choices are"),
         ({"side__kind": "mamba"}, "config key side.kind is 'mamba'; choices are"),
         ({"data__template": "alpaca"}, "config key data.template is 'alpaca'; choices are 'auto', 'chat', 'plain'"),
+        ({"data__date": "yesterday"}, "data.date is 'yesterday': write a date such as 2024-07-26"),
+        ({"data__date": 20240726}, "data.date is '20240726'"),
         ({"seed": 1.5}, "config key seed is 1.5, but must be of type int"),
         ({"seed": True}, "config key seed is True, but must be of type int"),
         (

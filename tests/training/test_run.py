@@ -113,6 +113,8 @@ def test_the_plugin_is_the_checkpoint_with_the_least_loss(finished):
 def test_the_files_say_what_the_run_was(finished):
     described = json.loads((finished.workdir / "config.json").read_text())
     assert described["config"]["optimizer"]["learning_rate"] == 0.01
+    assert described["config"]["data"]["date"] == "2024-07-26"
+    assert json.loads((finished.workdir / "plugin" / "plugin_config.json").read_text())["date"] == "2024-07-26"
     assert described["versions"]["jax"] == jax.__version__
     assert len(described["backbone_fingerprint"]) == 32
     assert json.loads((finished.workdir / "summary.json").read_text()) == finished.summary
@@ -256,7 +258,8 @@ def test_a_run_from_before_inner_entries_goes_on_as_one_at_the_head(finished, ma
     shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "config.json"
     described = json.loads(path.read_text())
-    for group, key in (("side", "entry"), ("side", "edits"), ("tap_cache", "dtype"), ("router", "labels")):
+    later = (("side", "entry"), ("side", "edits"), ("tap_cache", "dtype"), ("router", "labels"), ("data", "date"))
+    for group, key in later:
         del described["config"][group][key]
     path.write_text(json.dumps(described))
     assert run.train(finished.config, tmp_path) == finished.summary

@@ -189,6 +189,77 @@ def test_quantised(kind, make_model, write_gguf) -> None:
     assert np.corrcoef(kernel.ravel(), expected.ravel())[0, 1] > 0.99
 
 
+@pytest.fixture
+def write_tensor(tmp_path) -> Callable[..., GGUFFile]:
+    def write(data: np.ndarray, kind: gguf.GGMLQuantizationType | None = None) -> GGUFFile:
+        writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+        writer.add_tensor("one", data, raw_dtype=kind)
+        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            step()
+        writer.close()
+        return GGUFFile(tmp_path / "one.gguf")
+
+    return write
+
+
+def test_float64_is_read_as_float32(write_tensor) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 4))
+    read = write_tensor(values).dequantize("one")
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, values.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
+def test_a_tensor_is_read_or_its_type_is_refused_by_name(kind, write_tensor) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    file = write_tensor(np.zeros((2, size * max(1, 256 // block)), np.uint8), kind)
+    if kind.name in ("Q8_1", "Q8_K", "Q1_0", "I8", "I16", "I32", "I64"):
+        with pytest.raises(UserError, match=f"the tensor one is of type {kind.name}, which holds no weights"):
+            file.dequantize("one")
+    else:
+        read = file.dequantize("one")
+        assert read.shape == (2, max(block, 256))
+        assert read.dtype in (np.float32, np.float16)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(make_model, write_gguf) -> None:
+    model = make_model()
+    model.state_dict()["model.layers.2.mlp.down_proj.weight"][3, 4] = float("nan")
+    with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.down_proj\.weight has values that are NaN"):
+        load_gguf(write_gguf(model))
+
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}<9>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda w: w.add_eot_token_id(4), (2, 4)),
+        (lambda w: w.add_eot_token_id(2**32 - 1), (2,)),
+        (lambda w: w.add_eos_token_id(2**32 - 1), ()),
+        (lambda w: w.add_chat_template(TURNS), (2,)),  # <9> is no special token there
+        (lambda w: (w.add_chat_template(TURNS), w.add_token_types([1] * 9 + [3] * 291)), (2, 9)),
+        (lambda w: w.add_chat_template("{{ raise_exception('no') }}"), (2,)),
+    ],
+)
+def test_stop_tokens_are_those_that_are_named_and_the_one_that_ends_a_turn(
+    change, expected, make_model, write_gguf
+) -> None:
+    assert load_gguf(write_gguf(make_model(), metadata=change)).eos_ids == expected
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(make_model, write_gguf) -> None:
+    tokens = ["a", "b", "ab", *(f"<{index}>" for index in range(3, 305))]
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * len(tokens))
+
+    with pytest.raises(UserError, match=r"305 tokens with ids up to 304, and the embedding has 300 rows .*'<300>'"):
+        load_gguf(write_gguf(make_model(), metadata=more))
+
+
 def test_fingerprint_does_not_depend_on_the_dtype(make_model, write_gguf) -> None:
     path = write_gguf(make_model())
     wide, narrow = load_gguf(path), load_gguf(path, jnp.bfloat16)

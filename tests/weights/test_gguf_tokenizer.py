@@ -166,6 +166,32 @@ def test_bos_and_eos_around_text() -> None:
     assert eos_ids(metadata) == (5, eos)
 
 
+@pytest.mark.parametrize("index", [-1, 2**32 - 1, 10**6, "5", None])
+def test_a_special_token_that_the_vocabulary_has_not_is_none(index) -> None:
+    metadata = _byte_level_metadata("smollm")
+    roles = ("bos", "eos", "unknown", "padding")
+    tokenizer = tokenizer_from_metadata({**metadata, **{f"tokenizer.ggml.{r}_token_id": index for r in roles}}, NOWHERE)
+    assert tokenizer.special_tokens_map == {}
+    assert eos_ids({**metadata, "tokenizer.ggml.eos_token_id": index}) == (5,)
+    assert eos_ids({**metadata, "tokenizer.ggml.eot_token_id": index}) == (metadata["tokenizer.ggml.eos_token_id"],)
+    with pytest.raises(UserError, match="text shall get a bos_token but the file names none"):
+        tokenizer_from_metadata(
+            {**metadata, "tokenizer.ggml.bos_token_id": index, "tokenizer.ggml.add_bos_token": True}, NOWHERE
+        )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", ["a"]), ("tokens", 3), ("tokens", [1]), ("merges", ["x y"]), ("merges", [1]), ("model", []),
+    ],
+)  # fmt: skip
+def test_a_vocabulary_that_makes_no_sense_is_one_line(key, value) -> None:
+    with pytest.raises(UserError, match=r"^test\.gguf: ") as refused:
+        tokenizer_from_metadata({**_byte_level_metadata("smollm"), f"tokenizer.ggml.{key}": value}, NOWHERE)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("key", ["model", "tokens", "merges", "pre"])
 def test_missing_key_is_named(key) -> None:
     metadata = _byte_level_metadata("smollm")

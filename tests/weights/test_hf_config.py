@@ -1,5 +1,7 @@
 """`config.json` is read completely, or refused by name."""
 
+import re
+
 import pytest
 
 from spa_jax.errors import UserError
@@ -101,10 +103,30 @@ def test_rope_in_both_forms(rope: dict, theta: float, scaling: RopeScaling | Non
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"architectures": 7}, "architectures"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": "10000"}}, "rope_parameters.rope_theta"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": -1.0}}, "rope_scaling.rope_theta"),
+        *(
+            ({"rope_scaling": {"type": "linear", "factor": factor}}, "rope_scaling.factor")
+            for factor in (0, -2.0, "8.0", True, [2.0], float("nan"), float("inf"))
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor = 4.0 is not supported, only less than",
+        ),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 0.0}}, "low_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": "8192"}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "rope_scaling.rope_type = ['linear']"),
+        ({"rope_scaling": {"rope_type": "linear", "type": ["linear"], "factor": 2.0}}, "disagrees"),
+        ({"rope_parameters": {"rope_type": {}, "factor": 2.0}}, "rope_parameters.rope_type"),
     ],
 )
 def test_refused_by_name(change: dict, named: str) -> None:
-    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+    with pytest.raises(UserError, match=re.escape(named)):
         llama_config_from_hf({**BASE, **change})
 
 

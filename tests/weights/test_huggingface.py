@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.weights import huggingface
-from spa_jax.weights.huggingface import HubUnavailable, download_snapshot, load_directory
+from spa_jax.weights.huggingface import HubUnavailable, download_snapshot, load_directory, load_tokenizer
 
 VARIANTS = {
     "plain": {},
@@ -98,11 +99,101 @@ def test_half_precision_checkpoints(stored, save_model, make_model, save_tokeniz
     assert wide.fingerprint == narrow.fingerprint
 
 
-def test_eos_ids_of_all_three_files(save_model) -> None:
-    _, directory = save_model(eos_token_id=[7, 9])
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 11]}))
-    backbone = load_directory(directory)
-    assert backbone.eos_ids == (7, 9, 11, backbone.tokenizer.eos_token_id)
+def _describe(directory: pathlib.Path, file: str, changes: dict) -> None:
+    path = directory / file
+    described = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**described, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (7, {"eos_token_id": [11, 9]}, (9, 11)),
+        ([7, 8], {"eos_token_id": 9}, (9,)),
+        ([8, 7], None, (7, 8)),
+        (None, {"eos_token_id": 9}, (9,)),
+        # Nothing would end a generation of transformers here.
+        (7, {"temperature": 0.5}, (7,)),
+        (7, {"eos_token_id": []}, (7,)),
+        (None, None, (256,)),
+    ],
+)
+def test_stop_tokens_are_those_that_transformers_takes_where_it_has_some(
+    config, generation, expected, save_model
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    _, directory = save_model()
+    _describe(directory, "config.json", {"eos_token_id": config})
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        _describe(directory, "generation_config.json", generation)
+    assert load_directory(directory).eos_ids == expected
+    judged = transformers.AutoModelForCausalLM.from_pretrained(directory).generation_config.eos_token_id
+    assert not judged or sorted(judged if isinstance(judged, list) else [judged]) == list(expected)
+
+
+def test_a_generation_ends_where_that_of_transformers_does(save_model) -> None:
+    torch = pytest.importorskip("torch")
+    model, directory = save_model(eos_token_id=1)
+    prompt, new = [233, 46, 28, 33, 182], 16
+
+    def both(**stop: int) -> tuple[list[int], list[int]]:
+        judged = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0, **stop)
+        (ours,) = FusedModel(load_directory(directory), None).generate([prompt], new)
+        return list(ours.tokens), judged[0, len(prompt) :].tolist()
+
+    ours, judged = both()
+    assert ours == judged
+    assert len(ours) == new
+    # The tokenizer's EOS comes in the middle of this, and ends nothing: the config names another.
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    end = load_tokenizer(directory).convert_ids_to_tokens(next(token for token in ours if token < 256))
+    (directory / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "eos_token": end}))
+    assert both() == (judged, judged)
+    _describe(directory, "generation_config.json", {"eos_token_id": ours[4]})
+    ours, judged = both(eos_token_id=ours[4])
+    assert ours == judged
+    assert len(ours) <= 5
+
+
+@pytest.mark.parametrize("given", ["256", [256, None], [1, "2"], -1, 2.0, True, {"a": 1}], ids=str)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_stop_tokens_that_are_no_ids_are_refused(file, given, save_model) -> None:
+    _, directory = save_model()
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    _describe(directory, file, {"eos_token_id": given})
+    with pytest.raises(UserError, match=rf"{file}: eos_token_id = .* is not supported"):
+        load_directory(directory)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(save_model) -> None:
+    _, directory = save_model()
+    tokenizer = load_tokenizer(directory)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(43)])
+    tokenizer.save_pretrained(directory)
+    assert len(load_directory(directory).tokenizer) == 300
+    tokenizer.add_tokens(["<pad>"])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(UserError, match=r"301 tokens with ids up to 300, and the embedding has 300 rows .*'<pad>'"):
+        load_directory(directory)
+
+
+def test_a_stop_token_beyond_the_embedding_is_refused(save_model) -> None:
+    _, directory = save_model()
+    _describe(directory, "generation_config.json", {"eos_token_id": [2, 300]})
+    with pytest.raises(UserError, match="eos_token_id 300 is no token of a vocabulary of 300"):
+        load_directory(directory)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(name, value, save_model) -> None:
+    _, directory = save_model()
+    _edit(directory, lambda tensors: tensors[name].reshape(-1).__setitem__(-1, value))
+    with pytest.raises(UserError, match=name.replace(".", r"\.") + " has values that are NaN or infinite"):
+        load_directory(directory)
 
 
 def _edit(directory: pathlib.Path, change) -> None:
@@ -161,6 +252,17 @@ def test_damaged_file_is_named(damage, save_model) -> None:
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:-10], "garbage": b"\x00\xff" * 500, "empty": b""}[damage])
     with pytest.raises(UserError, match=r"model\.safetensors is corrupt or truncated"):
+        load_directory(directory)
+
+
+@pytest.mark.parametrize("file", [3, None, ["model.safetensors"]], ids=str)
+def test_an_index_whose_files_have_no_names_is_refused(file, save_model) -> None:
+    _, directory = save_model(save_max_shard_size="20KB")
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json has no weight_map that names the file of each tensor"):
         load_directory(directory)
 
 

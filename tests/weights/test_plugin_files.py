@@ -52,12 +52,25 @@ def test_where_corrections_enter_is_saved(entry, edits, tmp_path):
 def test_a_plugin_from_before_inner_entries_enters_at_the_head(directory):
     def as_before(description):
         description["format_version"] = 2
+        del description["date"]
         del description["config"]["entry"], description["config"]["edits"]
 
     rewrite(directory, as_before)
     loaded = load_plugin(directory)
     assert loaded.config == make_plugin().config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, make_plugin().params)
+
+
+def test_the_date_of_its_prompts_is_saved_and_formats_without_one_have_none(directory):
+    dataclasses.replace(make_plugin(), date="2025-02-03").save(directory)
+    assert load_plugin(directory).date == "2025-02-03"
+
+    def as_before(description):
+        description["format_version"] = 3
+        del description["date"]
+
+    rewrite(directory, as_before)
+    assert load_plugin(directory).date == ""
 
 
 def test_a_plugin_of_one_tap_can_be_saved(tmp_path):
@@ -138,6 +151,18 @@ SPOILED = {
     "lost key": (lambda d: rewrite(d, lambda j: j["config"].pop("threshold")), "plugin_config.json' is damaged"),
     "setting": (described("config", "setting", value="s9"), "plugin_config.json' is damaged"),
     "kind": (described("config", "side", "kind", value="mamba"), "plugin_config.json' is damaged"),
+    "no width": (described("config", "side", "width", value=0), "side.width must be at least 1"),
+    "no heads": (described("config", "side", "heads", value=-1), "side.heads must be at least 1"),
+    "heads": (described("config", "side", "kind", value="transformer"), "each of 4 heads an even width"),
+    "tap below the first": (described("config", "side", "taps", value=[-1, 2]), "plugin_config.json' is damaged"),
+    "threshold": (described("config", "threshold", value=1.5), "threshold 1.5 does not lie between 0 and 1"),
+    "threshold NaN": (described("config", "threshold", value=float("nan")), "threshold nan does not lie between"),
+    "NaN": (
+        lambda d: reweigh(d, lambda a: a["side.gate"].reshape(-1).__setitem__(0, np.nan)),
+        "values of side.gate are NaN or infinite",
+    ),
+    "date": (lambda d: rewrite(d, lambda j: j.pop("date")), "plugin_config.json' is damaged"),
+    "date type": (described("date", value=20240726), "plugin_config.json' is damaged"),
     "width type": (described("config", "side", "width", value="4"), "plugin_config.json' is damaged"),
     "taps type": (described("config", "side", "taps", value=3), "plugin_config.json' is damaged"),
     "no taps": (described("config", "side", "taps", value=[]), "plugin_config.json' is damaged"),

@@ -88,6 +88,15 @@ def test_directory_and_file_by_path(save_model) -> None:
     assert backbone.config.num_layers == 3
 
 
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "model.Gguf"])
+def test_the_case_of_a_gguf_files_name_does_not_matter(name, loaded, tmp_path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    load_backbone(str(tmp_path / name))
+    assert loaded == [tmp_path / name]
+    with pytest.raises(UserError, match=rf"There is no file .*NONE{name}"):
+        load_backbone(str(tmp_path / f"NONE{name}"))
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=NAME):
         load_backbone("gpt-5")

@@ -1,6 +1,7 @@
 """Cloud and device over gRPC: what they say, and what happens when one of them misbehaves or is gone."""
 
 import asyncio
+import copy
 import dataclasses
 import time
 
@@ -10,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from streams import Stream, by_hand, connected, metric, run, tokens_of
 from tiny_split import make_plugin, random_plugin
 
+from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
 from spa_jax.split import wire
@@ -21,6 +23,7 @@ from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Pr
 from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.server_session import Outbox
+from spa_jax.split.session import Cloud
 
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
 
@@ -56,7 +59,8 @@ def test_over_the_network_it_says_what_it_says_in_one_process(entry, edits, kind
     assert (there.degraded, there.traffic.exchanges) == (0, here.traffic.exchanges)
     assert (there.uncorrected_prompts, there.traffic.opening_exchanges) == (0, here.traffic.opening_exchanges)
     assert (here.traffic.opening_exchanges > 0) == (edits == "all")
-    assert there.texts == ["".join(cloud.token_texts(g)) for g in here.generations]
+    assert there.texts == [backbone.tokenizer.decode(g.tokens, skip_special_tokens=True) for g in here.generations]
+    assert ["".join(answer.pieces) for answer in seen[-1].generated] == there.texts
     assert seen[-1].done
 
 
@@ -321,3 +325,16 @@ def test_what_the_cloud_refuses_the_device_says(cloud, plugin, request_of):
 
     with pytest.raises(UserError, match=f"version 99 of the protocol and the cloud version {wire.VERSION}"):
         run(cloud, scenario)
+
+
+def test_the_cloud_writes_the_date_that_the_plugin_was_trained_with(backbone, plugin):
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    cloud = Cloud(dataclasses.replace(backbone, tokenizer=tokenizer))
+    for date in ("", "2024-07-26", "2031-05-09"):
+        request = open_message(dataclasses.replace(plugin, date=date), ["Hi"], NEW)
+        assert request.date == ("2031-05-09" if date == "2031-05-09" else "")
+        assert cloud.plan(request).prompts == [Encoder(tokenizer, "chat", 128, date=date or "2024-07-26").prompt("Hi")]
+    request.date = "a day"
+    with pytest.raises(UserError, match="'a day': write a date such as 2024-07-26"):
+        cloud.plan(request)
