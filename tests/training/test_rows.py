@@ -22,7 +22,7 @@ CONTEXT = "the backbone's context of 128 tokens; only the first source is ever c
 def test_a_row_is_bounded_by_the_backbones_context_which_no_key_raises(
     max_length, limit, says, tiny_backbone_directory
 ):
-    encoder = task_encoder(load_directory(tiny_backbone_directory), "plain", "", max_length, "max_length")
+    encoder = task_encoder(load_directory(tiny_backbone_directory), "plain", "", max_length, limited_by="max_length")
     assert encoder.max_length == limit
     with pytest.raises(UserError, match=f"more than {says}$"):
         encoder.encode(Pair("a", "b" * 200))
