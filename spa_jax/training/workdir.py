@@ -28,6 +28,7 @@ LATER_KEYS = {
     "side": {"entry": "head", "edits": "targets"},
     "tap_cache": {"dtype": ""},
     "router": {"labels": "router"},
+    "data": {"hub": "", "columns": ""},
 }
 """Config keys that older runs do not have, with what was so before there was a choice."""
 

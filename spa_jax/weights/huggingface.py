@@ -37,6 +37,7 @@ def load_directory(
     dtype: jax.typing.DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     weights: Weights = "float",
+    read_weights: bool = True,
 ) -> Backbone:
     """Loads a checkpoint as `save_pretrained` writes it.
 
@@ -44,6 +45,7 @@ def load_directory(
         path: a directory with `config.json`, `model.safetensors` or its shards and index, and `tokenizer.json`.
         dtype: dtype of the parameters, float32 or bfloat16.
         shardings, weights: see `mapping.convert`.
+        read_weights: whether they are read; else the backbone has no parameters and no fingerprint.
 
     Raises:
         UserError: a file is missing or corrupt, or the config needs something that is not supported.
@@ -53,7 +55,8 @@ def load_directory(
     config = llama_config_from_hf(described)
     tokenizer = load_tokenizer(path)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, SafetensorsSource(path), dtype, shardings, weights)
+    source = SafetensorsSource(path)
+    params, fingerprint = convert(config, source, dtype, shardings, weights) if read_weights else ({}, "")
     generation_file = path / "generation_config.json"
     generation = _read_json(generation_file) if generation_file.is_file() else {}
     eos = _ids(described.get("eos_token_id")) | _ids(generation.get("eos_token_id")) | _ids(tokenizer.eos_token_id)
