@@ -33,6 +33,7 @@ def from_hub(load: Callable[..., Any], hub: str, config: str | None, advice: str
 
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # which else tells of every retry
     try:
         try:
             return load(hub, config, **options)

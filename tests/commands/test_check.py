@@ -78,6 +78,15 @@ def test_its_numbers_are_those_of_a_training_run(check, rows_file, make_config, 
         assert len(report[name]["cut"]) == cut > 0
 
 
+def test_a_data_set_of_the_hub_is_checked_too(check, tmp_path):
+    """A directory stands in for one."""
+    (tmp_path / "train.csv").write_text("q,a\n" + "".join(f"What is {i}?,00{i}\n" for i in range(10)))
+    result = check(f"--hub={tmp_path}", "--columns=source=q,target=a", "--template=plain", "--eval_fraction=0.2")
+    assert result.status == 0, result.err
+    assert "8" in next(line for line in result.out.splitlines() if "rows" in line)
+    assert result.out.splitlines()[-1].startswith("[00")
+
+
 def test_only_so_many_rows_are_named(check, rows_file):
     result = check(str(rows_file), f"--eval={rows_file}", "--template=plain")
     lines = result.out.splitlines()

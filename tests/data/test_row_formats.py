@@ -1,5 +1,6 @@
 """The formats of rows: what each becomes, how one is recognised, and what is refused."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -108,14 +109,16 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("container", WRITERS)
-@pytest.mark.parametrize("case", ROWS)
+CSV_HAS_TEXT_ALONE = {("prompt of turns", "csv")}
+
+
+@pytest.mark.parametrize(
+    ("case", "container"), [both for both in itertools.product(ROWS, WRITERS) if both not in CSV_HAS_TEXT_ALONE]
+)
 def test_rows_are_read_as_what_they_say(case, container, tmp_path):
     row, expected = ROWS[case]
     path = str(tmp_path / f"rows.{container}")
     WRITERS[container](path, row)
-    if container == "csv" and isinstance(row.get("prompt"), list):
-        pytest.skip("a prompt that is text is no list")
     (pair,) = read_pairs(path)
     assert nameless(pair) == expected
     assert pair.origin.startswith(path)
