@@ -31,7 +31,6 @@ from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig
 from spa_jax.models.llama import init_params
 from spa_jax.training.config import RunConfig, parse
-from spa_jax.weights import gguf, huggingface
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.registry import load_backbone
 
@@ -91,9 +90,9 @@ def tiny_params(tiny_config):
     return jax.tree_util.tree_map_with_path(perturb, params)
 
 
-def load_smollm2() -> Backbone:
+def load_smollm2(read_weights: bool = True) -> Backbone:
     try:
-        return load_backbone("smollm2-135m-instruct")
+        return load_backbone("smollm2-135m-instruct", read_weights=read_weights)
     except UserError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
 
@@ -106,11 +105,8 @@ def smollm2() -> Backbone:
 
 @pytest.fixture(scope="session")
 def smollm2_without_weights() -> Backbone:
-    """Its config and tokenizer, of which the parameters are not read."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (gguf, huggingface):
-            patch.setattr(module, "convert", lambda *_: ({}, ""))
-        return load_smollm2()
+    """Its config and tokenizer."""
+    return load_smollm2(read_weights=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from experiments.paper.report import open_store
 from experiments.paper.store import CellStore
 from experiments.record import print_table
 from spa_jax import command
-from spa_jax.data.pairs import read_json_lines
+from spa_jax.data.row_formats import read_pairs
 from spa_jax.models.combine import with_correction
 from spa_jax.models.llama import Llama, Params, unit
 from spa_jax.models.plugin import PluginConfig
@@ -63,7 +63,7 @@ def measure(store: CellStore, row: str) -> dict[str, dict[str, Any]]:
     training = ablations.training(store.scale, "sciq", row)
     plugin = load_plugin(store.train(training) / "plugin")
     config, method, backbone = store.config(training), plugin.config, store.backbone
-    rows = read_json_lines(str(store.single_questions("sciq") / "test.jsonl"))
+    rows = read_pairs(str(store.single_questions("sciq") / "test.jsonl"))
     examples, _ = make_encoder(backbone, config.data).encode_all(rows)
     scorer = Scorer(backbone, recipe_for(method), examples, BATCH, config.tap_cache)
     found: dict[str, dict[str, Any]] = {}

@@ -7,8 +7,8 @@ as it is for a task's.
 import json
 from pathlib import Path
 
-from spa_jax.data.json_rows import read_json_rows
 from spa_jax.data.pairs import Pair
+from spa_jax.data.row_files import read_rows
 from spa_jax.data.tasks import Split, load_split
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
@@ -38,7 +38,7 @@ def write_splits(task: str, directory: str, output: Path) -> None:
 def _coqa(path: Path) -> list[Pair]:
     """Reads question, the turns before it, and the story last, so that what is cut from a long row is its end."""
     pairs = []
-    for _, row in read_json_rows(str(path)):
+    for _, row in read_rows(str(path)):
         questions, answers = row["questions"], row["answers"]["input_text"]
         for turn in sorted({0, len(questions) // 2, len(questions) - 1}):
             if answers[turn].strip():

@@ -19,7 +19,7 @@ from experiments.paper.scales import BEAMS, BUDGET, CLOSED_BOOK, LEARNING_RATES,
 from experiments.paper.single_questions import write_splits
 from experiments.paper.sizes import trainable_size, with_size
 from experiments.record import hardware
-from spa_jax.data.pairs import read_json_lines
+from spa_jax.data.row_formats import read_pairs
 from spa_jax.decoding.prompt_store import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
@@ -199,7 +199,7 @@ class CellStore:
         assert trained is not None
         assert cell.training is not None
         config, method = self.config(cell.training), trained.config
-        rows = read_json_lines(str(self.single_questions(cell.task) / "test.jsonl"))
+        rows = read_pairs(str(self.single_questions(cell.task) / "test.jsonl"))
         examples, _ = make_encoder(self.backbone, config.data).encode_all(rows)
         scorer = Scorer(self.backbone, recipe_for(method), examples, config.train.batch_size, config.tap_cache)
         outcomes = scorer.outcomes(trained.params)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from spa_jax import chat
-from spa_jax.data.pairs import Pair
+from spa_jax.data.pairs import Pair, Turn
 from spa_jax.errors import UserError
 
 Template = Literal["chat", "plain"]
@@ -22,7 +22,7 @@ class Example(NamedTuple):
     Attributes:
         tokens: prompt and answers, without the token that ends the last answer, T tokens.
         predict: the R positions whose output predicts a target token.
-        targets: the R target tokens: the answers, each with the token that ends it.
+        targets: the R target tokens: the answers that are learnt, each with the token that ends it.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -37,7 +37,7 @@ class Example(NamedTuple):
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The tokens before each answer of the conversation; each prompt is a prefix of the next one."""
+        """The tokens before each answer that is learnt; each prompt is a prefix of the next one."""
         begins = np.flatnonzero(np.diff(self.predict, prepend=-2) != 1)
         return [self.tokens[: self.predict[begin] + 1].tolist() for begin in begins]
 
@@ -48,8 +48,8 @@ class Encoder:
 
     Attributes:
         tokenizer: the backbone's tokenizer.
-        template: `chat` writes the source as the user's turn in the tokenizer's own chat template; `plain` writes the
-            source and a line break.
+        template: `chat` writes the source as the user's turn in the tokenizer's own chat template, after its context;
+            `plain` writes the source and a line break, and so the context.
         max_length: most tokens of prompt and target together.
         target_room: tokens that every prompt leaves free for its target, so that how much of a source is cut does not
             tell how long the target is. A longer target takes what it needs.
@@ -92,66 +92,94 @@ class Encoder:
         context = f"the backbone's context of {self.max_length} tokens"
         return f"{self.limited_by}={self.max_length}" if self.limited_by else context
 
-    def prompt(self, source: str) -> list[int]:
-        """Returns the token ids of the prompt for a source text."""
+    def prompt(self, source: str, context: Sequence[Turn] = ()) -> list[int]:
+        """Returns the token ids of the prompt for a source text after some other turns.
+
+        Raises:
+            UserError: the chat template has no place for one of them, such as a system turn.
+        """
+        turns = (*context, Turn("user", source))
         if self.template == "plain":
-            return list(self.tokenizer(source + "\n")["input_ids"])
-        text = chat.render(self.tokenizer, [{"role": "user", "content": source}], open_answer=True, date=self.date)
+            return list(self.tokenizer(self._plain(turns))["input_ids"])
+        text = self._chat(turns, open_answer=True)
+        self._check_written(context, text)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def target(self, target: str) -> list[int]:
         """Returns the token ids of a target text, with the token that ends it."""
         return [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end]
 
-    def truncate(self, source: str, max_tokens: int) -> tuple[str, list[int]]:
-        """Cuts the end of a source whose prompt would have more than `max_tokens` tokens.
+    def truncate(self, source: str, max_tokens: int, context: Sequence[Turn] = ()) -> tuple[str, list[int]]:
+        """Cuts the end of a source whose prompt, after its context, would have more than `max_tokens` tokens.
 
         Returns:
             The source, cut or whole, and the token ids of its prompt.
         """
-        prompt = self.prompt(source)
+        prompt = self.prompt(source, context)
         if len(prompt) <= max_tokens:
             return source, prompt
         ids = self.tokenizer(source, add_special_tokens=False)["input_ids"]
         keep = len(ids) - (len(prompt) - max_tokens)
         while keep > 0:
             source = self.tokenizer.decode(ids[:keep]).rstrip("\N{REPLACEMENT CHARACTER}")
-            prompt = self.prompt(source)
+            prompt = self.prompt(source, context)
             if len(prompt) <= max_tokens:
                 break
             keep -= len(prompt) - max_tokens
         return source, prompt
 
-    def follow_up(self, source: str) -> list[int]:
+    def follow_up(self, source: str, context: Sequence[Turn] = (), opening: Sequence[Turn] = ()) -> list[int]:
         """Returns the token ids of a later question of a conversation, from the end of the answer before it (its
         token not included) to where its own answer begins.
 
+        Args:
+            source: the question.
+            context: turns between that answer and the question.
+            opening: the context with which the conversation began.
+
         Raises:
-            UserError: the chat template does not write an answer as its text and the token that ends it.
+            UserError: the chat template does not write an answer as its text, the token that ends it and then the turns
+                that follow.
         """
+        turns = (*context, Turn("user", source))
         if self.template == "plain":
-            return list(self.tokenizer(source + "\n", add_special_tokens=False)["input_ids"])
-        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        first_prompt, answered, second_prompt = (
-            chat.render(self.tokenizer, turns, open_answer, self.date)
-            for turns, open_answer in (
-                (exchange[:1], True),
-                (exchange, False),
-                ([*exchange, {"role": "user", "content": source}], True),
-            )
-        )
-        end = self.tokenizer.convert_ids_to_tokens(self.end)
-        content, found, closing = answered.removeprefix(first_prompt).partition(end)
+            return list(self.tokenizer(self._plain(turns), add_special_tokens=False)["input_ids"])
+        exchange = (*opening, Turn("user", "a"), Turn("assistant", "b"))
+        first_prompt = self._chat(exchange[:-1], open_answer=True)
+        answered = self._chat(exchange, open_answer=False)
+        second_prompt = self._chat((*exchange, *turns), open_answer=True)
+        content, found, closing = answered.removeprefix(first_prompt).partition(self._end_text)
         continues = answered.startswith(first_prompt) and second_prompt.startswith(answered)
         if not (continues and found and content.strip() == "b"):
             raise UserError(
-                f"this backbone's chat template does not end an answer with {end} and go on: set data.template=plain"
+                f"this backbone's chat template does not end an answer with {self._end_text} and go on: set "
+                "data.template=plain"
             )
         text = closing + second_prompt[len(answered) :]
+        self._check_written(context, text)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _chat(self, turns: Sequence[Turn], open_answer: bool) -> str:
+        """Writes turns as the chat template does, and the beginning of an answer if that is to follow."""
+        return chat.render(self.tokenizer, [turn._asdict() for turn in turns], open_answer, self.date)
+
+    def _check_written(self, context: Sequence[Turn], text: str) -> None:
+        missing = [turn.role for turn in context if turn.content.strip() not in text]
+        if missing:
+            raise UserError(
+                f"this backbone's chat template does not write {missing[0]} turns in front of a question: leave them "
+                "out, or set data.template=plain"
+            )
+
+    def _plain(self, turns: Sequence[Turn]) -> str:
+        return "".join(turn.content + (self._end_text if turn.role == "assistant" else "\n") for turn in turns)
+
+    @property
+    def _end_text(self) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(self.end))
+
     def encode(self, pair: Pair) -> tuple[Example, bool]:
-        """Encodes a row; every answer of a conversation is a target.
+        """Encodes a row; every answer of a conversation that is learnt is a target.
 
         Returns:
             The example, and whether the first source was cut.
@@ -161,7 +189,7 @@ class Encoder:
         """
         answers, questions, prompt_room = self._parts(pair)
         rest = sum(map(len, answers)) + sum(map(len, questions)) - 1
-        source, prompt = self.truncate(pair.source, prompt_room)
+        source, prompt = self.truncate(pair.source, prompt_room, pair.context)
         if len(prompt) > self.max_length - rest:
             long = "later turns have" if pair.later else "target has"
             raise UserError(
@@ -170,11 +198,13 @@ class Encoder:
                 + (f" or raise {self.limited_by}" if self.limited_by else "")
             )
         parts, predict, end = [np.array(prompt, np.int32)], [], len(prompt)
-        for answer, question in zip(answers, [*questions, None]):
-            predict.append(np.arange(end - 1, end - 1 + len(answer), dtype=np.int32))
-            parts += [answer[:-1]] if question is None else [answer, question]
-            end += len(answer) + (0 if question is None else len(question))
-        example = Example(np.concatenate(parts), np.concatenate(predict), np.concatenate(answers))
+        for turn, answer, question in zip(pair.turns, answers, [*questions, answers[-1][:0]]):
+            if turn.learnt:
+                predict.append(np.arange(end - 1, end - 1 + len(answer), dtype=np.int32))
+            parts += [answer, question]
+            end += len(answer) + len(question)
+        targets = [answer for turn, answer in zip(pair.turns, answers) if turn.learnt]
+        example = Example(np.concatenate(parts)[:-1], np.concatenate(predict), np.concatenate(targets))
         return example, source != pair.source
 
     def encode_with_demonstration(self, demonstration: Pair, pair: Pair) -> Example:
@@ -183,19 +213,18 @@ class Encoder:
         Each is cut as it would be alone, so together they have up to twice `max_length` tokens.
         """
         first, second = (
-            dataclasses.replace(row, source=self.truncate(row.source, self._parts(row)[2])[0])
+            dataclasses.replace(row, source=self.truncate(row.source, self._parts(row)[2], row.context)[0])
             for row in (demonstration, pair)
         )
-        later = (*first.later, dataclasses.replace(second, later=()), *second.later)
-        conversation = dataclasses.replace(first, later=later)
-        example, _ = dataclasses.replace(self, max_length=2 * self.max_length, target_room=0).encode(conversation)
-        count = sum(len(self.target(turn.target)) for turn in pair.turns)
-        return Example(example.tokens, example.predict[-count:], example.targets[-count:])
+        shown = [dataclasses.replace(turn, learnt=False) for turn in first.turns]
+        later = (*shown[1:], dataclasses.replace(second, later=()), *second.later)
+        conversation = dataclasses.replace(shown[0], later=later)
+        return dataclasses.replace(self, max_length=2 * self.max_length, target_room=0).encode(conversation)[0]
 
     def _parts(self, pair: Pair) -> tuple[list[np.ndarray], list[np.ndarray], int]:
         """Returns the tokens of each answer, those of each later question, and how many the first prompt may have."""
         answers = [np.array(self.target(turn.target), np.int32) for turn in pair.turns]
-        questions = [np.array(self.follow_up(turn.source), np.int32) for turn in pair.later]
+        questions = [np.array(self.follow_up(turn.source, turn.context, pair.context), np.int32) for turn in pair.later]
         others = sum(map(len, answers[:-1])) + sum(map(len, questions))
         return answers, questions, self.max_length - others - max(len(answers[-1]) - 1, self.target_room)
 

@@ -1,12 +1,18 @@
-"""Rows of data: a source and a target, or a conversation of several; read from a file or the embedded data set."""
+"""Rows of data, whatever format they came in: a source and a target, or a conversation of several."""
 
 import dataclasses
-from types import NoneType
+from typing import Literal, NamedTuple
 
 from spa_jax.data import persona
-from spa_jax.data.json_rows import read_json_rows
-from spa_jax.data.text import check_text
-from spa_jax.errors import UserError
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Turn(NamedTuple):
+    """What one side of a conversation says."""
+
+    role: Role
+    content: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Pair:
         origin: names the row in messages, such as `rows.jsonl, line 3`.
         later: the later turns of the same conversation, in order.
         references: further answers that are as good as the target, by other people.
+        context: turns in front of the source, such as a system turn, which are read and not learnt.
+        learnt: whether the target is trained for; else it is read alone.
     """
 
     source: str
@@ -28,33 +36,18 @@ class Pair:
     origin: str = ""
     later: tuple["Pair", ...] = ()
     references: tuple[str, ...] = ()
+    context: tuple[Turn, ...] = ()
+    learnt: bool = True
 
     @property
     def turns(self) -> tuple["Pair", ...]:
         """All turns of the conversation: this pair and the later ones."""
         return (self, *self.later)
 
-
-def read_json_lines(path: str) -> list[Pair]:
-    """Reads rows of `{"source": ..., "target": ...}`, one JSON object a line, optionally with `"answer"`.
-
-    Raises:
-        UserError: the file is missing, unreadable or empty, a line is no JSON object, or a column is missing, empty or
-            not text.
-    """
-    pairs = []
-    for origin, row in read_json_rows(path):
-        for column in ("source", "target"):
-            if type(row.get(column)) is not str or not row[column].strip():
-                raise UserError(f"{origin}: column '{column}' is missing, empty or not text; columns are {sorted(row)}")
-        if type(row.get("answer")) not in (str, NoneType):
-            raise UserError(f"{origin}: column 'answer' is not text")
-        for column in ("source", "target", "answer"):
-            check_text(row.get(column) or "", f"{origin}: column '{column}'")
-        pairs.append(Pair(row["source"], row["target"], row.get("answer"), origin))
-    if not pairs:
-        raise UserError(f"the data file '{path}' has no rows")
-    return pairs
+    @property
+    def learnt_turns(self) -> tuple["Pair", ...]:
+        """The turns whose targets are trained for."""
+        return tuple(turn for turn in self.turns if turn.learnt)
 
 
 def embedded_persona(seed: int, phrasings: int) -> tuple[list[Pair], list[Pair]]:

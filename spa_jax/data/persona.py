@@ -90,7 +90,7 @@ def is_right(generated: str, answer: str) -> bool:
 
 
 def write(rows: Iterable[PersonaRow], path: pathlib.Path) -> None:
-    """Writes rows as JSON lines, in the format of `spa_jax.data.pairs.read_json_lines`; makes the directory.
+    """Writes rows as JSON lines, in a format of `spa_jax.data.row_formats`; makes the directory.
 
     Raises:
         UserError: the file cannot be written.

@@ -7,22 +7,20 @@ question, so that what is cut from a long one is the end of its passage.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from spa_jax.data.json_rows import read_json_rows
+from spa_jax.data.hub import from_hub
 from spa_jax.data.pairs import Pair
+from spa_jax.data.row_files import Rows, read_rows
 from spa_jax.data.text import check_text
 from spa_jax.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
-
-PARQUET = "refs/convert/parquet"
-"""Revision with the hub's own conversion to Parquet, for data sets that need a loading script."""
 
 log = logging.getLogger(__name__)
 
@@ -222,16 +220,12 @@ def _size(size: str | int, name: str, everything: int) -> int:
     raise UserError(f"data.size is '{size}': write a number, {', '.join([*sizes, 'full'])}")
 
 
-Rows = Iterator[tuple[str, Row]]
-"""Rows as they are read, each after what names it in messages."""
-
-
 def _open_directory(task: Task, directory: Path, split: Split) -> tuple[str, Rows]:
     named = directory / f"{task.train_file if split == 'train' else split}.jsonl"
     path = named if named.is_file() else directory / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"there is no file '{path}': a task's directory has train, validation and test.jsonl")
-    return f"'{path}'", read_json_rows(str(path))
+    return f"'{path}'", read_rows(str(path))
 
 
 def _open_hub(task: Task, split: Split) -> tuple[str, Rows]:
@@ -239,30 +233,10 @@ def _open_hub(task: Task, split: Split) -> tuple[str, Rows]:
 
     hub, config = task.hub
     wanted = task.splits.get(split, split)
-    try:
-        try:
-            rows = _quietly(datasets.load_dataset, hub, config, split=wanted)
-        except RuntimeError as error:
-            if "script" not in str(error):
-                raise
-            log.info("%s is laid out by a script; reading the hub's conversion to Parquet", hub)
-            rows = _quietly(datasets.load_dataset, hub, config, split=wanted, revision=PARQUET)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot read '{hub}' from the hub ({reason}): name a directory with its rows as JSON lines instead"
-        ) from error
+    advice = "name a directory with its rows as JSON lines instead"
+    rows = from_hub(datasets.load_dataset, hub, config, advice, split=wanted)
     where = f"{hub} ({wanted})"
     return where, ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _quietly(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Calls a loader of `datasets` without its progress bars and its log."""
-    import datasets
-
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    return load(*arguments, **options)
 
 
 def _value(row: Row, column: str, kind: Any, origin: str) -> Any:

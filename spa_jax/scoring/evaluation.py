@@ -209,7 +209,7 @@ def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: Evalu
     for number, (pair, example) in enumerate(zip(pairs, examples), start=1):
         if config.limit and len(questions) >= config.limit:
             break
-        turns = pair.turns
+        turns = pair.learnt_turns
         for turn, (asked, prompt) in enumerate(zip(turns, example.prompts[-len(turns) :]), start=1):
             name = str(number) if len(turns) == 1 else f"{number}.{turn}"
             questions.append(Question(name, prompt, (asked.target, *asked.references), asked.source))

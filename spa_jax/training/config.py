@@ -55,8 +55,11 @@ class DataConfig:
         directory: directory with the task's splits as JSON lines; empty for the hub.
         size: number of the task's training rows, see `spa_jax.data.tasks.nested_subset`.
         eval_size: most questions of the task's validation split to evaluate on; 0 for all.
-        train: a JSON-lines file of `{"source", "target"}`; empty for the embedded persona.
+        train: a file of rows, see `spa_jax.data.row_formats`; empty for the embedded persona.
         eval: the same for evaluation; empty to hold out `eval_fraction` of the training rows.
+        hub: in place of `train`, a data set of the Hugging Face hub, `org/name` or `org/name:config`, whose split
+            `validation`, if it has one, takes the place of `eval`.
+        columns: our names of columns and the data's, such as `source=question,target=answer`; empty where it has ours.
         eval_fraction: share of the training file held out when `eval` is empty.
         template: `chat`, `plain`, or `auto`: chat where the backbone has a template.
         date: the day that a chat template with a date writes, such as `2024-07-26`.
@@ -72,6 +75,8 @@ class DataConfig:
     eval_size: int = 0
     train: str = ""
     eval: str = ""
+    hub: str = ""
+    columns: str = ""
     eval_fraction: float = 0.1
     template: Literal["auto"] | Template = "auto"
     date: str = DATE

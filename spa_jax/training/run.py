@@ -125,7 +125,7 @@ def _train(config: RunConfig, workdir: Path, trackers: Sequence[str]) -> dict[st
         "params/trainable": trainable,
         "params/trainable_percent": 100 * trainable / backbone.config.num_params,
         "data/train_examples": len(examples),
-        "data/train_questions": sum(len(pair.turns) for pair in pairs[0]),
+        "data/train_questions": sum(len(pair.learnt_turns) for pair in pairs[0]),
         "data/held_out_examples": len(held_out),
         "data/sources_cut": cut + held_out_cut,
         **timing,

@@ -29,7 +29,7 @@ LATER_KEYS = {
     "side": {"entry": "head", "edits": "targets"},
     "tap_cache": {"dtype": ""},
     "router": {"labels": "router"},
-    "data": {"date": DATE},
+    "data": {"date": DATE, "hub": "", "columns": ""},
 }
 """Config keys that older runs do not have, with what was so before there was a choice."""
 

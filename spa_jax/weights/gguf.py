@@ -57,6 +57,7 @@ def load_gguf(
     dtype: jax.typing.DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     weights: Weights = "float",
+    read_weights: bool = True,
 ) -> Backbone:
     """Loads weights, config and tokenizer from one GGUF file.
 
@@ -64,6 +65,7 @@ def load_gguf(
         path: path of the file.
         dtype: dtype of the parameters, float32 or bfloat16.
         shardings, weights: see `mapping.convert`.
+        read_weights: whether they are read; else the backbone has no parameters and no fingerprint.
 
     Raises:
         UserError: the file is corrupt or truncated, or needs something that is not supported.
@@ -76,7 +78,8 @@ def load_gguf(
     check_vocabulary(path, config, tokenizer, eos)
     kind = file.metadata["general.architecture"]
     log.info("%s: %s with %d blocks of width %d", path, kind, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, GGUFSource(file, config), dtype, shardings, weights)
+    source = GGUFSource(file, config)
+    params, fingerprint = convert(config, source, dtype, shardings, weights) if read_weights else ({}, "")
     return Backbone(str(path), config, params, tokenizer, eos, fingerprint)
 
 

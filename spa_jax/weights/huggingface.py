@@ -38,6 +38,7 @@ def load_directory(
     dtype: jax.typing.DTypeLike = jnp.float32,
     shardings: Shardings | None = None,
     weights: Weights = "float",
+    read_weights: bool = True,
 ) -> Backbone:
     """Loads a checkpoint as `save_pretrained` writes it.
 
@@ -45,6 +46,7 @@ def load_directory(
         path: a directory with `config.json`, `model.safetensors` or its shards and index, and `tokenizer.json`.
         dtype: dtype of the parameters, float32 or bfloat16.
         shardings, weights: see `mapping.convert`.
+        read_weights: whether they are read; else the backbone has no parameters and no fingerprint.
 
     Raises:
         UserError: a file is missing or corrupt, or the config needs something that is not supported.
@@ -56,7 +58,8 @@ def load_directory(
     eos = _eos_ids(path, described, tokenizer)
     check_vocabulary(path, config, tokenizer, eos)
     log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
-    params, fingerprint = convert(config, SafetensorsSource(path), dtype, shardings, weights)
+    source = SafetensorsSource(path)
+    params, fingerprint = convert(config, source, dtype, shardings, weights) if read_weights else ({}, "")
     return Backbone(str(path), config, params, tokenizer, eos, fingerprint)
 
 

@@ -58,6 +58,7 @@ def load_backbone(
     dtype: jax.typing.DTypeLike = jnp.float32,
     partitioner: Partitioner = SINGLE_DEVICE,
     compute: Compute = AUTOMATIC,
+    read_weights: bool = True,
 ) -> Backbone:
     """Loads a backbone by name, downloading it on first use.
 
@@ -72,6 +73,7 @@ def load_backbone(
         dtype: dtype of the parameters, float32 or bfloat16.
         partitioner: places the parameters on devices; by default on the first one.
         compute: the attention kernel, unrolling, and whether matrices are kept in 8 bits.
+        read_weights: whether they are read; else the backbone has no parameters, but its config and tokenizer.
 
     Raises:
         UserError: the name is none of these, or the backbone cannot be fetched or read.
@@ -79,7 +81,7 @@ def load_backbone(
     path = _local(name) or _resolve(name)
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
-    backbone = load(path, dtype, partitioner.param_sharding, compute.weights)
+    backbone = load(path, dtype, partitioner.param_sharding, compute.weights, read_weights)
     return dataclasses.replace(backbone, name=name, partitioner=partitioner, compute=compute)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_jax.data.encoding import Encoder, Example
-from spa_jax.data.pairs import Pair
+from spa_jax.data.pairs import Pair, Turn
 from spa_jax.errors import UserError
 from spa_jax.weights.huggingface import load_tokenizer
 
@@ -165,6 +165,97 @@ def test_answers_end_in_the_token_that_the_template_ends_them_with(tiny_backbone
     assert [*example.tokens, example.targets[-1]] == whole
 
 
+SYSTEM = Turn("system", "Be brief. ")
+LONG_TALK = dataclasses.replace(
+    TALK,
+    context=(SYSTEM, Turn("assistant", "Hello!")),
+    later=(
+        dataclasses.replace(TALK.later[0], learnt=False, context=(Turn("user", "Wait."),)),
+        dataclasses.replace(TALK.later[1], context=(Turn("system", "Answer in figures."),)),
+    ),
+)
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""The tiny backbone's template with what transformers masks answers by."""
+
+
+def messages(pair):
+    """What transformers is given, each message with whether it is learnt."""
+    return [
+        ({"role": role, "content": content}, learnt)
+        for turn in pair.turns
+        for role, content, learnt in (
+            *((*other, False) for other in turn.context),
+            ("user", turn.source, False),
+            ("assistant", turn.target, turn.learnt),
+        )
+    ]
+
+
+@pytest.mark.parametrize("pair", [PAIR, TALK, LONG_TALK, dataclasses.replace(TALK, learnt=False)])
+def test_targets_are_what_transformers_masks_as_answers_without_those_not_to_learn(pair, tokenizer):
+    whole, answers = [], []
+    for end, (_, learnt) in enumerate(messages(pair), start=1):
+        turns = [message for message, _ in messages(pair)[:end]]
+        judged = tokenizer.apply_chat_template(
+            turns, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
+        new = judged["assistant_masks"][len(whole) :]
+        answers += [len(whole) + i for i, mask in enumerate(new) if mask and learnt]
+        whole = judged["input_ids"]
+    example, cut = Encoder(tokenizer, "chat", 200).encode(pair)
+    assert not cut
+    assert example.tokens.tolist() == whole[:-1]
+    assert (example.predict + 1).tolist() == answers
+    assert example.targets.tolist() == [whole[i] for i in answers]
+
+
+def test_plain_conversations_have_their_context_as_lines(tokenizer):
+    example, _ = Encoder(tokenizer, "plain", 200).encode(LONG_TALK)
+    assert tokenizer.decode(example.tokens) == (
+        "Be brief. \nHello!</s>What is my cat called?\nMiso</s>Wait.\nAnd my dog?\nRex</s>"
+        "Answer in figures.\nHow old is he?\n7"
+    )
+    assert tokenizer.decode(example.targets) == "Miso</s>7</s>"
+    assert [len(prompt) for prompt in example.prompts] == [int(example.predict[i]) + 1 for i in (0, 5)]
+
+
+def test_the_context_of_a_source_that_is_cut_stays_whole(encoder):
+    example, cut = encoder.encode(Pair("x" * 100, "Miso", context=(SYSTEM,)))
+    assert cut
+    assert len(example.tokens) == encoder.max_length
+    assert "Be brief. " in encoder.tokenizer.decode(example.tokens)
+
+
+SYSTEMLESS = {
+    "raises": ("{{ raise_exception('no system role') if messages[0].role == 'system' }}", "no system role"),
+    "ignores": ("{% set messages = messages | rejectattr('role', 'eq', 'system') | list %}", "does not write system"),
+    "moves": (
+        "{% if messages[0].role == 'system' %}{% set moved = messages[0].content %}{% set messages = messages[1:] %}"
+        "{% endif %}",
+        "does not end an answer with </s> and go on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SYSTEMLESS)
+def test_a_template_without_system_turns_is_refused_where_a_row_has_one(case, tiny_backbone_directory):
+    """One that moves them to the last question, as Mistral's does, would write no two answers after the same text."""
+    begin, message = SYSTEMLESS[case]
+    odd = load_tokenizer(tiny_backbone_directory)
+    odd.chat_template = begin + (
+        "{% for m in messages %}<{{ m.role }}>{{ moved if moved is defined and loop.last }}{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    encoder = Encoder(odd, "chat", 200)
+    assert encoder.encode(TALK)[0].prompts
+    with pytest.raises(UserError, match=rf"{message}.*set data\.template=plain"):
+        encoder.encode(dataclasses.replace(TALK, context=(SYSTEM,)))
+
+
 def test_no_chat_template_or_no_eos_or_an_unknown_template_is_refused(tiny_backbone_directory):
     bare = load_tokenizer(tiny_backbone_directory)
     bare.chat_template = None
@@ -207,10 +298,13 @@ def test_smollm2_prompts_are_its_chat_format(smollm2_without_weights):
     assert example.targets[-1] in smollm2.eos_ids
 
 
-def test_smollm2_conversations_are_its_chat_format(smollm2_without_weights):
+@pytest.mark.parametrize("pair", [TALK, LONG_TALK])
+def test_smollm2_conversations_are_its_chat_format(pair, smollm2_without_weights):
     tokenizer = smollm2_without_weights.tokenizer
-    turns = [{"role": "user", "content": TALK.source}]
-    for turn, before in zip(TALK.later, TALK.turns):
-        turns += [{"role": "assistant", "content": before.target}, {"role": "user", "content": turn.source}]
-    judge = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert Encoder(tokenizer, "chat", 512).encode(TALK)[0].prompts[-1] == judge
+    turns = [message for message, _ in messages(pair)]
+    judge = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    example, _ = Encoder(tokenizer, "chat", 512).encode(pair)
+    assert example.prompts[-1] == judge
+    judge = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert example.tokens.tolist() == judge[: len(example.tokens)]
+    assert tokenizer.decode(judge[len(example.tokens) :]) == "<|im_end|>\n"

@@ -7,8 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from spa_jax.data.hub import PARQUET
 from spa_jax.data.pairs import Pair
-from spa_jax.data.tasks import PARQUET, TASKS, load_split, nested_subset
+from spa_jax.data.tasks import TASKS, load_split, nested_subset
 from spa_jax.errors import UserError
 
 ROWS = {

@@ -258,8 +258,8 @@ def test_a_run_from_before_inner_entries_goes_on_as_one_at_the_head(finished, ma
     shutil.copytree(finished.workdir, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "config.json"
     described = json.loads(path.read_text())
-    later = (("side", "entry"), ("side", "edits"), ("tap_cache", "dtype"), ("router", "labels"), ("data", "date"))
-    for group, key in later:
+    later = "side.entry", "side.edits", "tap_cache.dtype", "router.labels", "data.date", "data.hub", "data.columns"
+    for group, key in (name.split(".") for name in later):
         del described["config"][group][key]
     path.write_text(json.dumps(described))
     assert run.train(finished.config, tmp_path) == finished.summary

@@ -227,3 +227,15 @@ def test_smollm2_works_without_torch(smollm2, monkeypatch) -> None:
     fingerprint, *ids = finished.stdout.split()
     assert fingerprint == smollm2.fingerprint
     np.testing.assert_array_equal([int(index) for index in ids], smollm2.tokenizer("Hello 42")["input_ids"])
+
+
+def test_config_and_tokenizer_may_be_had_without_the_weights(make_backbone_directory):
+    directory = make_backbone_directory()
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b"model.norm.weight", b"model.morn.weight"))
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        load_backbone(str(directory))
+    backbone = load_backbone(str(directory), read_weights=False)
+    assert backbone.params == {}
+    assert backbone.config.num_layers == 3
+    assert backbone.tokenizer.eos_token == "</s>"
