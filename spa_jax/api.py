@@ -98,6 +98,7 @@ def evaluate_plugin(
     output: str | Path,
     *,
     data: str = "",
+    columns: str = "",
     split: Split = "test",
     limit: int = 0,
     setting: Setting | None = None,
@@ -120,10 +121,11 @@ def evaluate_plugin(
     Args:
         backbone: the backbone that the plugin was trained on.
         plugin: the plugin; None evaluates the backbone alone.
-        task: `xsum`, `cnn_dailymail`, `coqa`, `sciq` or `sciq_closed_book`.
+        task: `xsum`, `cnn_dailymail`, `coqa`, `sciq` or `sciq_closed_book`; empty for rows of your own.
         output: directory for `predictions.jsonl` and `evaluation.json`. An interrupted evaluation is resumed.
         data: directory with the task's splits as `train.jsonl`, `validation.jsonl` and `test.jsonl`; by default they
-            are read from the Hugging Face hub.
+            are read from the Hugging Face hub. Without a task, a file of rows as a training takes them.
+        columns: our columns and your file's, such as `source=question,target=answer`.
         split: `train`, `validation` or `test`.
         limit: generate for the first `limit` questions only; 0 is all.
         setting: `spa`, `s1`, `s2`, `s3` or `base`; by default the one the plugin was trained in.
@@ -143,7 +145,7 @@ def evaluate_plugin(
     """
     config = EvaluationConfig(
         task, data, split, limit, setting, threshold, budget,
-        beams=beams, batch_size=batch_size, rouge_tokenizer=rouge_tokenizer,
+        beams=beams, batch_size=batch_size, rouge_tokenizer=rouge_tokenizer, columns=columns,
     )  # fmt: skip
     return evaluate(config, backbone, plugin, Path(output))
 

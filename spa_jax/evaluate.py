@@ -28,7 +28,11 @@ PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run le
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 TASK = flags.DEFINE_enum("task", None, list(TASKS), "What to evaluate on.")
-DATA = flags.DEFINE_string("data", "", "Directory with the task's splits as JSON lines; the hub by default.")
+DATA = flags.DEFINE_string(
+    "data", "", "Directory with the task's splits as JSON lines, by default the hub; or without --task your own file."
+)
+COLUMNS = flags.DEFINE_string("columns", "", "Our columns and your file's: source=question,target=answer.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "Most tokens of an answer; 0 is the task's, or 128.")
 SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "Split of the task.")
 LIMIT = flags.DEFINE_integer("limit", 0, "Generate for the first so many questions; 0 is all.")
 SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
@@ -61,15 +65,15 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    if TASK.value is None or OUTPUT.value is None:
-        raise UserError("both --task=NAME and --output=DIR are needed")
+    if OUTPUT.value is None or not (TASK.value or DATA.value):
+        raise UserError("--output=DIR is needed, and --task=NAME or --data=FILE")
     if PLUGIN.value is None and BACKBONE.value is None:
         raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
     plugin = load_trained(plugin_directory(PLUGIN.value)) if PLUGIN.value is not None else None
     config = EvaluationConfig(
-        TASK.value, DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
+        TASK.value or "", DATA.value, cast(Split, SPLIT.value), LIMIT.value, cast(Setting | None, SETTING.value),
         THRESHOLD.value, BUDGET.value, BEAMS.value, LENGTH_PENALTY.value, SHOTS.value, MAX_LENGTH.value,
-        BATCH_SIZE.value, EFFECT.value, ROUGE_TOKENIZER.value,
+        BATCH_SIZE.value, EFFECT.value, ROUGE_TOKENIZER.value, COLUMNS.value, MAX_NEW_TOKENS.value,
     )  # fmt: skip
     backbone = load_backbone(
         BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, KEPT.value))

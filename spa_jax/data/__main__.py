@@ -30,6 +30,7 @@ KEYS = {
     "eval": flags.DEFINE_string("eval", "", "File of held-out rows; by default some of FILE's are held out."),
     "eval_fraction": flags.DEFINE_float("eval_fraction", DEFAULTS.data.eval_fraction, "Share of rows held out."),
     "template": flags.DEFINE_string("template", DEFAULTS.data.template, "chat, plain or auto."),
+    "date": flags.DEFINE_string("date", DEFAULTS.data.date, "The day that a chat template with a date writes."),
     "max_length": flags.DEFINE_integer("max_length", DEFAULTS.data.max_length, "Most tokens of a row; 0 is 1024."),
 }
 OUTPUT = flags.DEFINE_string("output", None, "File for the same as JSON.")

@@ -19,7 +19,8 @@ import numpy as np
 from spa_jax.data.detokenizing import token_texts
 from spa_jax.data.encoding import Encoder, Example
 from spa_jax.data.pairs import Pair
-from spa_jax.data.tasks import Split, Task, find_task, load_split, nested_subset
+from spa_jax.data.row_formats import read_pairs
+from spa_jax.data.tasks import Split, find_task, load_split, nested_subset
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.hypotheses import Generation
@@ -33,7 +34,7 @@ from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
 from spa_jax.scoring.report import Answered, write_report
 from spa_jax.scoring.rouge import TOKENIZERS, is_scoreable
-from spa_jax.scoring.scores import repetition, score
+from spa_jax.scoring.scores import Kind, repetition, score
 from spa_jax.training.methods import recipe_for
 from spa_jax.training.outcomes import threshold_for
 from spa_jax.training.progress import progress_bar
@@ -46,17 +47,22 @@ from spa_jax.weights.plugin import Trained
 log = logging.getLogger(__name__)
 
 PREDICTIONS, SUMMARY, REPORT = "predictions.jsonl", "evaluation.json", "report.html"
+OWN_TOKENS = 128
+"""Most tokens to generate for a question of own rows."""
+FEW_ROWS = 30
+"""Number of rows below which an interval says little: a bootstrap of few rows is too narrow."""
 EFFECT_QUESTIONS = 128
 """Number of questions, from the first on, for which the effect of the side network is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """A task, and how a model is evaluated on it.
+    """A task or a file of own rows, and how a model is evaluated on it.
 
     Attributes:
-        task: name of the task.
-        directory: directory with the task's splits as JSON lines; empty for the hub.
+        task: name of the task; empty for own rows.
+        data: directory with the task's splits as JSON lines, empty for the hub; or the file of own rows, in any format
+            of `spa_jax.data.row_formats`.
         split: split of the task.
         limit: most questions to generate for, in whole rows; 0 for all. Losses are of the whole split.
         setting: what goes on from the entry; None for the plugin's own setting.
@@ -69,10 +75,12 @@ class EvaluationConfig:
         batch_size: prompts that are worked on at once.
         effect: also measure what the side network changes, see `spa_jax.scoring.effect` (Table 4).
         rouge_tokenizer: what ROUGE counts, see `spa_jax.scoring.rouge`.
+        columns: our names of the columns of own rows and theirs, such as `source=question,target=answer`.
+        new_tokens: most tokens to generate, 0 for the task's, or `OWN_TOKENS`.
     """
 
     task: str
-    directory: str
+    data: str
     split: Split = "test"
     limit: int = 0
     setting: Setting | None = None
@@ -85,17 +93,45 @@ class EvaluationConfig:
     batch_size: int = 16
     effect: bool = False
     rouge_tokenizer: str = "english"
+    columns: str = ""
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if not self.task and not self.data:
+            raise UserError("name a task, or a file of your own rows")
+        if not self.task and (self.budget or self.shots):
+            raise UserError("budget and shots take rows of a task's other splits, which own rows do not have")
+        if self.task and self.columns:
+            raise UserError(f"columns are of own rows, and the task '{self.task}' has its own")
         if not 0 <= self.budget <= 1 or (self.budget and self.threshold is not None):
             raise UserError(f"budget is {self.budget}, but must lie between 0 and 1, and takes the place of threshold")
-        if self.shots not in (0, 1) or self.limit < 0 or self.beams < 1 or self.batch_size < 1 or self.max_length < 0:
+        if self.shots not in (0, 1) or min(self.limit, self.max_length, self.new_tokens) < 0:
             raise UserError(
-                f"shots ({self.shots}) is 0 or 1, limit ({self.limit}) and max_length ({self.max_length}) are at least "
-                f"0, beams ({self.beams}) and batch_size ({self.batch_size}) at least 1"
+                f"shots ({self.shots}) is 0 or 1, limit ({self.limit}), max_length ({self.max_length}) and new_tokens "
+                f"({self.new_tokens}) are at least 0"
             )
+        if min(self.beams, self.batch_size) < 1:
+            raise UserError(f"beams ({self.beams}) and batch_size ({self.batch_size}) are at least 1")
         if self.rouge_tokenizer not in TOKENIZERS:
             raise UserError(f"rouge_tokenizer is '{self.rouge_tokenizer}'; choices are {', '.join(TOKENIZERS)}")
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens to generate."""
+        return self.new_tokens or (find_task(self.task).new_tokens if self.task else OWN_TOKENS)
+
+    @property
+    def scores(self) -> Kind:
+        """How answers are scored; those of own rows as short ones, since all scores are shown."""
+        return find_task(self.task).scores if self.task else "answers"
+
+    def read(self, split: Split) -> list[Pair]:
+        """Reads the rows of a split, or the own ones.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        return load_split(self.task, self.data, split) if self.task else read_pairs(self.data, self.columns)
 
 
 class Question(NamedTuple):
@@ -128,39 +164,41 @@ def evaluate(
     Raises:
         UserError: bad config, data, plugin or place for the output, or one that holds another evaluation.
     """
-    task = find_task(config.task)
     template, date = (plugin.template, plugin.date) if plugin else ("", "")
     encoder = task_encoder(backbone, template, config.task, config.max_length, date, limited_by="max_length")
     threshold = config.threshold
     if config.budget:
-        held_out, _ = encoder.encode_all(load_split(config.task, config.directory, "validation"))
+        held_out, _ = encoder.encode_all(config.read("validation"))
         threshold = _threshold(backbone, plugin, held_out, config)
     model = FusedModel(backbone, plugin, config.setting, threshold, prompts)
-    pairs = load_split(config.task, config.directory, config.split)
+    pairs = config.read(config.split)
     examples, cut = encoder.encode_all(pairs)
     if config.shots:
         shown = _demonstration(encoder, config)
         examples = [encoder.encode_with_demonstration(shown, pair) for pair in pairs]
-        _check_context(examples, backbone.config.max_position_embeddings - task.new_tokens, encoder)
+        _check_context(examples, backbone.config.max_position_embeddings - config.most_tokens, encoder)
     questions = _questions(pairs, examples, config)
     _warn_of_unscoreable(questions, config.rouge_tokenizer)
+    if (count := len({question.id.partition(".")[0] for question in questions})) < FEW_ROWS:
+        log.warning("%d rows say little, and their intervals are too narrow: have at least %d", count, FEW_ROWS)
     identity = _identity(config, encoder, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
     summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
     summary |= _losses(backbone, plugin, model, examples, config.batch_size)
     beams = Beams(config.beams, config.length_penalty) if config.beams > 1 else None
     todo = [question for question in questions if question.id not in predictions.rows]
-    for answered in generate_all(model, todo, task.new_tokens, beams, config.batch_size):
-        predictions.add([_prediction(task, encoder, config.rouge_tokenizer, *one) for one in answered])
+    for answered in generate_all(model, todo, config.most_tokens, beams, config.batch_size):
+        predictions.add([_prediction(config, encoder, *one) for one in answered])
     summary |= summarize(list(predictions.rows.values()))
     if config.effect:
         some = questions[:EFFECT_QUESTIONS]
-        greedy = itertools.chain.from_iterable(generate_all(model, some, task.new_tokens, None, config.batch_size))
+        greedy = itertools.chain.from_iterable(generate_all(model, some, config.most_tokens, None, config.batch_size))
         summary |= side_effect(model, [(q.prompt, g.tokens) for q, g in greedy], config.batch_size)
     write_json(output / SUMMARY, {"evaluation": identity, **summary})
     if html:
         answers = [Answered(q.source, q.references, predictions.rows[q.id]) for q in questions]
-        write_report(output / REPORT, f"{config.task}, {model.setting}", summary, answers)
+        name = config.task or Path(config.data).name
+        write_report(output / REPORT, f"{name}, {model.setting}", summary, answers)
     return summary
 
 
@@ -195,10 +233,10 @@ def generate_all(
             yield list(zip(batch, model.generate(prompts, new_tokens, beams=beams, batch_size=batch_size)))
 
 
-def _prediction(task: Task, encoder: Encoder, tokenizer: str, question: Question, generation: Generation) -> Prediction:
+def _prediction(config: EvaluationConfig, encoder: Encoder, question: Question, generation: Generation) -> Prediction:
     text = encoder.tokenizer.decode(generation.tokens, skip_special_tokens=True).strip()
     sources = "".join("d" if asked else "c" for asked in generation.consulted)
-    found = score(task.scores, text, question.references, tokenizer)
+    found = score(config.scores, text, question.references, config.rouge_tokenizer)
     scores = {name: round(value, 4) for name, value in found.items()}
     pieces = token_texts(encoder.tokenizer, generation.tokens)
     return Prediction(question.id, hash_of(question.prompt, question.references), text, sources, scores, pieces)
@@ -232,7 +270,7 @@ def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
     Raises:
         UserError: all of them are.
     """
-    train = load_split(config.task, config.directory, "train")
+    train = config.read("train")
     for pair in nested_subset(train, "full"):
         if not encoder.encode(pair)[1]:
             return pair
@@ -285,7 +323,11 @@ def _identity(
     kept = ("task", "split", "beams", "length_penalty", "shots")
     method = plugin.config if plugin is not None else None
     where = {} if method is None or method.entry == "head" else {"entry": method.entry, "edits": method.edits}
-    counted = {} if config.rouge_tokenizer == "english" else {"rouge_tokenizer": config.rouge_tokenizer}
+    counted: dict[str, Any] = {}
+    if config.rouge_tokenizer != "english":
+        counted["rouge_tokenizer"] = config.rouge_tokenizer
+    if config.new_tokens:
+        counted["new_tokens"] = config.new_tokens
     return {
         **where,
         **counted,

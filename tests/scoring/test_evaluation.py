@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spa_jax.data.encoding import Encoder
+from spa_jax.data.row_formats import read_pairs
 from spa_jax.data.tasks import TASKS, load_split
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
@@ -247,9 +248,10 @@ def test_of_a_single_story_there_is_no_interval(backbone, plugin, data, tmp_path
 def test_references_in_another_script_are_scored_by_their_own_tokenizer(backbone, plugin, data, tmp_path, caplog):
     rows = [SCIQ[0], {**SCIQ[0], "correct_answer": "да"}]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = dataclasses.replace(config_of(data), directory=str(tmp_path))
+    config = dataclasses.replace(config_of(data), data=str(tmp_path))
     evaluate(config, backbone, plugin, tmp_path / "out")
-    (warning,) = caplog.messages
+    warning, few_rows = caplog.messages
+    assert few_rows.startswith("2 rows say little")
     assert warning.startswith("1 of 2 questions have no reference with a token that ROUGE counts")
     assert "rouge_tokenizer=unicode" in warning
     identity, rows = read_predictions(tmp_path / "out" / "predictions.jsonl")
@@ -259,7 +261,7 @@ def test_references_in_another_script_are_scored_by_their_own_tokenizer(backbone
         evaluate(unicode, backbone, plugin, tmp_path / "out")
     caplog.clear()
     evaluate(unicode, backbone, plugin, tmp_path / "unicode")
-    assert not caplog.messages
+    assert caplog.messages == [few_rows]
     for row, reference in zip(read_predictions(tmp_path / "unicode" / "predictions.jsonl")[1], ("rainthing", "да")):
         assert row.scores["rouge1"] == round(rouge(row.text, [reference], "unicode")["rouge1"], 4)
 
@@ -349,8 +351,43 @@ def test_batches_hold_prompts_of_about_one_length_or_one_conversations(backbone,
         {"budget": 1.5},
         {"budget": 0.5, "threshold": 0.5},
         {"max_length": -1},
+        {"new_tokens": -1},
+        {"beams": 0},
+        {"columns": "source=question"},
+        {"task": ""},
+        {"task": "", "data": "own.jsonl", "budget": 0.5},
+        {"task": "", "data": "own.jsonl", "shots": 1},
     ],
 )
 def test_what_makes_no_sense_is_refused(keys):
     with pytest.raises(UserError):
-        EvaluationConfig("sciq", "", **keys)
+        EvaluationConfig(**{"task": "sciq", "data": "", **keys})
+
+
+def test_own_rows_are_evaluated_as_a_task_of_the_same_rows_is(data, backbone, plugin, tmp_path, caplog):
+    """Of a chat the answer that is not to be learnt is read and not scored."""
+    told = {"role": "assistant", "content": "it is a cat", "weight": 0}
+    rows = [
+        {"messages": [{"role": "user", "content": "Who?"}, told, {"role": "user", "content": row["question"]},
+                      {"role": "assistant", "content": row["correct_answer"]}]}
+        for row in SCIQ
+    ]  # fmt: skip
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = EvaluationConfig("", str(own), beams=1, batch_size=4, new_tokens=6)
+    with caplog.at_level("WARNING", "spa_jax"):
+        found = evaluate(config, backbone, plugin, tmp_path / "own", html=True)
+    assert "5 rows say little" in caplog.text
+    encoder = Encoder(backbone.tokenizer, "chat", 200)
+    examples = [encoder.encode(pair)[0] for pair in read_pairs(str(own))]
+    expected = loss_by_hand(backbone, plugin, examples, lambda p: over(0.5, p))
+    assert found["loss/spa"] == pytest.approx(expected[0], rel=1e-4)
+    _, predictions = read_predictions(tmp_path / "own" / "predictions.jsonl")
+    assert [row.id for row in predictions] == ["1", "2", "3", "4", "5"]
+    model = FusedModel(backbone, plugin)
+    (one,) = model.generate([examples[0].prompts[0]], 6)
+    assert predictions[0].text == backbone.tokenizer.decode(one.tokens, skip_special_tokens=True).strip()
+    assert "".join(predictions[0].pieces) == backbone.tokenizer.decode(one.tokens, skip_special_tokens=True)
+    assert {"score/exact_match", "score/f1", "score/rougeL"} <= found.keys()
+    page = (tmp_path / "own" / "report.html").read_text()
+    assert all(row["correct_answer"] in page and row["question"] in page for row in SCIQ)
