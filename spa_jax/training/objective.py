@@ -7,7 +7,8 @@ literally: the hard sigma forward, the gradient of the soft p backward. `soft` u
 In front of an inner block a correction reaches later tokens too, so a token's loss depends on where the device was
 asked before. g is trained as if the device were always asked. The label of a token is what asking there gains after a
 history in which the device was asked as the router says; or (`labels=always`, cheaper) by how much the plugin that is
-always asked beats the base.
+always asked beats the base. Where the prompt is corrected too, the router has no say in it, nor in the first new token,
+which its last one predicts.
 
 Shape letters: B rows of a batch, R target tokens of a row, M positions that are corrected, D backbone width.
 """
