@@ -187,14 +187,14 @@ def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, cod
     yield program
     if outputs is None:
         return
-    state, _, opening = outputs
+    state, _, states = outputs
 
     def answers(*shape: int) -> Any:
         return jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, shape))
 
     if corrects_prompt:
-        g, answered = answers(*opening.states.shape), array(dtype=jnp.bool)
-        program, state = _compile("correct prompts", correct_prompts, config, frozen, state, opening, g, answered)
+        g, answered = answers(*states.shape), array(dtype=jnp.bool)
+        program, state = _compile("correct prompts", correct_prompts, config, frozen, state, states, g, answered)
         yield program
         if state is None:
             return

@@ -142,7 +142,7 @@ def choose_first_token(
     g, side_cache = _correct(config, frozen, trainable, taps, positions, side_cache)
     if config.reads_prompt and not config.corrects_prompt:
         g, positions = g[rows, last][:, None], last[:, None]
-    states, sigma = _enter(config, frozen, trainable, states, g, threshold)
+    states, sigma = _enter(config, frozen, trainable, states, g, threshold, is_prompt=config.corrects_prompt)
     places = place_by_position(positions, None) if config.corrects_prompt else None
     hidden, cache = _backbone(config, frozen, trainable)(states, positions, cache, places, method="upper")
     if config.corrects_prompt:
@@ -227,6 +227,7 @@ def _enter(
     states: Float[Array, "B T D"],
     g: Float[Array, "B T D"],
     threshold: Float[Array, ""],
+    is_prompt: bool = False,
 ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
     """Corrects the states at the entry.
 
@@ -237,11 +238,14 @@ def _enter(
         states: uncorrected.
         g: of the side network, in units of the entry.
         threshold: p(consult) above which the device is asked.
+        is_prompt: whether these are all tokens of prompts, which are corrected together.
 
     Returns:
         The corrected states, and sigma.
     """
-    if config.setting in ROUTED:
+    if config.setting in ROUTED and is_prompt:
+        sigma = jnp.broadcast_to(threshold < 1, states.shape[:2])
+    elif config.setting in ROUTED:
         sigma = consult(router_logits(trainable, normalize_state(frozen, config.model, states)), threshold)
     else:
         sigma = jnp.full(states.shape[:2], config.setting != "base")

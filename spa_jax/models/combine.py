@@ -17,7 +17,9 @@ ADDED: tuple[Setting, ...] = ("spa", "s1")
 """Settings where g is added to f; in the others it replaces f."""
 Edits = Literal["targets", "all"]
 """The positions that are corrected in front of an inner block: those that predict an answer's tokens, or the prompt's
-too. With `targets` a token sees the backbone's own keys and values of everything before the answer it is in."""
+too. With `targets` a token sees the backbone's own keys and values of everything before the answer it is in. With `all`
+the whole prompt is corrected at once, and a router decides about new tokens alone, unless its threshold is 1 and the
+device is never asked."""
 
 
 def with_correction(setting: Setting, f: Float[Array, "... D"], g: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -95,15 +95,6 @@ class CloudState(NamedTuple):
     """The row that each one descends from, at the last step whose reply has arrived."""
 
 
-class Opening(NamedTuple):
-    """Prompts that wait to be corrected."""
-
-    states: Float[Array, "G T D"]
-    """Uncorrected states at the entry."""
-    sigma: Bool[Array, "G T"]
-    """The tokens for which the device is asked."""
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "max_new_tokens"))
 def prefill(
     config: CloudConfig,
@@ -115,12 +106,12 @@ def prefill(
     *,
     slots: int,
     max_new_tokens: int,
-) -> tuple[CloudState, Encoded | None, Opening | None]:
+) -> tuple[CloudState, Encoded | None, Float[Array, "G T D"] | None]:
     """Runs the prompts, and asks the router about their last tokens.
 
     Returns:
         The state, the normalised taps of all prompt tokens `[G,T,P,D]` where the side network reads or corrects them,
-        and the prompts that wait where it corrects them.
+        and where it corrects them their states at the entry, which wait.
     """
     model, width = config.model, config.width
     groups, length = tokens.shape
@@ -130,9 +121,7 @@ def prefill(
     if not config.corrects_prompt:
         _, cache = model.apply({"params": frozen}, states, positions, cache, places, method="upper")
     last = jnp.arange(groups), lengths - 1
-    prompt_taps = opening = None
-    if config.corrects_prompt:
-        opening = Opening(states, _ask_router(config, frozen, router, states) & (positions != PADDING))
+    prompt_taps = None
     if config.attends or config.corrects_prompt:
         prompt_taps = _encode_taps(config, frozen, taps)
         last_taps = jax.tree.map(lambda leaf: leaf[last], prompt_taps)
@@ -159,30 +148,34 @@ def prefill(
     state = _route(config, frozen, state, jnp.ones(groups, bool), last_states, last_taps)
     if config.corrects_prompt:
         state = state._replace(waiting=jnp.ones(groups, bool))
-    return state, prompt_taps, opening
+    return state, prompt_taps, states if config.corrects_prompt else None
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def correct_prompts(
-    config: CloudConfig, frozen: Params, state: CloudState, opening: Opening, g: Encoded, answered: Bool[Array, ""]
+    config: CloudConfig,
+    frozen: Params,
+    state: CloudState,
+    states: Float[Array, "G T D"],
+    g: Encoded,
+    answered: Bool[Array, ""],
 ) -> CloudState:
-    """Runs the prompts on from the entry, where the tokens before the first new one are corrected too.
+    """Runs the prompts on from the entry, where all their tokens are corrected.
 
     Args:
         config: what the program is compiled for.
         frozen: the backbone's parameters.
         state: donated; all groups wait.
-        opening: the prompts.
-        g: the device's answer `[G,T,D]`, read where sigma is true.
+        states: uncorrected ones of the prompts at the entry.
+        g: the device's answer `[G,T,D]`.
         answered: whether it is whole; otherwise no token of a prompt is corrected.
 
     Returns:
         The state, in which no group waits.
     """
-    model, states = config.model, opening.states
-    sigma = opening.sigma & answered
+    model = config.model
     corrected = with_correction(config.setting, states, unit(model, states) * wire.decode(g, states.dtype))
-    states = jnp.where(sigma[:, :, None], corrected, states)
+    states = jnp.where(answered, corrected, states)
     positions = prompt_positions(state.position, states.shape[1])
     places = place_by_position(positions, None)
     _, cache = model.apply({"params": frozen}, states, positions, state.cache, places, method="upper")
@@ -190,7 +183,7 @@ def correct_prompts(
     return state._replace(
         cache=cache,
         states=jnp.repeat(states[last], config.width, axis=0),
-        consulted=jnp.repeat(sigma[last], config.width) & _is_hypothesis(state),
+        consulted=answered & _is_hypothesis(state),
         waiting=jnp.zeros_like(state.waiting),
         unsent=state.unsent & ~answered,
     )

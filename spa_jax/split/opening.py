@@ -6,10 +6,10 @@ Shape letters: G groups (prompts), T prompt tokens, P taps, D width.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Float, Int
 
 from spa_jax.split import wire
-from spa_jax.split.cloud import CloudConfig, Opening
+from spa_jax.split.cloud import CloudConfig
 from spa_jax.split.messages_pb2 import Reply, Taps
 from spa_jax.split.wire import Encoded
 
@@ -17,20 +17,17 @@ CHUNK_POSITIONS = 64
 """Most positions in one message."""
 
 
-def prompt_parts(
-    taps: Encoded, lengths: Int[np.ndarray, " G"], width: int, wanted: Bool[np.ndarray, "G T"] | None = None
-) -> list[Taps]:
-    """Makes messages with the taps `[G,T,P,D]` of prompts, by default of all positions below each length.
+def prompt_parts(taps: Encoded, lengths: Int[np.ndarray, " G"], width: int) -> list[Taps]:
+    """Makes messages with the taps `[G,T,P,D]` of prompts, of all positions below each length.
 
     Args:
         taps: on the host.
         lengths: positions of each prompt.
         width: hypotheses of each; the prompt is of the first one's row.
-        wanted: the positions to send.
     """
     messages = []
     for group, length in enumerate(lengths):
-        positions = np.arange(length) if wanted is None else np.flatnonzero(wanted[group])
+        positions = np.arange(length)
         for begin in range(0, len(positions), CHUNK_POSITIONS):
             part = positions[begin : begin + CHUNK_POSITIONS]
             packed = wire.pack(jax.tree.map(lambda leaf, at=(group, part): leaf[at], taps))
@@ -43,23 +40,19 @@ class PromptQuestions:
     """The questions about prompts that are corrected, and the answers so far.
 
     Attributes:
-        opening: the prompts.
+        states: of the prompts at the entry, uncorrected, `[G,T,D]`.
         taps: `[G,T,P,D]` on the host.
         g: the answers `[G,T,D]`, zero where there is none.
         left: questions that are not answered yet.
     """
 
-    def __init__(self, config: CloudConfig, opening: Opening, taps: Encoded, lengths: Int[np.ndarray, " G"]) -> None:
-        self._config, self.opening = config, opening
+    def __init__(
+        self, config: CloudConfig, states: Float[Array, "G T D"], taps: Encoded, lengths: Int[np.ndarray, " G"]
+    ) -> None:
+        self._config, self.states = config, states
         self.taps = wire.to_host(taps)
-        sigma = jax.device_get(opening.sigma)
-        groups, length, _ = opening.states.shape
-        d = config.model.config.hidden_size
-        self.g = wire.to_host(wire.encode(config.codec, jnp.zeros((groups, length, d))))
-        self.g = jax.tree.map(np.array, self.g)
-        # A side network that attends needs the taps of all positions, whether they are asked for or not.
-        wanted = None if config.attends and sigma.any() else sigma
-        self.left = prompt_parts(self.taps, lengths, config.width, wanted)
+        self.g = jax.tree.map(np.array, wire.to_host(wire.encode(config.codec, jnp.zeros(states.shape))))
+        self.left = prompt_parts(self.taps, lengths, config.width)
 
     def ask(self, step: int) -> Taps:
         """Returns the next question."""

@@ -106,7 +106,7 @@ class Session:
             jnp.full(groups, plan.threshold, jnp.float32),
             jnp.broadcast_to(jnp.asarray(plan.offset, jnp.float32), (groups, d)),
         )
-        self._state, prompt_taps, opening = prefill(
+        self._state, prompt_taps, states = prefill(
             config,
             frozen,
             router,
@@ -125,10 +125,8 @@ class Session:
         self._waiting = np.zeros(groups, bool)
         self._prompt_messages: list[Taps] = []
         self._prompt_questions: PromptQuestions | None = None
-        if opening is not None and prompt_taps is not None:
-            self._prompt_questions = PromptQuestions(config, opening, prompt_taps, plan.lengths)
-            if not self._prompt_questions.left:
-                self._open(answered=False)
+        if states is not None and prompt_taps is not None:
+            self._prompt_questions = PromptQuestions(config, states, prompt_taps, plan.lengths)
         else:
             if prompt_taps is not None:
                 self._prompt_messages = prompt_parts(wire.to_host(prompt_taps), plan.lengths - 1, config.width)
@@ -227,7 +225,7 @@ class Session:
         if self.config.attends and not answered:
             self._prompt_messages = prompt_parts(questions.taps, self._lengths - 1, self.config.width)
         self._state = correct_prompts(
-            self.config, self._frozen, self._state, questions.opening, questions.g, np.bool(answered)
+            self.config, self._frozen, self._state, questions.states, questions.g, np.bool(answered)
         )
         self._advance(self._no_reply, np.zeros_like(self._waiting))
 
@@ -341,7 +339,9 @@ class Cloud:
         prompts = self._tokenize(request)
         beams = _beams(request) if request.HasField("beams") else None
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None, entry)
-        model, corrects_prompt = backbone.model(taps, entry=entry), request.edits == "all" and request.setting != "base"
+        model = backbone.model(taps, entry=entry)
+        asks = request.setting != "base" and not (request.setting in ROUTED and request.threshold >= 1)
+        corrects_prompt = request.edits == "all" and asks
         config = CloudConfig(
             model, request.setting, codec, request.attends, reply, beams, stop_tokens(backbone, request.template),
             corrects_prompt,

@@ -7,7 +7,8 @@ literally: the hard sigma forward, the gradient of the soft p backward. `soft` u
 In front of an inner block a correction reaches later tokens too, so a token's loss depends on where the device was
 asked before. g is trained as if the device were always asked. The label of a token is what asking there gains after a
 history in which the device was asked as the router says; or (`labels=always`, cheaper) by how much the plugin that is
-always asked beats the base.
+always asked beats the base. Where the prompt is corrected too, the router has no say in it, nor in the first new token,
+which its last one predicts.
 
 Shape letters: B rows of a batch, R target tokens of a row, M positions that are corrected, D backbone width.
 """
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from spa_jax.models.block import PADDING
 from spa_jax.models.combine import mix, with_correction, without_correction
 from spa_jax.models.llama import Llama, Params, normalize_state, unit
 from spa_jax.models.plugin import PluginConfig, correction, offset_of, router_logits
@@ -99,7 +101,22 @@ def possible_states(
         with_offset = without_correction(row.states, size * offset.astype(size.dtype)[None, None, :])
         unasked = jnp.where(predicts[:, :, None], with_offset, row.states)
     logits = router_logits(params, normalize_state(frozen, model, row.states))
-    return States(row, g, asked, unasked, consult_probability(logits))
+    probability = consult_probability(logits)
+    if plugin.edits == "all":
+        probability = jnp.where(_holds_new_token(features, row), probability, 1.0)
+    return States(row, g, asked, unasked, probability)
+
+
+def _is_last_of_prompt(features: Features) -> Bool[Array, "B R"]:
+    """Tells which targets are predicted by the last token of a prompt, and not by a new one."""
+    assert features.answers is not None
+    return features.answers.predict == features.answers.answer_starts
+
+
+def _holds_new_token(features: Features, row: Row) -> Bool[Array, "B M"]:
+    """Tells which positions hold a new token, about which the router is asked; the others are the prompt's."""
+    new = jnp.where(_is_last_of_prompt(features), PADDING, row.predicts)
+    return jnp.any(jnp.arange(row.states.shape[1])[None, :, None] == new[:, None, :], axis=2)
 
 
 def run_with_and_without_device(
@@ -156,6 +173,8 @@ def _outcomes(
         return Outcomes(base, always, unconsulted, always, probability)
     _, *both = run_with_and_without_device(model, frozen, jax.lax.stop_gradient(states), threshold)
     consulted, unconsulted = token_losses(model, frozen, jnp.stack(both), jnp.stack([features.targets] * 2))
+    if plugin.edits == "all":  # the prompt's last token leaves no choice, unless the device is never asked
+        unconsulted = jnp.where(_is_last_of_prompt(features) & (threshold < 1), consulted, unconsulted)
     return Outcomes(base, always, unconsulted, consulted, probability)
 
 
@@ -201,7 +220,8 @@ def summed_loss(
             total = total + fold_losses
         logits = router_logits(params, normalize_state(frozen, model, at_targets(row, row.states)))
         gain = label_outcomes.unconsulted - label_outcomes.consulted
-        total = total + router_losses(router, logits, gain)
+        losses = router_losses(router, logits, gain)
+        total = total + (jnp.where(_is_last_of_prompt(features), 0, losses) if plugin.edits == "all" else losses)
     return jnp.sum(features.weights * total), sum_tokens(token_metrics(outcomes, plugin.threshold), features.weights)
 
 

@@ -138,7 +138,9 @@ def _rerun(model, config, setting, frozen, params, tokens, lengths, first, thres
     g, _ = correction(config, params, normalize_taps(frozen, model.config, model.taps, taps), positions)
     if setting in ROUTED:
         p = consult_probability(router_logits(params, normalize_state(frozen, model, f)))
-        sigma, distance = p > threshold, jnp.abs(p - threshold)
+        if config.edits == "all":  # the whole prompt is corrected, or nothing
+            p = jnp.where(positions <= first, 1, p)
+        sigma, distance = p > threshold, jnp.where(p < 1, jnp.abs(p - threshold), 1)
     else:
         sigma, distance = jnp.full(f.shape[:2], setting != "base"), jnp.ones(f.shape[:2])
     sigma &= answered[None, :] & (predicts | (config.edits == "all"))

@@ -60,6 +60,16 @@ def corrected_positions(edits) -> np.ndarray:
     return marks
 
 
+def new_tokens() -> np.ndarray:
+    """Marks the positions of answers' tokens, which are those that predict a target but for the first one of each turn,
+    `[B,T]`."""
+    marks = np.zeros((len(TURNS), LENGTH), bool)
+    for row, turns in enumerate(TURNS):
+        for turn in turns:
+            marks[row, list(turn[1:])] = True
+    return marks
+
+
 def every_position() -> jax.Array:
     return jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (len(TURNS), LENGTH))
 
@@ -127,6 +137,8 @@ def expected_outcomes(plugin: PluginConfig, model: Llama, params, frozen, batch:
     p = jnp.ones(h.shape[:2])
     if plugin.setting in ("spa", "s2"):
         p = jax.nn.softmax(normal @ params["router"]["kernel"], axis=-1)[:, :, 1]
+        if plugin.edits == "all":
+            p = jnp.where(jnp.asarray(new_tokens()), p, 1)
     asked = h + size * g if plugin.setting in ("spa", "s1") else size * g
     unasked = h + size * params["router"]["offset"][None, None, :] if plugin.offset else h
     sigma, x = p > plugin.threshold, share(p)[:, :, None]

@@ -16,7 +16,7 @@ from spa_jax.training.objective import RouterConfig, token_outcomes
 from spa_jax.training.outcomes import token_metrics
 from spa_jax.training.plugin_recipe import PluginRecipe
 from spa_jax.training.vocabulary_loss import token_losses
-from tests.training.by_turns import every_position, expected_outcomes, make_rows, random_plugin, take
+from tests.training.by_turns import every_position, expected_outcomes, make_rows, new_tokens, random_plugin, take
 
 MARGIN = 0.1
 
@@ -99,7 +99,10 @@ def expected_loss(params, plugin, router, model, frozen, batch, base, losses):
         if router.labels == "always":
             return outcomes.always, outcomes.never if router.offset else base
         both = outcomes.combined, outcomes.flipped
-        return tuple(jnp.where(s, *both) for s in (outcomes.sigma, ~outcomes.sigma))
+        consulted, unconsulted = (jnp.where(s, *both) for s in (outcomes.sigma, ~outcomes.sigma))
+        if plugin.edits == "all":  # the last token of a prompt leaves no choice
+            unconsulted = jnp.where(take(new_tokens(), batch.predict), unconsulted, consulted)
+        return consulted, unconsulted
 
     sides = jax.tree.map(lambda leaf: leaf[None], params["side"])
     if router.cross_fit:
@@ -130,7 +133,10 @@ def expected_loss(params, plugin, router, model, frozen, batch, base, losses):
             consulted, unconsulted = (jnp.where(row_fold == 0, a, b) for a, b in zip(*labels))
         excess = jax.lax.stop_gradient(unconsulted - consulted) - router.margin
         says = jnp.where(excess > 0, found.probability, 1 - found.probability)
-        total = total - jnp.log(says) * (jnp.abs(excess) if router.weighted else 1.0)
+        router_loss = -jnp.log(says) * (jnp.abs(excess) if router.weighted else 1.0)
+        total = total + (
+            jnp.where(take(new_tokens(), batch.predict), router_loss, 0) if plugin.edits == "all" else router_loss
+        )
     return jnp.sum(weights * total), {name: jnp.sum(weights * value) for name, value in sums.items()}
 
 
