@@ -7,7 +7,7 @@ from spa_jax.printer import Printer
 
 CASES = {
     "spa_jax.train": "both --config=FILE and --workdir=DIR are needed",
-    "spa_jax.evaluate": "both --task=NAME and --output=DIR are needed",
+    "spa_jax.evaluate": "--output=DIR is needed, and --task=NAME or --data=FILE",
     "spa_jax.generate": "give either --prompt='...' or --interactive",
     "spa_jax.serve": "say which half this is",
     "spa_jax.aot": "--config=FILE is needed",

@@ -8,6 +8,7 @@ from spa_jax.errors import UserError
 from spa_jax.models.compute import Compute
 from spa_jax.scoring.evaluation import EvaluationConfig, _identity
 from spa_jax.training import run
+from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.registry import load_backbone
 
 INT8 = {"compute.weights": "int8"}
@@ -34,7 +35,8 @@ def test_a_backbone_is_loaded_in_8_bits_with_the_fingerprint_of_its_file(tiny_ba
     assert (gate.qvalue.dtype, gate.scale.dtype) == (jnp.int8, jnp.float32)
     assert gate.scale.shape == (gate.qvalue.shape[0], 1, gate.qvalue.shape[2])
     config = EvaluationConfig("sciq", "")
-    one, other = (_identity(config, FusedModel(each, None), None, []) for each in (plain, kept))
+    encoder = prompt_encoder(plain, None)
+    one, other = (_identity(config, encoder, FusedModel(each, None), None, []) for each in (plain, kept))
     assert one != other
 
 
