@@ -20,9 +20,8 @@ class StreamingDetokenizer:
         self._tokenizer = tokenizer.backend_tokenizer
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special}
-        self._before: list[
-            int
-        ] = []  # the tokens before those held back: a decoder treats the first of a text otherwise
+        # The tokens before those held back: a decoder treats the first of a text otherwise.
+        self._before: list[int] = []
         self._held: list[int] = []
         self._holds_bytes = False
         self._text_at = 0  # the last of the held tokens that has text
