@@ -85,8 +85,9 @@ def candidate(scale: Scale, task: str, name: str, stage: Stage) -> Training:
 
 
 def trainings(scale: Scale) -> list[Training]:
-    """Returns all that the search may train, whichever candidates go on."""
-    return [candidate(scale, task, name, stage) for stage in STAGES for task in stage.tasks for name in CANDIDATES]
+    """Returns all that the search may train, whichever candidates go on; two stages may have the same one."""
+    every = (candidate(scale, task, name, stage) for stage in STAGES for task in stage.tasks for name in CANDIDATES)
+    return list(dict.fromkeys(every))
 
 
 def share_left(store: CellStore, name: str, stage: Stage) -> dict[str, TableEntry]:
