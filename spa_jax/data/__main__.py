@@ -35,6 +35,9 @@ KEYS = {
 }
 OUTPUT = flags.DEFINE_string("output", None, "File for the same as JSON.")
 
+SHOWN = 10
+"""Most rows that are named on the terminal."""
+
 
 def show(report: dict[str, Any]) -> None:
     """Prints what `spa_jax.data.report.describe` says."""
@@ -63,10 +66,6 @@ def show(report: dict[str, Any]) -> None:
     for span in example["spans"]:
         printer.add(span["text"], span["target"])
     printer.finish()
-
-
-SHOWN = 10
-"""Most rows that are named on the terminal."""
 
 
 def main(arguments: list[str]) -> None:

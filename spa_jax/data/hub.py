@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from spa_jax.data.pairs import Pair
-from spa_jax.data.row_files import Rows, read_rows
+from spa_jax.data.row_files import Rows, read_rows, warn_of_left_out
 from spa_jax.data.row_formats import to_pairs
 from spa_jax.errors import UserError
 
@@ -81,10 +81,7 @@ def read_hub(name: str, columns: str = "") -> tuple[list[Pair], list[Pair]]:
 
 def _read_split(where: str, paths: Iterable[str], columns: str) -> list[Pair]:
     pairs, skipped = to_pairs(_rows(paths), where, columns, skip=True)
-    if skipped:
-        log.warning(
-            "%d of %d rows are left out, the first since %s", len(skipped), len(skipped) + len(pairs), skipped[0]
-        )
+    warn_of_left_out(skipped, len(pairs))
     return pairs
 
 

@@ -9,7 +9,7 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Turn(NamedTuple):
-    """What one side of a conversation says."""
+    """One contribution to a conversation, by one of its sides."""
 
     role: Role
     content: str

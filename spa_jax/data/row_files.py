@@ -6,8 +6,9 @@ import csv
 import gzip
 import itertools
 import json
+import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedIOBase, BytesIO
 from pathlib import PurePath
 from typing import Any
@@ -16,6 +17,8 @@ from spa_jax.errors import UserError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """Rows as they are read, each after what names it in messages, such as `rows.jsonl, line 3`."""
+
+log = logging.getLogger(__name__)
 
 
 class Number(str):
@@ -43,6 +46,12 @@ def read_rows(path: str, name: str = "") -> Rows:
             yield from reader(content, name)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read the data file '{name}': {error}") from error
+
+
+def warn_of_left_out(reasons: Sequence[str], kept: int) -> None:
+    """Says in the log how many rows are left out beside those that are kept, and why the first one is."""
+    if reasons:
+        log.warning("%d of %d rows are left out, the first since %s", len(reasons), len(reasons) + kept, reasons[0])
 
 
 def parse_json(text: str) -> Any:
@@ -136,4 +145,4 @@ def _read_parquet(file: BufferedIOBase, name: str) -> Rows:
 
 
 READERS = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
-"""What reads a file, by the end of its name; any other is JSON."""
+"""End of a file's name -> the function that reads it; a file with any other is JSON."""

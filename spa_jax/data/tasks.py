@@ -6,7 +6,6 @@ question, so that what is cut from a long one is the end of its passage.
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +14,12 @@ import numpy as np
 
 from spa_jax.data.hub import from_hub
 from spa_jax.data.pairs import Pair
-from spa_jax.data.row_files import Rows, read_rows
+from spa_jax.data.row_files import Rows, read_rows, warn_of_left_out
 from spa_jax.data.text import check_text
 from spa_jax.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +181,7 @@ def load_split(name: str, directory: str, split: Split) -> list[Pair]:
         raise UserError(f"{where} lacks column {', '.join(missing)}; columns are {', '.join(known) or 'none'}")
     if not pairs:
         raise UserError(f"{where} has no rows" + (f" that are not empty: {empty[0]}" if empty else ""))
-    if empty:
-        log.warning("%d of %d rows are left out, the first since %s", len(empty), len(empty) + len(pairs), empty[0])
+    warn_of_left_out(empty, len(pairs))
     return pairs
 
 

@@ -42,9 +42,9 @@ class UnicodeTokenizer(Tokenizer):
 
 
 TOKENIZERS: dict[str, Tokenizer] = {"english": DefaultTokenizer(use_stemmer=True), "unicode": UnicodeTokenizer()}
-"""What ROUGE counts: `english`, the stems (Porter) of words of a to z and digits, which is `rouge-score`'s own, or
-`unicode`, the words of any script without stemming, and where a script has no spaces (Chinese, Japanese, Thai) its
-characters."""
+"""Tokenizers of ROUGE by name: `english` counts the stems (Porter) of words of a to z and digits, and is the one of
+`rouge-score`; `unicode` counts the words of any script without stemming, and where a script has no spaces (Chinese,
+Japanese, Thai) its characters."""
 
 
 @functools.cache

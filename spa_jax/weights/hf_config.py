@@ -55,7 +55,7 @@ MODEL_TYPES = {
 }
 """`model_type` -> the class of transformers that computes what we do."""
 _MISTRAL_WINDOW = 4096
-"""What transformers takes where a Mistral's config.json has no `sliding_window`; null is none."""
+"""The sliding window that transformers takes where a Mistral's config.json has no such key; null is none."""
 
 _ROPE_KEYS = {
     "default": (),

@@ -183,7 +183,7 @@ MARKED = (
 
 
 def messages(pair):
-    """What transformers is given, each message with whether it is learnt."""
+    """The messages that transformers is given, each with whether it is learnt."""
     return [
         ({"role": role, "content": content}, learnt)
         for turn in pair.turns

@@ -365,7 +365,7 @@ def test_what_makes_no_sense_is_refused(keys):
 
 
 def test_own_rows_are_evaluated_as_a_task_of_the_same_rows_is(data, backbone, plugin, tmp_path, caplog):
-    """Of a chat the answer that is not to be learnt is read and not scored."""
+    """An answer of a chat that is not to be learnt is read and not scored."""
     told = {"role": "assistant", "content": "it is a cat", "weight": 0}
     rows = [
         {"messages": [{"role": "user", "content": "Who?"}, told, {"role": "user", "content": row["question"]},
