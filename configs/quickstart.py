@@ -12,6 +12,7 @@ from configs import default
 
 def get_config() -> ConfigDict:
     config = default.get_config()
+    config.side.entry = "head"
     config.side.width = 128
     config.train.epochs = 6
     config.optimizer.learning_rate = 3e-3

@@ -208,6 +208,7 @@ def tiny_overrides(tiny_backbone_directory, rows_file, tap_directory) -> dict[st
         "backbone": str(tiny_backbone_directory),
         "data.train": str(rows_file),
         "data.eval": str(rows_file),
+        "side.entry": "head",
         "side.taps": "all",
         "side.width": 16,
         "train.epochs": 2,

@@ -60,7 +60,7 @@ def trained_on(weights: str) -> Path:
     """Runs or resumes a short training, and returns the directory of its plugin."""
     keys = {
         "backbone": BACKBONE, "compute.weights": weights, "data.task": "sciq", "data.directory": str(DATA.value),
-        "data.size": ROWS, "train.epochs": EPOCHS, "optimizer.learning_rate": RATE,
+        "side.entry": "head", "data.size": ROWS, "train.epochs": EPOCHS, "optimizer.learning_rate": RATE,
     }  # fmt: skip
     workdir = Path(WORKDIR.value) / weights
     train(with_defaults(keys), workdir)

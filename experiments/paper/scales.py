@@ -55,6 +55,8 @@ def _config(backbone: str, dtype: str, eval_size: int) -> Mapping[str, Any]:
             "backbone": backbone,
             "dtype": dtype,
             "side.width": 32,
+            "side.entry": "head",
+            "side.edits": "targets",
             "data.eval_size": eval_size,
             "train.epochs": EPOCHS,
             "train.batch_size": BATCH_SIZE,

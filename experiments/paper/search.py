@@ -27,25 +27,32 @@ FOLDER = "search/"
 LENGTHS = {"sciq": 256, "xsum": 256, "coqa": 384}
 """`data.max_length` of each task, the same for LoRA."""
 BASE: Mapping[str, Any] = FrozenDict(
-    {"setting": "spa", "side.entry": "14", "side.edits": "all", "side.taps": "every:6", "router.labels": "always"}
+    {
+        "setting": "spa",
+        "side.entry": "14",
+        "side.edits": "all",
+        "side.taps": "every:6",
+        "router.labels": "always",
+        "dtype": "bfloat16",
+    }
 )
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "head": {"side.entry": "head", "side.edits": "targets"},
-    "entry 8, targets": {"side.entry": "8", "side.edits": "targets"},
-    "entry 14, targets": {"side.edits": "targets"},
-    "entry 18, targets": {"side.entry": "18", "side.edits": "targets"},
-    "entry 22, targets": {"side.entry": "22", "side.edits": "targets"},
-    "entry 10": {"side.entry": "10"},
+    "head": {"side.entry": "head", "side.edits": "targets", "dtype": "float32"},
+    "entry 8, targets": {"side.entry": "8", "side.edits": "targets", "dtype": "float32"},
+    "entry 14, targets": {"side.edits": "targets", "dtype": "float32"},
+    "entry 18, targets": {"side.entry": "18", "side.edits": "targets", "dtype": "float32"},
+    "entry 22, targets": {"side.entry": "22", "side.edits": "targets", "dtype": "float32"},
     "entry 14": {},
-    "entry 18": {"side.entry": "18"},
-    "rate 5e-4": {"optimizer.learning_rate": 5e-4},
     "rate 2e-3": {"optimizer.learning_rate": 2e-3},
+    "taps last:1": {"side.taps": "last:1"},
+    "entry 18": {"side.entry": "18"},
+    "transformer": {"side.kind": "transformer", "side.heads": 2},
+    "width 64": {"side.width": 64},
+    "entry 10": {"side.entry": "10"},
+    "rate 5e-4": {"optimizer.learning_rate": 5e-4},
     "weight decay 0.1": {"optimizer.weight_decay": 0.1},
     "width 8": {"side.width": 8},
-    "width 64": {"side.width": 64},
-    "taps last:1": {"side.taps": "last:1"},
     "taps every:3": {"side.taps": "every:3"},
-    "transformer": {"side.kind": "transformer", "side.heads": 2},
 }
 """Name -> what it changes of BASE."""
 

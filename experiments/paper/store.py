@@ -56,16 +56,21 @@ class CellStore:
         """
         self.scale, self._data, self.may_run = scale, data, run
         self._workdir, self.results = workdir / scale.name, results / scale.name
-        self._backbone: Backbone | None = None
-        self._prompts = PromptStore(PROMPTS_GIB)
+        self._backbones: dict[str, tuple[Backbone, PromptStore]] = {}
         self._results: dict[Cell, dict[str, Any]] = {}  # bootstrapped once, though several tables show them
 
     @property
     def backbone(self) -> Backbone:
         """The scale's backbone, loaded when first needed: tables that are done need none."""
-        if self._backbone is None:
-            self._backbone = load_backbone(self.scale.config["backbone"], self.scale.config["dtype"])
-        return self._backbone
+        return self._loaded(None)[0]
+
+    def _loaded(self, training: Training | None) -> tuple[Backbone, PromptStore]:
+        """Returns the backbone in the dtype of a training, and the prompts that have run on it."""
+        config = {**self.scale.config, **({} if training is None else training.changes)}
+        dtype = config["dtype"]
+        if dtype not in self._backbones:
+            self._backbones[dtype] = load_backbone(config["backbone"], dtype), PromptStore(PROMPTS_GIB)
+        return self._backbones[dtype]
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Returns the cell's metrics, scores as `[mean, low, high]`; None where it is not done and may not be run.
@@ -178,7 +183,8 @@ class CellStore:
             max_length = 0 if cell.training is None else cell.training.changes.get("data.max_length", 0)
             fields = {"beams": BEAMS, "max_length": max_length, **cell.changes}
             config = EvaluationConfig(cell.task, self.directory(cell.task), **fields)
-            found = evaluate(config, self.backbone, plugin, output, self._prompts)
+            backbone, prompts = self._loaded(cell.training)
+            found = evaluate(config, backbone, plugin, output, prompts)
             packed = gzip.compress((output / PREDICTIONS).read_bytes(), mtime=0)
             write_bytes(self._path("predictions", cell.label, ".jsonl.gz"), packed)
         else:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spa_jax.models.attention import attend
 from spa_jax.models.compute import Kernel
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
+from spa_jax.models.product import dot_general
 
 PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
@@ -202,7 +203,9 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             use_bias = c.attention_bias or c.qkv_bias
-            dense = nn.DenseGeneral((count, c.head_dim), use_bias=use_bias, dtype=self.dtype, name=name)
+            dense = nn.DenseGeneral(
+                (count, c.head_dim), use_bias=use_bias, dtype=self.dtype, dot_general=dot_general, name=name
+            )
             return hook(name, x, dense(x))
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
@@ -228,7 +231,9 @@ class Attention(nn.Module):
             )
         not_padding = None if places.reads_cache or context is not None else places.slots != PADDING
         mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding)
-        out = nn.DenseGeneral(c.hidden_size, axis=(-2, -1), use_bias=c.attention_bias, dtype=self.dtype, name="o")
+        out = nn.DenseGeneral(
+            c.hidden_size, (-2, -1), use_bias=c.attention_bias, dtype=self.dtype, dot_general=dot_general, name="o"
+        )
         return hook("o", mixed, out(mixed)), cache
 
 
@@ -243,7 +248,8 @@ class MLP(nn.Module):
         c = self.config
 
         def dense(name: str, width: int, x: jax.Array) -> jax.Array:
-            return hook(name, x, nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, name=name)(x))
+            layer = nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, dot_general=dot_general, name=name)
+            return hook(name, x, layer(x))
 
         gated = nn.silu(dense("gate", c.intermediate_size, x)) * dense("up", c.intermediate_size, x)
         return dense("down", c.hidden_size, gated)

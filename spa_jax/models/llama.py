@@ -29,6 +29,7 @@ from spa_jax.models.block import (
 )
 from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
+from spa_jax.models.product import dot_general, product
 from spa_jax.models.quantized import dequantize, take_embeddings
 
 Params = dict[str, Any]
@@ -88,7 +89,7 @@ class Embedding(nn.Module):
         return take_embeddings(self.embedding, tokens).astype(self.dtype)
 
     def attend(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
-        return hidden @ dequantize(self.embedding).astype(self.dtype).T
+        return product(hidden, dequantize(self.embedding).astype(self.dtype), transposed=True, out=jnp.float32)
 
 
 class Llama(nn.Module):
@@ -126,7 +127,8 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             dense = nn.Dense if self.compute.weights == "float" else nn.map_variables(nn.Dense, "params", dequantize)
-            self.lm_head = dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+            in_float32 = functools.partial(dot_general, out=jnp.float32)
+            self.lm_head = dense(c.vocab_size, use_bias=False, dtype=self.dtype, dot_general=in_float32)
 
     def __call__(
         self,
@@ -270,8 +272,7 @@ class Llama(nn.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Applies the frozen LM head; float32."""
         hidden = hidden.astype(self.dtype)
-        logits = self.embed.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
-        return logits.astype(jnp.float32)
+        return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
     def touch_every_parameter(self, tokens: Int[Array, "B T"]) -> jax.Array:
         """Uses every parameter once, which is how Linen creates them."""

@@ -117,18 +117,20 @@ def _init(config: PluginConfig, seed: int, random_router: bool) -> Params:
 
 
 def parse_entry(text: str, backbone: LlamaConfig) -> Entry:
-    """Reads the entry of a config, `head` or the index of a block.
+    """Reads the entry of a config: `middle`, `head`, or the index of a block.
 
     Raises:
         UserError: the backbone has no such block.
     """
     if text == "head":
         return "head"
+    if text == "middle":
+        return (backbone.num_layers - 1) // 2
     if text.isdecimal() and int(text) < backbone.num_layers:
         return int(text)
     raise UserError(
-        f"side.entry is '{text}': write 'head' or the index of a block, 0 to {backbone.num_layers - 1}, in front of "
-        "which corrections enter"
+        f"side.entry is '{text}': write 'middle', 'head', or the index of a block, 0 to {backbone.num_layers - 1}, in "
+        "front of which corrections enter"
     )
 
 

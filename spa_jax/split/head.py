@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
+from spa_jax.models.product import product
 from spa_jax.models.quantized import need_floats
 from spa_jax.split import wire
 from spa_jax.split.wire import Codec, Encoded
@@ -43,7 +44,7 @@ def logits(head: Head, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
     """Applies the head, float32 out. An int8 head is decoded block by block, so that it is never whole in float32."""
     values, scales = head
     if scales is None:
-        return (x.astype(values.dtype) @ values.T).astype(jnp.float32)
+        return product(x.astype(values.dtype), values, transposed=True, out=jnp.float32)
     blocks = -(-values.shape[0] // BLOCK)
     starts = jnp.minimum(BLOCK * jnp.arange(blocks), values.shape[0] - min(BLOCK, values.shape[0]))
 

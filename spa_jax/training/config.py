@@ -26,10 +26,10 @@ class SideOptions:
     """`side.*`: the side network, and where its corrections enter.
 
     Attributes:
-        entry: where corrections enter the backbone: `head`, in front of the LM head, or in front of the block of that
-            index, from which on the frozen blocks go on from corrected states.
+        entry: where corrections enter the backbone: `middle`, in front of the middle block, or the block of an index,
+            from which on the frozen blocks go on from corrected states; or `head`, in front of the LM head.
         edits: which positions are corrected in front of a block: those that predict an answer's tokens (`targets`), or
-            the prompt's too (`all`).
+            the prompt's too (`all`). At `head` nothing reads the prompt's, and both are `targets`.
         kind: `tokenwise`, or `transformer`, which attends over earlier positions.
         width: E.
         taps: see `spa_jax.models.plugin.select_taps`.
@@ -37,8 +37,8 @@ class SideOptions:
         init: whether blocks of the transformer kind start at random or as pruned blocks of the backbone.
     """
 
-    entry: str = "head"
-    edits: Edits = "targets"
+    entry: str = "middle"
+    edits: Edits = "all"
     kind: SideKind = "tokenwise"
     width: int = 32
     taps: str = "every:6"
@@ -219,12 +219,8 @@ class RunConfig:
             raise UserError(
                 f"setting '{self.setting}' has no side network: leave side.kind and side.init at their defaults"
             )
-        if self.side.entry == "head" and self.side.edits != "targets":
-            raise UserError("side.edits=all needs an inner entry: set side.entry to the index of a block")
-        if self.side.edits == "all" and options.offset:
-            raise UserError("router.offset enters where new tokens are predicted: leave side.edits at 'targets'")
-        if self.setting in PEFT_SETTINGS and self.side.entry != "head":
-            raise UserError(f"setting '{self.setting}' has no side network: leave side.entry at 'head'")
+        if options.offset and self.side.edits == "all" and self.side.entry != "head":
+            raise UserError("router.offset enters where new tokens are predicted: set side.edits to 'targets'")
         if self.side.init == "pruned" and self.side.kind != "transformer":
             raise UserError("side.init=pruned copies backbone blocks, which only side.kind=transformer has")
         if self.side.init == "pruned" and self.compute.weights != "float":

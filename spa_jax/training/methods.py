@@ -23,8 +23,9 @@ def plugin_config(config: RunConfig, backbone: LlamaConfig) -> PluginConfig:
     options = config.side
     entry = parse_entry(options.entry, backbone)
     side = SideConfig(options.kind, options.width, select_taps(options.taps, backbone, entry), options.heads)
+    edits = "targets" if entry == "head" else options.edits
     setting, router = cast(Setting, config.setting), config.router
-    return PluginConfig(setting, side, backbone.hidden_size, router.threshold, router.offset, entry, options.edits)
+    return PluginConfig(setting, side, backbone.hidden_size, router.threshold, router.offset, entry, edits)
 
 
 def peft_config(config: RunConfig) -> PeftConfig:

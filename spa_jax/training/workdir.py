@@ -55,6 +55,8 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
     digests = json.dumps([[example.digest for example in split] for split in splits])
     data = hashlib.sha256(digests.encode()).hexdigest()[:32]
     resolved = json.loads(json.dumps(dataclasses.asdict(config)))
+    if config.side.entry == "head":
+        resolved["side"]["edits"] = "targets"  # the only ones there, whatever the config says
     if path.exists():
         try:
             old = json.loads(path.read_text(encoding="utf-8"))

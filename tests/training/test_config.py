@@ -72,11 +72,9 @@ def changed(**keys):
         ({"peft__targets": "q,q"}, "peft.targets is 'q,q'"),
         ({"setting": "lora", "side__init": "pruned"}, "setting 'lora' has no side network: leave side.kind and side.i"),
         ({"setting": "adapter", "side__kind": "transformer"}, "setting 'adapter' has no side network"),
-        ({"setting": "lora", "side__entry": "2"}, "setting 'lora' has no side network: leave side.entry at 'head'"),
-        ({"side__edits": "all"}, "side.edits=all needs an inner entry: set side.entry to the index of a block"),
         (
             {"side__edits": "all", "side__entry": "2", "router__offset": True},
-            "router.offset enters where new tokens are predicted: leave side.edits at 'targets'",
+            "router.offset enters where new tokens are predicted: set side.edits to 'targets'",
         ),
         ({"side__edits": "some"}, "config key side.edits is 'some'; choices are 'targets', 'all'"),
         ({"router__labels": "never"}, "config key router.labels is 'never'; choices are 'router', 'always'"),

@@ -7,7 +7,7 @@ from spa_jax.weights.plugin import load_plugin
 from tests.training.test_run import Spy, plugin_bytes, read_metrics
 
 KEYS = {
-    "side.entry": "0", "side.taps": "0", "router.labels": "always", "router.budget": 0.5,
+    "side.entry": "0", "side.edits": "targets", "side.taps": "0", "router.labels": "always", "router.budget": 0.5,
     "train.log_every": 1, "train.eval_every": 3,
 }  # fmt: skip
 """Six steps, evaluated after the third and the last."""

@@ -210,7 +210,7 @@ REFUSED = {
     "limit": ({"tap_cache.limit_gib": 1e-9}, "tap_cache.limit_gib=1e-09"),
     "taps": ({"side.taps": "0,9"}, "side.taps"),
     "taps above the entry": ({"side.entry": "1", "side.taps": "0,2"}, "ascending indices up to 1 such as '0,1'"),
-    "entry": ({"side.entry": "3", "side.taps": "0"}, "side.entry is '3': write 'head' or the index of a block, 0 to 2"),
+    "entry": ({"side.entry": "3", "side.taps": "0"}, "side.entry is '3': write 'middle', 'head', or the index of a"),
     "target": ({"data.max_length": 6}, "line 2: the target has 6 tokens"),
     "backbone": ({"backbone": "no/where/at/all"}, "no/where/at/all"),
     "persona": ({"data.train": ""}, "data.eval is set but data.train is not"),
@@ -265,7 +265,7 @@ def test_a_run_from_before_inner_entries_goes_on_as_one_at_the_head(finished, ma
     assert run.train(finished.config, tmp_path) == finished.summary
     keys = {"train.epochs": 12, "train.eval_every": 4, "train.log_every": 3, "side.taps": "0", "side.entry": "0"}
     message = refused_untouched(make_config(keys), tmp_path)
-    assert "(side.entry was 'head', is now '0'; side.taps was 'all', is now '0')" in message
+    assert "(side.edits was 'targets', is now 'all'; side.entry was 'head', is now '0'; side.taps was" in message
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000])
