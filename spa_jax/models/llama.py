@@ -113,6 +113,12 @@ class Llama(nn.Module):
     compute: Compute = AUTOMATIC
     entry: Entry = "head"
 
+    @property
+    def cache_dtype(self) -> DTypeLike:
+        """Dtype of keys and values: that of activations, but float32 on a CPU, where XLA copies a cache in half
+        precision whenever it adds to it."""
+        return jnp.float32 if self.partitioner.platform == "cpu" else self.dtype
+
     def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)

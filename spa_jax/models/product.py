@@ -68,7 +68,17 @@ def _summed(w: jax.Array, count: int, transposed: bool) -> range:
 
 
 def _sum_over(a: jax.Array, b: jax.Array, of_a: range, of_b: range) -> jax.Array:
-    return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=jnp.float32)
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=jnp.float32)
+
+    def dot_of_two_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+        return dot(jnp.concatenate([a, a], axis=free[0]), b)[:1]
+
+    free = [axis for axis in range(a.ndim) if axis not in of_a]
+    if free and all(a.shape[axis] == 1 for axis in free):
+        # On a CPU the kernel for one row is not the fast one, and takes ten times as long as that for two.
+        return jax.lax.platform_dependent(a, b, cpu=dot_of_two_rows, default=dot)
+    return dot(a, b)
 
 
 _product.defvjp(_forward, _backward)

@@ -106,7 +106,7 @@ def run_prefix(model: Llama, params: Params, tokens: Int[Array, "1 C"]) -> Prefi
     """Runs the backbone over the common tokens once."""
     length = tokens.shape[1]
     apply, positions = functools.partial(model.apply, {"params": params}), jnp.arange(length, dtype=jnp.int32)[None, :]
-    cache = init_cache(model.config, 1, length, model.dtype)
+    cache = init_cache(model.config, 1, length, model.cache_dtype)
     states, taps, cache = apply(tokens, positions, cache, method="lower")
     _, cache = apply(states, positions, cache, method="upper")
     return Prefix(cache, states, taps)
@@ -141,7 +141,10 @@ def extract(
     apply, positions = functools.partial(model.apply, {"params": params}), positions[:, start:]
     states, taps, cache = apply(tokens[:, start:], positions, cache, method="lower")
     if prefix is None and kept.keys:
-        cache, places = init_cache(blocks_above(model), rows, length, model.dtype), place_by_position(positions, None)
+        cache, places = (
+            init_cache(blocks_above(model), rows, length, model.cache_dtype),
+            place_by_position(positions, None),
+        )
     hidden, cache = apply(states, positions, cache, places, method="upper")
     predict_after_prefix = jnp.maximum(predict - start, 0)
 

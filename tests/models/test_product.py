@@ -7,7 +7,14 @@ import pytest
 
 from spa_jax.models.product import product
 
-CASES = [((3, 5, 8), (8, 6), 1, False), ((3, 4, 2, 5), (2, 5, 7), 2, False), ((3, 8), (9, 8), 1, True)]
+CASES = [
+    ((3, 5, 8), (8, 6), 1, False),
+    ((1, 1, 8), (8, 6), 1, False),
+    ((3, 4, 2, 5), (2, 5, 7), 2, False),
+    ((1, 2, 5), (2, 5, 3, 7), 2, False),
+    ((3, 8), (9, 8), 1, True),
+    ((1, 8), (9, 8), 1, True),
+]
 
 
 def random(shape, seed):
