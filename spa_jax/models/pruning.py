@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig, rope_frequencies
 from spa_jax.models.llama import Params
+from spa_jax.models.quantized import dequantize
 from spa_jax.models.side import SideConfig
 
 
@@ -44,7 +45,7 @@ def prune(side: SideConfig, config: LlamaConfig, frozen: Params, fresh: Params) 
                 f"{getattr(config, name)}: make side.width smaller, change side.heads, or set side.init=random"
             )
     blocks = jnp.minimum(jnp.array(side.taps), config.num_layers - 1)
-    every = _weights(frozen["blocks"])
+    every = _weights(dequantize(frozen["blocks"]))
     channels = _largest(_channel_sizes(every), small.hidden_size)
     pairs = _nearest_pairs(small, config)
     groups = config.num_heads // config.num_kv_heads

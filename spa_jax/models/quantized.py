@@ -1,10 +1,12 @@
-"""A frozen backbone in 8 bits: every matrix as int8 with one float32 scale for each of its output channels, by Qwix.
+"""How a frozen backbone's matrices are kept in memory: as they are, in 8 bits, or as the bits of half precision.
 
-A block's matrices become floats again within the loop over the blocks, where XLA makes that a part of their products:
-no second copy of the backbone is ever there. Norms and biases stay as they are. Shape letters as in
-`spa_jax.models.llama`, I and O for the input and output width of any matrix.
+In 8 bits every matrix is int8, with one float32 scale for each of its output channels, by Qwix. A block's matrices
+become floats again within the loop over the blocks, where XLA makes that a part of their products: no second copy of
+the backbone is ever there. Norms and biases stay as they are. Shape letters as in `spa_jax.models.llama`, I and O for
+the input and output width of any matrix.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -43,11 +45,33 @@ def quantize(path: str, leaf: jax.Array) -> Matrix:
     return jax.lax.map(one, leaf) if path.startswith("blocks/") else one(leaf)
 
 
+def keep_as_bits(params: Any) -> Any:
+    """Keeps the blocks' matrices in bfloat16 as integers of the same bits, for a CPU.
+
+    XLA has no slices of bfloat16 there: to read one block it would turn all of them into float32 at every call.
+    """
+
+    def keep(path: Any, leaf: Matrix) -> Matrix:
+        is_matrix = re.fullmatch(r"blocks/.*/kernel", "/".join(str(key.key) for key in path[:4]))
+        return _to_bits(leaf) if is_matrix and leaf.dtype == jnp.bfloat16 else leaf
+
+    return jax.tree_util.tree_map_with_path(keep, params, is_leaf=_is_quantized)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _to_bits(leaf: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(leaf, jnp.uint16)
+
+
 def dequantize(tree: Any) -> Any:
-    """Turns every quantised matrix of a tree into floats."""
-    return jax.tree.map(
-        lambda leaf: qwix.dequantize(leaf) if _is_quantized(leaf) else leaf, tree, is_leaf=_is_quantized
-    )
+    """Turns every matrix of a tree that is quantised, or kept as bits, into floats."""
+
+    def floats(leaf: Matrix) -> jax.Array:
+        if _is_quantized(leaf):
+            return qwix.dequantize(leaf)
+        return jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf
+
+    return jax.tree.map(floats, tree, is_leaf=_is_quantized)
 
 
 def take_embeddings(embedding: Matrix, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:

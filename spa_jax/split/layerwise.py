@@ -28,7 +28,7 @@ from spa_jax.models.block import (
 )
 from spa_jax.models.llama import Llama, Params, take_layer
 from spa_jax.models.peft import SUBLAYERS, Peft, PeftConfig, added, widths
-from spa_jax.models.quantized import need_floats
+from spa_jax.models.quantized import dequantize, need_floats
 from spa_jax.split import wire
 from spa_jax.split.channel import Channel, Traffic
 from spa_jax.split.messages_pb2 import Layer, Reply
@@ -140,7 +140,7 @@ class LayerwiseCloud:
 
 def _block(c: LlamaConfig, frozen: Params, layer: Int[Array, ""]) -> Block:
     """Binds a block of the backbone to its parameters."""
-    return Block(c, jnp.dtype(jnp.float32)).bind({"params": take_layer(frozen["blocks"], layer)})
+    return Block(c, jnp.dtype(jnp.float32)).bind({"params": dequantize(take_layer(frozen["blocks"], layer))})
 
 
 @functools.partial(jax.jit, static_argnums=0)

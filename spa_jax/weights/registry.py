@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from spa_jax.errors import UserError
 from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
+from spa_jax.models.quantized import keep_as_bits
 from spa_jax.weights import pypi
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.gguf import load_gguf
@@ -82,7 +83,8 @@ def load_backbone(
     log.info("Backbone %s resolved to %s", name, path)
     load: Callable[..., Backbone] = load_directory if path.is_dir() else load_gguf
     backbone = load(path, dtype, partitioner.param_sharding, compute.weights, read_weights)
-    return dataclasses.replace(backbone, name=name, partitioner=partitioner, compute=compute)
+    params = keep_as_bits(backbone.params) if partitioner.platform == "cpu" else backbone.params
+    return dataclasses.replace(backbone, name=name, params=params, partitioner=partitioner, compute=compute)
 
 
 def cache_directory() -> pathlib.Path:

@@ -13,6 +13,7 @@ from spa_jax.models.block import Block, LlamaConfig, place_by_position, rope_fre
 from spa_jax.models.llama import init_params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.pruning import prune
+from spa_jax.models.quantized import keep_as_bits
 from spa_jax.models.side import SideConfig
 
 D = 24
@@ -119,3 +120,12 @@ def test_rotary_pairs_keep_their_frequencies():
 def test_a_side_network_wider_than_the_backbone_is_refused(frozen, width, heads, named):
     with pytest.raises(UserError, match=named):
         rungs(SideConfig("transformer", width, (0,), heads), frozen)
+
+
+def test_matrices_kept_as_bits_are_pruned_as_floats(frozen):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
+    side = SideConfig("transformer", 12, (1, 3), 2)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = rungs(side, half)
+        found, _ = rungs(side, keep_as_bits(half))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -12,7 +12,7 @@ import qwix
 from spa_jax.errors import UserError
 from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Llama, init_params
-from spa_jax.models.quantized import CHANNELS, dequantize, need_floats, quantize, take_embeddings
+from spa_jax.models.quantized import CHANNELS, dequantize, keep_as_bits, need_floats, quantize, take_embeddings
 
 TAPS, INT8 = (0, 2, 4), Compute(weights="int8")
 SUMMED = dict.fromkeys(("embed", "q", "k", "v", "gate", "up", "down"), (1,)) | {"o": (1, 2), "lm_head": (0,)}
@@ -72,6 +72,20 @@ def test_the_model_is_the_float_one_with_rounded_weights(both):
 
     ours, theirs = run(INT8, quantized), run(Compute(), dequantize(quantized))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
+
+
+def test_matrices_kept_as_bits_compute_the_same(tiny_config):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init_params(tiny_config, 3))
+    kept = keep_as_bits(jax.tree.map(jnp.copy, half))  # which takes its argument's memory
+    dtypes = {path_of(keys): leaf.dtype for keys, leaf in jax.tree_util.tree_leaves_with_path(kept)}
+    as_bits = {path for path, dtype in dtypes.items() if dtype == jnp.uint16}
+    assert as_bits == {path for path in dtypes if path.startswith("blocks/") and path.endswith("/kernel")}
+    assert len(as_bits) == 7
+    model = Llama(tiny_config, TAPS, jnp.dtype(jnp.bfloat16))
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    found, expected = (jax.jit(model.apply)({"params": params}, tokens, tokens) for params in (kept, half))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, dequantize(kept), half)
 
 
 def test_rows_are_looked_up_before_they_are_floats():

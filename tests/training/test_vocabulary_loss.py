@@ -53,8 +53,8 @@ def test_loss_and_gradient_equal_log_softmax(count, tied, dtype, tiny_config, pl
     )
     assert losses.dtype == jnp.float32
     assert gradient.dtype == hidden.dtype
-    # bfloat16 logits of up to 16 are off by up to 0.06, float32 ones by a millionth of that.
-    tolerance = 1e-5 if dtype == "float32" else 0.06
+    # Logits are summed in float32, but of weights that are rounded to 8 bits.
+    tolerance = 1e-5 if dtype == "float32" else 0.03
     np.testing.assert_allclose(losses, expected, atol=tolerance)
     assert np.abs(expected_gradient).max() > 0.1
     np.testing.assert_allclose(np.asarray(gradient, np.float32), expected_gradient, atol=tolerance)
