@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 GIB = 2**30
+HEAD = "--config.side.entry=head"
 WITHOUT_CACHE = "--config.tap_cache.enabled=False"
 
 
@@ -36,7 +37,7 @@ def compile_for(tmp_path_factory):
 
 
 def test_training_llama_7b_fits_eight_small_chips(compile_for):
-    status, report = compile_for("v5e:2x4", WITHOUT_CACHE)
+    status, report = compile_for("v5e:2x4", WITHOUT_CACHE, HEAD)
     (step,) = report["programs"]
     assert status == 0
     assert report["fits"]
@@ -48,6 +49,19 @@ def test_training_llama_7b_fits_eight_small_chips(compile_for):
     assert step["cost"]["unknown_loops"] == 0
     largest = max(step["cost"]["largest_outside"].values())
     assert largest <= 32000 * 4096 * 2  # the LM head; a backbone is 50 times that
+
+
+def test_corrections_in_the_middle_of_llama_7b_fit_eight_small_chips(compile_for):
+    """A row goes once through the blocks below the entry and six times through those above: for the base; corrected
+    everywhere, forward, once more, and back; and for both choices under the router's own pattern."""
+    status, report = compile_for("v5e:2x4", WITHOUT_CACHE)
+    (step,) = report["programs"]
+    assert status == 0
+    assert step["temporary_bytes"] < 1.7 * GIB
+    forward = 2 * 6.6e9 * 1024
+    lower, upper = 15 / 32, 17 / 32
+    assert (lower + 5.5 * upper) * forward < report["flops_per_chip"] < (lower + 6.5 * upper) * forward
+    assert step["cost"]["unknown_loops"] == 0
 
 
 @pytest.mark.parametrize(
@@ -63,7 +77,7 @@ def test_larger_backbones_fit_more_chips(backbone, topology, mesh, compile_for):
 
 
 def test_lora_takes_more_of_a_chip_than_a_plugin(compile_for):
-    _, spa = compile_for("v5e:2x4", WITHOUT_CACHE)
+    _, spa = compile_for("v5e:2x4", WITHOUT_CACHE, HEAD)
     _, lora = compile_for("v5e:2x4", "--config.setting=lora")
     assert lora["fits"]
     assert lora["programs"][0]["temporary_bytes"] > spa["programs"][0]["temporary_bytes"]
@@ -78,7 +92,7 @@ def test_one_small_chip_is_too_small_for_llama_13b(compile_for):
 
 def test_the_cloud_half_of_llama_7b_fits_four_small_chips(compile_for):
     mesh = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")
-    status, report = compile_for("v5e:2x2", "--program=cloud", *mesh, "--rows=8", "--length=896")
+    status, report = compile_for("v5e:2x2", "--program=cloud", HEAD, *mesh, "--rows=8", "--length=896")
     assert status == 0
     assert [program["name"] for program in report["programs"]] == ["prefill", "advance"]
     weights = 2 * 6.74e9 / 4
@@ -89,7 +103,7 @@ def test_the_cloud_half_of_llama_7b_in_8_bits_fits_one_small_chip(compile_for):
     """It reads each matrix once a token, as int8: no floats are written. The prompt's program has no use for the LM
     head."""
     status, report = compile_for(
-        "v5e:1x1", "--program=cloud", "--config.compute.weights=int8", "--rows=8", "--length=896"
+        "v5e:1x1", "--program=cloud", HEAD, "--config.compute.weights=int8", "--rows=8", "--length=896"
     )
     assert status == 0
     prefill, advance = report["programs"]
