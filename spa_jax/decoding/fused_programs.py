@@ -99,7 +99,7 @@ def prefill(config: FusedConfig, frozen: Params, trainable: Params, prompts: Pro
     """Runs the prompts into a cache of so many slots."""
     tokens = jnp.asarray(prompts.tokens)
     positions = prompt_positions(prompts.run_lengths, tokens.shape[1])
-    cache = init_cache(config.model.config, len(tokens), slots, config.model.cache_dtype)
+    cache = init_cache(config.model.config, len(tokens), slots, config.model.activation_dtype)
     backbone, places = _backbone(config, frozen, trainable), place_by_position(positions, None)
     states, taps, cache = backbone(tokens, positions, cache, places, method="lower")
     rows, last = prompts.rows, prompts.lengths - 1
@@ -138,7 +138,7 @@ def choose_first_token(
     rows, last = jnp.asarray(prompts.rows), jnp.asarray(prompts.lengths) - 1
     positions = prompt_positions(prompts.run_lengths, taps.shape[2]) if config.reads_prompt else last[:, None]
     if config.plugin is not None and config.attends:
-        side_cache = init_cache(config.plugin.side.block, len(positions), slots, config.model.cache_dtype)
+        side_cache = init_cache(config.plugin.side.block, len(positions), slots, config.model.activation_dtype)
     g, side_cache = _correct(config, frozen, trainable, taps, positions, side_cache)
     if config.reads_prompt and not config.corrects_prompt:
         g, positions = g[rows, last][:, None], last[:, None]
@@ -215,9 +215,9 @@ def _correct(
     """Runs the side network on these tokens: g, which is 0 if there is none, and the side network's cache."""
     model = config.model
     if config.plugin is None:
-        return jnp.zeros((*positions.shape, model.config.hidden_size), model.dtype), side_cache
+        return jnp.zeros((*positions.shape, model.config.hidden_size), model.activation_dtype), side_cache
     taps = normalize_taps(frozen, model.config, model.taps, taps)
-    return correction(config.plugin, trainable, taps, positions, side_cache, model.dtype, places)
+    return correction(config.plugin, trainable, taps, positions, side_cache, model.activation_dtype, places)
 
 
 def _enter(

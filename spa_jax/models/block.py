@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from spa_jax.models.attention import attend
 from spa_jax.models.compute import Kernel
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
-from spa_jax.models.product import dot_general
+from spa_jax.models.product import linear
 
 PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
@@ -184,7 +184,7 @@ class Attention(nn.Module):
     """Grouped-query attention over the given tokens, or over the cache after adding them to it."""
 
     config: LlamaConfig
-    dtype: DTypeLike
+    weights_dtype: DTypeLike
     partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
@@ -203,10 +203,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             use_bias = c.attention_bias or c.qkv_bias
-            dense = nn.DenseGeneral(
-                (count, c.head_dim), use_bias=use_bias, dtype=self.dtype, dot_general=dot_general, name=name
-            )
-            return hook(name, x, dense(x))
+            layer = linear((count, c.head_dim), weights_dtype=self.weights_dtype, use_bias=use_bias, name=name)
+            return hook(name, x, layer(x))
 
         q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
         if c.qk_norm:
@@ -223,17 +221,15 @@ class Attention(nn.Module):
                     jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
                     for name in ("k", "v")
                 )
-        k, v = k.astype(self.dtype), v.astype(self.dtype)
+        k, v = k.astype(x.dtype), v.astype(x.dtype)
         if context is not None:
             k, v = (
-                jnp.concatenate([jnp.moveaxis(context[name], -1, 1).astype(self.dtype), own], axis=1)
+                jnp.concatenate([jnp.moveaxis(context[name], -1, 1).astype(x.dtype), own], axis=1)
                 for name, own in (("k", k), ("v", v))
             )
         not_padding = None if places.reads_cache or context is not None else places.slots != PADDING
         mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding)
-        out = nn.DenseGeneral(
-            c.hidden_size, (-2, -1), use_bias=c.attention_bias, dtype=self.dtype, dot_general=dot_general, name="o"
-        )
+        out = linear(c.hidden_size, weights_dtype=self.weights_dtype, use_bias=c.attention_bias, axes=2, name="o")
         return hook("o", mixed, out(mixed)), cache
 
 
@@ -241,14 +237,14 @@ class MLP(nn.Module):
     """SwiGLU feed-forward layer."""
 
     config: LlamaConfig
-    dtype: DTypeLike
+    weights_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], hook: ForwardHook = no_hook) -> Float[Array, "B T D"]:
         c = self.config
 
         def dense(name: str, width: int, x: jax.Array) -> jax.Array:
-            layer = nn.Dense(width, use_bias=c.mlp_bias, dtype=self.dtype, dot_general=dot_general, name=name)
+            layer = linear(width, weights_dtype=self.weights_dtype, use_bias=c.mlp_bias, name=name)
             return hook(name, x, layer(x))
 
         gated = nn.silu(dense("gate", c.intermediate_size, x)) * dense("up", c.intermediate_size, x)
@@ -259,15 +255,15 @@ class Block(nn.Module):
     """One pre-norm block: a pure function `(h, cache) -> (h, cache)` of its parameters."""
 
     config: LlamaConfig
-    dtype: DTypeLike
+    weights_dtype: DTypeLike
     partitioner: Partitioner = SINGLE_DEVICE
     kernel: Kernel = "auto"
 
     def setup(self) -> None:
         c = self.config
         self.attention_norm, self.mlp_norm = RMSNorm(c.rms_norm_eps), RMSNorm(c.rms_norm_eps)
-        self.attention = Attention(c, self.dtype, self.partitioner, self.kernel)
-        self.mlp = MLP(c, self.dtype)
+        self.attention = Attention(c, self.weights_dtype, self.partitioner, self.kernel)
+        self.mlp = MLP(c, self.weights_dtype)
 
     def __call__(
         self,

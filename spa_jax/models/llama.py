@@ -29,7 +29,7 @@ from spa_jax.models.block import (
 )
 from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
-from spa_jax.models.product import dot_general, product
+from spa_jax.models.product import PRODUCT, product
 from spa_jax.models.quantized import dequantize, take_embeddings
 
 Params = dict[str, Any]
@@ -51,7 +51,9 @@ def _keep_all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
 REMAT_POLICIES: dict[Remat, Callable[..., bool] | None] = {
     "none": _keep_all_but_weights,
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    ),
 }
 
 
@@ -79,17 +81,31 @@ class Embedding(nn.Module):
 
     vocabulary: int
     width: int
-    dtype: DTypeLike
+    weights_dtype: DTypeLike
+    activation_dtype: DTypeLike
 
     def setup(self) -> None:
         initializer = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
         self.embedding = self.param("embedding", initializer, (self.vocabulary, self.width))
 
     def __call__(self, tokens: Int[Array, "*M"]) -> Float[Array, "*M D"]:
-        return take_embeddings(self.embedding, tokens).astype(self.dtype)
+        return take_embeddings(self.embedding, tokens).astype(self.activation_dtype)
 
     def attend(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
-        return product(hidden, dequantize(self.embedding).astype(self.dtype), transposed=True, out=jnp.float32)
+        return product(hidden, dequantize(self.embedding).astype(self.weights_dtype), transposed=True, out=jnp.float32)
+
+
+class Head(nn.Module):
+    """An LM head that is not tied to the embedding."""
+
+    width: int
+    vocabulary: int
+    weights_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.vocabulary))
+        return product(hidden, dequantize(kernel).astype(self.weights_dtype), out=jnp.float32)
 
 
 class Llama(nn.Module):
@@ -98,7 +114,7 @@ class Llama(nn.Module):
     Attributes:
         config: the architecture.
         taps: which of h_0 ... h_L the whole model returns, ascending.
-        dtype: dtype of activations; parameters are cast to it where they are used.
+        dtype: dtype in which weights are multiplied; parameters are cast to it where they are used.
         remat: what blocks keep for a gradient.
         partitioner: where activations lie on devices.
         compute: kernels, unrolling, and the precision of weights.
@@ -114,14 +130,14 @@ class Llama(nn.Module):
     entry: Entry = "head"
 
     @property
-    def cache_dtype(self) -> DTypeLike:
-        """Dtype of keys and values: that of activations, but float32 on a CPU, where XLA copies a cache in half
-        precision whenever it adds to it."""
+    def activation_dtype(self) -> DTypeLike:
+        """Dtype of activations, keys and values: that of products, but float32 on a CPU, where half precision is
+        slower for all else."""
         return jnp.float32 if self.partitioner.platform == "cpu" else self.dtype
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, self.activation_dtype)
         stacked = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -132,9 +148,7 @@ class Llama(nn.Module):
         self.blocks = stacked(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            dense = nn.Dense if self.compute.weights == "float" else nn.map_variables(nn.Dense, "params", dequantize)
-            in_float32 = functools.partial(dot_general, out=jnp.float32)
-            self.lm_head = dense(c.vocab_size, use_bias=False, dtype=self.dtype, dot_general=in_float32)
+            self.lm_head = Head(c.hidden_size, c.vocab_size, self.dtype)
 
     def __call__(
         self,
@@ -277,7 +291,6 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Applies the frozen LM head; float32."""
-        hidden = hidden.astype(self.dtype)
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
     def touch_every_parameter(self, tokens: Int[Array, "B T"]) -> jax.Array:

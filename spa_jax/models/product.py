@@ -1,22 +1,57 @@
 """Products with weights in half precision, summed in float32 and rounded once, forward and backward.
 
 Accelerators sum so anyway. On a CPU, XLA has fast kernels for bfloat16 (AMX, AVX-512) only where a product's result is
-float32; all others it computes in float32, which takes several times as long.
+float32; all others it computes in float32, which takes several times as long. What is no product it turns into float32
+and back, at every step and often for whole arrays, so that activations better stay in float32 there.
 """
 
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+PRODUCT = "product"
+"""Names results in half precision, for a checkpoint policy that keeps them: it does not know them for products."""
 
-def dot_general(
-    x: jax.Array, w: jax.Array, dimension_numbers: Any, *_: Any, out: DTypeLike | None = None, **__: Any
-) -> jax.Array:
-    """Computes `product` for a linear layer of Flax, in place of `jax.lax.dot_general`."""
-    return product(x, w, len(dimension_numbers[0][0]), out=out)
+
+def linear(
+    features: int | tuple[int, ...],
+    *,
+    weights_dtype: DTypeLike,
+    use_bias: bool = False,
+    axes: int = 1,
+    name: str,
+) -> nn.DenseGeneral:
+    """Makes a linear layer of Flax that computes `product`; its output has the dtype of its input.
+
+    Args:
+        features: widths of its output.
+        weights_dtype: dtype in which the weights are multiplied.
+        use_bias: whether it adds a bias.
+        axes: number of axes of its input that it sums over, the last ones.
+        name: of its parameters.
+    """
+
+    def multiply(x: jax.Array, w: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        return product(x, w, axes)
+
+    return nn.DenseGeneral(
+        features,
+        tuple(range(-axes, 0)),
+        use_bias=use_bias,
+        dtype=weights_dtype,
+        promote_dtype=_cast_weights,
+        dot_general=multiply,
+        name=name,
+    )
+
+
+def _cast_weights(x: Any, kernel: Any, bias: Any, *, dtype: Any, **_: Any) -> list[Any]:
+    return [x, kernel.astype(dtype), None if bias is None else bias.astype(x.dtype)]
 
 
 def product(
@@ -25,8 +60,8 @@ def product(
     """Multiplies x by weights.
 
     Args:
-        x: input `[*M,*K]`.
-        w: weights `[*K,*N]` of the same dtype.
+        x: input `[*M,*K]`, which is rounded to the weights' dtype.
+        w: weights `[*K,*N]`.
         count: number of axes K.
         transposed: whether the weights are `[*N,*K]`.
         out: dtype of the result; by default that of x.
@@ -35,16 +70,15 @@ def product(
         `[*M,*N]`.
     """
     out = jnp.dtype(out or x.dtype)
-    if x.dtype.itemsize > 2:
-        return jax.lax.dot_general(x, w, ((range(x.ndim)[-count:], _summed(w, count, transposed)), ((), ()))).astype(
-            out
-        )
-    return _product(x, w, count, transposed, out)
+    if w.dtype.itemsize > 2:
+        axes = range(x.ndim)[-count:], _summed(w, count, transposed)
+        return jax.lax.dot_general(x.astype(w.dtype), w, (axes, ((), ()))).astype(out)
+    return checkpoint_name(_product(x, w, count, transposed, out), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _product(x: jax.Array, w: jax.Array, count: int, transposed: bool, out: jnp.dtype) -> jax.Array:
-    return _sum_over(x, w, range(x.ndim)[-count:], _summed(w, count, transposed)).astype(out)
+    return _sum_over(x.astype(w.dtype), w, range(x.ndim)[-count:], _summed(w, count, transposed)).astype(out)
 
 
 def _forward(
@@ -57,10 +91,10 @@ def _backward(
     count: int, transposed: bool, out: jnp.dtype, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = saved
-    g, rows = g.astype(x.dtype), range(x.ndim - count)
+    g, rows = g.astype(w.dtype), range(x.ndim - count)
     dx = _sum_over(g, w, range(len(rows), g.ndim), _summed(w, w.ndim - count, not transposed))
-    dw = _sum_over(g, x, rows, rows) if transposed else _sum_over(x, g, rows, rows)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    left, right = (g, x.astype(w.dtype)) if transposed else (x.astype(w.dtype), g)
+    return dx.astype(x.dtype), _sum_over(left, right, rows, rows).astype(w.dtype)
 
 
 def _summed(w: jax.Array, count: int, transposed: bool) -> range:

@@ -116,7 +116,7 @@ def prefill(
     model, width = config.model, config.width
     groups, length = tokens.shape
     positions = prompt_positions(lengths, length)
-    cache, places = init_cache(model.config, groups, slots, model.cache_dtype), place_by_position(positions, None)
+    cache, places = init_cache(model.config, groups, slots, model.activation_dtype), place_by_position(positions, None)
     states, taps, cache = model.apply({"params": frozen}, tokens, positions, cache, places, method="lower")
     if not config.corrects_prompt:
         _, cache = model.apply({"params": frozen}, states, positions, cache, places, method="upper")

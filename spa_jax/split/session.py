@@ -81,7 +81,7 @@ class GenerationPlan:
         taps = wire.bytes_per_position(self.config.codec, len(model.taps), size.hidden_size)
         vectors = 4 * (size.vocab_size + 8 * size.hidden_size)
         kept = taps * (int(self.lengths.max()) + self.max_new_tokens if self.config.attends else 1)
-        total = cache_bytes(size, groups, self.slots, model.cache_dtype) + groups * width * (kept + vectors)
+        total = cache_bytes(size, groups, self.slots, model.activation_dtype) + groups * width * (kept + vectors)
         if self.config.corrects_prompt:
             total += groups * int(self.lengths.max()) * (taps + 8 * size.hidden_size)
         return total

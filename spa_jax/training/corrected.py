@@ -51,7 +51,7 @@ def corrected_row(model: Llama, frozen: Params, features: Features, everywhere: 
     predicts = jnp.where(answers.predict == PADDING, 0, answers.predict)
     if everywhere:
         return Row(states, positions, jnp.zeros_like(positions), predicts, None)
-    cache = init_cache(blocks_above(model), rows, states.shape[1], model.cache_dtype)
+    cache = init_cache(blocks_above(model), rows, states.shape[1], model.activation_dtype)
     places = place_by_position(positions, None)
     _, keys = model.apply({"params": frozen}, states, positions, cache, places, method="upper")
     own = jnp.take_along_axis(states, predicts[:, :, None], axis=1)

@@ -106,7 +106,7 @@ def run_prefix(model: Llama, params: Params, tokens: Int[Array, "1 C"]) -> Prefi
     """Runs the backbone over the common tokens once."""
     length = tokens.shape[1]
     apply, positions = functools.partial(model.apply, {"params": params}), jnp.arange(length, dtype=jnp.int32)[None, :]
-    cache = init_cache(model.config, 1, length, model.cache_dtype)
+    cache = init_cache(model.config, 1, length, model.activation_dtype)
     states, taps, cache = apply(tokens, positions, cache, method="lower")
     _, cache = apply(states, positions, cache, method="upper")
     return Prefix(cache, states, taps)
@@ -142,7 +142,7 @@ def extract(
     states, taps, cache = apply(tokens[:, start:], positions, cache, method="lower")
     if prefix is None and kept.keys:
         cache, places = (
-            init_cache(blocks_above(model), rows, length, model.cache_dtype),
+            init_cache(blocks_above(model), rows, length, model.activation_dtype),
             place_by_position(positions, None),
         )
     hidden, cache = apply(states, positions, cache, places, method="upper")
@@ -161,7 +161,7 @@ def extract(
     features = with_positions(batch, kept, model.entry, states, taps, base_loss)
     if kept.keys:
         above = blocks_above(model).num_layers
-        keys = jax.tree.map(lambda leaf: leaf[:, -above:].astype(keys_dtype or model.dtype), cache)
+        keys = jax.tree.map(lambda leaf: leaf[:, -above:].astype(keys_dtype or model.activation_dtype), cache)
         features = features._replace(keys=keys)
     features = jax.tree.map(lambda leaf: model.partitioner.constrain(jnp.asarray(leaf), "B"), features)
     return jax.lax.stop_gradient(features)

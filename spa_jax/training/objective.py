@@ -78,7 +78,7 @@ class States(NamedTuple):
 def corrections(plugin: PluginConfig, params: Params, features: Features, model: Llama) -> Float[Array, "B M D"]:
     """Computes g at the positions that are corrected."""
     taps = jnp.moveaxis(features.taps, 1, 0)
-    g, _ = correction(plugin, params, taps, features.positions, dtype=model.dtype)
+    g, _ = correction(plugin, params, taps, features.positions, dtype=model.activation_dtype)
     if plugin.edits == "targets" and plugin.side.attends:
         return jnp.take_along_axis(g, features.reads[:, :, None], axis=1)
     return g

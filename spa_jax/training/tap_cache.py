@@ -59,7 +59,7 @@ class FeatureSpec:
     def for_model(cls, identity: str, model: Llama, kept: Kept, keys_dtype: str) -> "FeatureSpec":
         """Describes the features that a backbone's program gives."""
         size = model.config
-        spec = cls(identity, model.taps, size.hidden_size, np.dtype(model.dtype).name, kept, model.entry)
+        spec = cls(identity, model.taps, size.hidden_size, np.dtype(model.activation_dtype).name, kept, model.entry)
         if not kept.keys:
             return spec
         above = blocks_above(model).num_layers

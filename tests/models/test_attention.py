@@ -18,7 +18,8 @@ from spa_jax.errors import UserError
 from spa_jax.models import attention
 from spa_jax.models.attention import attend, select_kernel, splash_on_cpu
 from spa_jax.models.compute import Compute
-from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
+from spa_jax.models.partitioner import SINGLE_DEVICE
+from tests.models.platforms import OtherPlatform
 
 
 def softmax_attention(q, k, v, mask):
@@ -149,16 +150,6 @@ def test_a_kernel_on_four_devices_is_xla_on_one():
     differences = json.loads(done.stdout)
     assert len(differences) == 8
     assert max(differences.values()) < 5e-5, differences
-
-
-class OtherPlatform(Partitioner):
-    """Some devices of another platform."""
-
-    platform, num_devices = "", 1
-
-    def __init__(self, platform, num_devices=1):
-        object.__setattr__(self, "platform", platform)
-        object.__setattr__(self, "num_devices", num_devices)
 
 
 def test_each_platform_has_its_kernel():

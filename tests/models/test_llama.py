@@ -14,6 +14,7 @@ from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Llama, init_params, normalize_taps
 from spa_jax.weights.hf_config import llama_config_from_hf
 from spa_jax.weights.mapping import convert
+from tests.models.platforms import OtherPlatform
 
 BASE = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -232,10 +233,13 @@ def test_normalized_taps_are_rms_times_the_reading_norms_weight(tiny_config, tin
     np.testing.assert_allclose(normalized[TAPS.index(tiny_config.num_layers)], uncached.hidden, atol=1e-6)
 
 
-def test_bfloat16_is_near_float32(tiny_config, tiny_params, uncached):
+@pytest.mark.parametrize(("platform", "activations"), [("cpu", jnp.float32), ("gpu", jnp.bfloat16)])
+def test_bfloat16_is_near_float32(platform, activations, tiny_config, tiny_params, uncached):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params)
-    model = Llama(tiny_config, TAPS, jnp.bfloat16)
-    cache = init_cache(tiny_config, 3, SLOTS, jnp.bfloat16)
+    model = Llama(
+        tiny_config, TAPS, jnp.bfloat16, partitioner=OtherPlatform(platform), compute=Compute(attention="xla")
+    )
+    cache = init_cache(tiny_config, 3, SLOTS, model.activation_dtype)
 
     @jax.jit
     def forward(params):
@@ -243,7 +247,7 @@ def test_bfloat16_is_near_float32(tiny_config, tiny_params, uncached):
         return out, model.apply({"params": params}, out.hidden, method="logits")
 
     out, logits = forward(half)
-    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(activations)}
     assert logits.dtype == jnp.float32
     for ours, exact in ((out.hidden, uncached.hidden), (out.taps, uncached.taps)):
         error = np.linalg.norm(ours.astype(jnp.float32) - exact) / np.linalg.norm(exact)

@@ -9,9 +9,11 @@ import pytest
 
 from spa_jax.decoding.cache import init_cache
 from spa_jax.models.block import LlamaConfig
+from spa_jax.models.compute import Compute
 from spa_jax.models.llama import Llama
 from spa_jax.models.peft import TARGETS, Peft, PeftConfig, init_peft, rank_for
 from spa_jax.models.plugin import count_params
+from tests.models.platforms import OtherPlatform
 
 LORA, ADAPTER = PeftConfig("lora", 3, 6.0), PeftConfig("adapter", 5)
 EVERYWHERE = dataclasses.replace(LORA, targets=TARGETS)
@@ -86,7 +88,7 @@ def test_what_is_kept_for_the_gradient_changes_memory_and_not_the_gradient(confi
 
 def test_in_bfloat16_its_part_is_bfloat16_too(tiny_config, tiny_params):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params)
-    model = Llama(tiny_config, dtype=jnp.bfloat16)
+    model = Llama(tiny_config, dtype=jnp.bfloat16, partitioner=OtherPlatform("gpu"), compute=Compute(attention="xla"))
     for config in (EVERYWHERE, ADAPTER):
         peft = random_peft(config, tiny_config)
         out = jax.eval_shape(lambda peft: model.apply({"params": half}, TOKENS, POSITIONS, peft=peft), peft)
