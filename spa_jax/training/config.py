@@ -144,7 +144,8 @@ class PeftOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A training run; `dtype` is that of backbone and activations, and trainable parameters are float32."""
+    """A training run; `dtype` is that of the backbone's weights and, except on a CPU, of activations; trainable
+    parameters are float32."""
 
     backbone: str = "smollm2-135m-instruct"
     dtype: Literal["float32", "bfloat16"] = "float32"
