@@ -52,15 +52,15 @@ def test_training_llama_7b_fits_eight_small_chips(compile_for):
 
 
 def test_corrections_in_the_middle_of_llama_7b_fit_eight_small_chips(compile_for):
-    """A row goes once through the blocks below the entry and six times through those above: for the base; corrected
-    everywhere, forward, once more, and back; and for both choices under the router's own pattern."""
+    """A row goes once through the blocks below the entry and five times through those above: for the base, corrected
+    everywhere forward and back, and for both choices under the router's own pattern."""
     status, report = compile_for("v5e:2x4", WITHOUT_CACHE)
     (step,) = report["programs"]
     assert status == 0
-    assert step["temporary_bytes"] < 1.7 * GIB
+    assert step["temporary_bytes"] < 3.2 * GIB
     forward = 2 * 6.6e9 * 1024
     lower, upper = 15 / 32, 17 / 32
-    assert (lower + 5.5 * upper) * forward < report["flops_per_chip"] < (lower + 6.5 * upper) * forward
+    assert (lower + 4.5 * upper) * forward < report["flops_per_chip"] < (lower + 5.5 * upper) * forward
     assert step["cost"]["unknown_loops"] == 0
 
 
