@@ -16,7 +16,7 @@ def test_no_two_trainings_share_a_file_even_where_case_does_not_count():
 def test_the_candidates_with_the_least_loss_go_on(store, keep_record):
     """Losses fall with the name's place in the table, so that the last ones are the best."""
     names = list(search.CANDIDATES)
-    first, second, _ = search.STAGES
+    first, second = search.STAGES
     for place, name in enumerate(names):
         record = {"loss/base": 4.0, "loss/always": 3 - place / 10, "loss/spa": 3.0, "loss/s1": 3.0, "router/usage": 0.5}
         for stage in (first, second):
