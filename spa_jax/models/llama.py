@@ -98,13 +98,12 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """An LM head that is not tied to the embedding."""
 
-    width: int
     vocabulary: int
     weights_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, hidden: Float[Array, "*M D"]) -> Float[Array, "*M V"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.width, self.vocabulary))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (hidden.shape[-1], self.vocabulary))
         return product(hidden, dequantize(kernel).astype(self.weights_dtype), out=jnp.float32)
 
 
@@ -148,7 +147,7 @@ class Llama(nn.Module):
         self.blocks = stacked(c, self.dtype)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = Head(c.hidden_size, c.vocab_size, self.dtype)
+            self.lm_head = Head(c.vocab_size, self.dtype)
 
     def __call__(
         self,

@@ -91,10 +91,10 @@ def _backward(
     count: int, transposed: bool, out: jnp.dtype, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = saved
-    g, rows = g.astype(w.dtype), range(x.ndim - count)
+    rounded, g, rows = x.astype(w.dtype), g.astype(w.dtype), range(x.ndim - count)
     dx = _sum_over(g, w, range(len(rows), g.ndim), _summed(w, w.ndim - count, not transposed))
-    left, right = (g, x.astype(w.dtype)) if transposed else (x.astype(w.dtype), g)
-    return dx.astype(x.dtype), _sum_over(left, right, rows, rows).astype(w.dtype)
+    dw = _sum_over(g, rounded, rows, rows) if transposed else _sum_over(rounded, g, rows, rows)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 def _summed(w: jax.Array, count: int, transposed: bool) -> range:

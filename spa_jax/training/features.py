@@ -74,10 +74,10 @@ class Features(NamedTuple):
     """The frozen backbone's outputs that a step reads; NumPy arrays from the tap cache."""
 
     states: Float[Array, "B M D"]
-    """The state at the entry: f at `head`, or h_e in front of block e; in the compute dtype."""
+    """The state at the entry: f at `head`, or h_e in front of block e; in the dtype of activations."""
     taps: Float[Array, "B P S D"]
-    """Normalised taps at the S positions that the side network reads, in the compute dtype. The batch is first, so that
-    every leaf splits by it."""
+    """Normalised taps at the S positions that the side network reads, in the dtype of activations. The batch is first,
+    so that every leaf splits by it."""
     base_loss: Float[Array, "B R"]
     """Cross-entropy of the backbone alone in nats, float32."""
     targets: Int[Array, "B R"]
@@ -128,7 +128,7 @@ def extract(
         batch: tokens and targets.
         kept: which features to keep.
         prefix: where given, only the tokens after it are run; no target may be predicted within it.
-        keys_dtype: dtype of the keys and values that are kept; by default the compute dtype.
+        keys_dtype: dtype of the keys and values that are kept; by default that of activations.
     """
     row_positions, _ = tap_positions(batch, everywhere=True)
     tokens, positions, predict = map(jnp.asarray, (batch.tokens, row_positions, batch.predict))
