@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from spa_jax import command
+from spa_jax.choices import CODECS, Codec
 from spa_jax.compiling.programs import Compiled, ProgramName, Sizes, compile_programs
 from spa_jax.compiling.topology import GIB, Target, find_target
 from spa_jax.files import write_json
-from spa_jax.split.wire import CODECS, Codec
 from spa_jax.train import read_config
 from spa_jax.training.rows import row_length
 from spa_jax.training.sharding import AXES, MeshPartitioner, make_mesh

@@ -13,10 +13,10 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from spa_jax import command
+from spa_jax import command, compilation_cache
+from spa_jax.choices import SETTINGS, Setting
 from spa_jax.data.tasks import TASKS, Split
 from spa_jax.errors import UserError
-from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.scoring.rouge import TOKENIZERS
@@ -24,6 +24,7 @@ from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
+flags.adopt_module_key_flags(compilation_cache)  # --help shows them
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run leaves it, or its name on the hub.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 KEPT = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
@@ -65,6 +66,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    compilation_cache.keep_programs()
     if OUTPUT.value is None or not (TASK.value or DATA.value):
         raise UserError("--output=DIR is needed, and --task=NAME or --data=FILE")
     if PLUGIN.value is None and BACKBONE.value is None:
@@ -82,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, resumable=True)

@@ -1,4 +1,5 @@
-"""Writes files atomically: under a temporary name, then moved, so that a file is there whole or not at all.
+"""Finds and reads files, and writes them atomically: under a temporary name, then moved, so that a file is there whole
+or not at all.
 
 In a storage bucket files are written directly, since there a file appears only when it is complete.
 """
@@ -16,6 +17,15 @@ from typing import Any, cast
 from etils import epath
 
 from spa_jax.errors import UserError
+
+
+def named_path(name: str) -> Path:
+    """Makes a path on this machine of what a user writes, `~` being a home directory where there is one.
+
+    Ask `os.path` whether it exists: a name that is too long or in a directory that cannot be read is none to it, and
+    an error to `Path`.
+    """
+    return Path(os.path.expanduser(name))
 
 
 def path_of(name: str) -> Path:
@@ -48,8 +58,21 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter of a name with a null character
+        raise UserError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -86,8 +109,8 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         new.chmod(0o755)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter of a name with a null character
+        raise UserError(f"cannot write '{path}': {getattr(error, 'strerror', None) or error}") from error
     try:
         yield new
         if path.exists():

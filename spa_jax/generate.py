@@ -7,8 +7,8 @@ coloured, or [bracketed] where the output is no terminal.
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,42 +16,26 @@ from typing import Any, cast
 
 from absl import flags
 
-from spa_jax import command
-from spa_jax.data.detokenizing import StreamingDetokenizer
-from spa_jax.data.encoding import Encoder
+from spa_jax import command, compilation_cache
+from spa_jax.choices import CODECS, REPLIES, SETTINGS, Codec, ReplyMode, Setting
 from spa_jax.data.text import check_prompt
-from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.fused import FusedModel
-from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
-from spa_jax.files import write_json
-from spa_jax.models.combine import SETTINGS, Setting
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
-from spa_jax.printer import Printer
-from spa_jax.split import client
-from spa_jax.split.channel import InProcess, describe_opening
-from spa_jax.split.client import CloudGone, Connection, RemoteResult, read_token
-from spa_jax.split.cloud_process import cloud_process
-from spa_jax.split.generation import Connect, SplitResult, generate
+from spa_jax.split.connection import Connection, read_token
 from spa_jax.split.grpc_channel import check_address
-from spa_jax.split.head import Head, head_of, load_head
-from spa_jax.split.messages_pb2 import Open
-from spa_jax.split.request import open_message
-from spa_jax.split.session import Cloud
 from spa_jax.split.simulated import Network, Simulated
-from spa_jax.split.wire import CODECS, REPLIES, Codec, ReplyMode
-from spa_jax.training.rows import prompt_encoder
-from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.hub import plugin_directory
-from spa_jax.weights.peft import PeftPlugin, load_trained
-from spa_jax.weights.plugin import Plugin
-from spa_jax.weights.registry import load_backbone
 
+flags.adopt_module_key_flags(compilation_cache)  # --help shows them
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run leaves it, or its name on the hub.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
-INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read prompts from the terminal, each answered on its own.")
+INTERACTIVE = flags.DEFINE_bool("interactive", False, "Hold a conversation on the terminal; /help shows its commands.")
+READS_SPECIAL = flags.DEFINE_bool(
+    "special_tokens",
+    False,
+    "Let the names of special tokens in prompts, such as <|im_end|>, be these tokens and not text.",
+)
 SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
 THRESHOLD = flags.DEFINE_float("threshold", None, "Ask the device where p(consult) is above it, from 0 to 1.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")
@@ -77,7 +61,87 @@ TLS = flags.DEFINE_bool("tls", False, "grpc: speak TLS.")
 INSECURE = flags.DEFINE_bool("insecure", False, "grpc: speak in the clear with other machines.")
 CA = flags.DEFINE_string("ca", "", "grpc: PEM file of the authorities to trust; the system's by default.")
 TOKEN_FILE = flags.DEFINE_string("token_file", "", "grpc: file with this device's token.")
+SILENCE = flags.DEFINE_float("silence", Connection.silence, "grpc: seconds without a word from a cloud that is dead.")
 OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and what the channel cost as JSON.")
+
+
+def network() -> Network:
+    """Makes the simulated network of its flags.
+
+    Raises:
+        UserError: it makes no sense.
+    """
+    return Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
+
+
+def connection_to(address: str) -> Connection:
+    """Makes the connection to a cloud of its flags.
+
+    Raises:
+        UserError: it would speak in the clear with another machine, or a file cannot be used.
+    """
+    check_address(address, TLS.value, INSECURE.value)
+    return Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value), silence=SILENCE.value).check()
+
+
+def check_flags() -> None:
+    """Refuses flags that no model is needed to refuse.
+
+    Raises:
+        UserError: such a flag.
+    """
+    if (PROMPT.value is None) == (not INTERACTIVE.value):
+        raise UserError("give either --prompt='...' or --interactive")
+    if PROMPT.value is not None:
+        check_prompt(PROMPT.value)
+    if PLUGIN.value is None and BACKBONE.value is None:
+        raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
+    if INTERACTIVE.value and OUTPUT.value:
+        raise UserError("--output goes with --prompt, not with --interactive")
+    if MAX_NEW_TOKENS.value < 1:
+        raise UserError(f"--max_new_tokens is {MAX_NEW_TOKENS.value}, but must be 1 or more")
+    if BEAMS.value < 0:
+        raise UserError(f"--beams is {BEAMS.value}, but must be 0 (no beam search) or more")
+    if BEAMS.value and TEMPERATURE.value:
+        raise UserError("--beams searches and --temperature samples: give one of them")
+    if CHANNEL.value == "none" and REPLY.value != "correction":
+        raise UserError("--reply=token is what a device answers: name a --channel to reach one")
+    if CHANNEL.value != "none" and PLUGIN.value is None:
+        raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
+    if CHANNEL.value == "simulated":
+        network()
+    if CHANNEL.value == "grpc" and CLOUD.value is not None:
+        connection_to(CLOUD.value)
+
+
+if __name__ == "__main__":
+    command.read_flags(check_flags)
+
+from spa_jax.conversation import Conversation
+from spa_jax.data.detokenizing import StreamingDetokenizer
+from spa_jax.data.encoding import Encoder
+from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.fused import FusedModel
+from spa_jax.decoding.sampling import Sampling
+from spa_jax.decoding.settings import resolve_setting
+from spa_jax.files import write_json
+from spa_jax.printer import Printer
+from spa_jax.split import client
+from spa_jax.split.channel import InProcess, describe_opening
+from spa_jax.split.client import RemoteResult
+from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.generation import Connect, SplitResult, generate
+from spa_jax.split.head import Head, head_of, load_head
+from spa_jax.split.messages_pb2 import Generated, Open, Progress
+from spa_jax.split.request import open_message
+from spa_jax.split.session import Cloud
+from spa_jax.terminal import Mode, converse
+from spa_jax.training.rows import prompt_encoder
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hub import plugin_directory
+from spa_jax.weights.peft import PeftPlugin, load_trained
+from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.registry import load_backbone
 
 Tokens = Iterator[tuple[int, bool]]
 """Token ids as they come, each with whether the device was asked."""
@@ -101,27 +165,28 @@ def generate_split(
     plugin: Plugin,
     head: Head | None,
     connect: Connect,
+    mode: Mode,
     sampling: Sampling,
     beams: Beams | None,
     prompt: list[int],
     cost: dict[str, Any],
 ) -> Tokens:
     """Generates by two programs in this process, and adds what passed between them to `cost`."""
-    result = generate(cloud, plugin, request_for(plugin, sampling, beams, prompt), connect, head)
+    result = generate(cloud, plugin, request_for(plugin, mode, sampling, beams, prompt), connect, head)
     (generation,) = result.generations
     cost |= describe_cost(result, len(generation.tokens), result.cloud_seconds)
     yield from zip(generation.tokens, generation.consulted)
 
 
-def request_for(plugin: Plugin, sampling: Sampling, beams: Beams | None, prompt: list[int]) -> Open:
+def request_for(plugin: Plugin, mode: Mode, sampling: Sampling, beams: Beams | None, prompt: list[int]) -> Open:
     """Makes the device's request to the cloud, by the flags."""
     return open_message(
         plugin,
         [prompt],
         MAX_NEW_TOKENS.value,
         cast(Codec, CODEC.value),
-        cast(Setting | None, SETTING.value),
-        THRESHOLD.value,
+        mode.setting,
+        mode.threshold,
         sampling,
         SEED.value,
         beams,
@@ -161,6 +226,7 @@ def generate_remote(
     connection: Connection,
     plugin: Plugin,
     head: Head | None,
+    mode: Mode,
     sampling: Sampling,
     beams: Beams | None,
     prompt: list[int],
@@ -168,18 +234,26 @@ def generate_remote(
 ) -> Tokens:
     """Generates with a cloud in another process, and adds to `cost` what passed between them; the seconds of the cloud
     include those of the network."""
-    request = request_for(plugin, sampling, beams, prompt)
-    began = time.perf_counter()
-    try:
-        result = asyncio.run(client.generate(connection, plugin, request, head=head))
-    except CloudGone as gone:
-        for generation in gone.generations:
-            yield from zip(generation.tokens, generation.consulted)
-        raise
-    (generation,) = result.generations
+    request = request_for(plugin, mode, sampling, beams, prompt)
+    began, came, count = time.perf_counter(), asyncio.Event(), 0
+    answer = Generated()
+
+    def take(progress: Progress) -> None:
+        nonlocal answer
+        (answer,) = progress.generated
+        came.set()
+
+    with asyncio.Runner() as runner:
+        task = runner.get_loop().create_task(client.generate(connection, plugin, request, take, head))
+        task.add_done_callback(lambda _: came.set())
+        while not task.done():
+            runner.run(came.wait())
+            came.clear()
+            yield from zip(answer.tokens[count:], answer.consulted[count:])
+            count = len(answer.tokens)
+        result = task.result()
     seconds = time.perf_counter() - began - result.traffic.device_seconds
-    cost |= describe_cost(result, len(generation.tokens), seconds)
-    yield from zip(generation.tokens, generation.consulted)
+    cost |= describe_cost(result, count, seconds)
 
 
 LOCAL_CLOUD = contextlib.ExitStack()
@@ -188,13 +262,16 @@ LOCAL_CLOUD = contextlib.ExitStack()
 
 def start_local_cloud(backbone: Backbone) -> str:
     """Starts a cloud on this machine, with a long deadline since no network can be slow, and returns its address."""
-    return LOCAL_CLOUD.enter_context(
-        cloud_process(backbone.name, "--deadline=60", f"--weights={PRECISION.value}")
-    ).address
+    options = (
+        "--deadline=60",
+        f"--weights={PRECISION.value}",
+        f"--compilation_cache={compilation_cache.COMPILATION_CACHE.value}",
+    )
+    return LOCAL_CLOUD.enter_context(cloud_process(backbone.name, *options)).address
 
 
-def answer(generate_tokens: GenerateTokens, encoder: Encoder, prompt: str) -> dict[str, Any]:
-    """Prints the answer to a prompt as it comes, and returns it as `--output` writes it."""
+def answer(generate_tokens: GenerateTokens, encoder: Encoder, talk: Conversation) -> dict[str, Any]:
+    """Prints the answer to a conversation as it comes, and returns it as `--output` writes it."""
     printer, stream = Printer(), StreamingDetokenizer(encoder.tokenizer)
     tokens: list[int] = []
     sources: list[str] = []
@@ -207,7 +284,7 @@ def answer(generate_tokens: GenerateTokens, encoder: Encoder, prompt: str) -> di
             printer.add(text, next(unprinted) == "device")
 
     try:
-        for token, consulted in generate_tokens(encoder.prompt(prompt), cost):
+        for token, consulted in generate_tokens(encoder.conversation(talk.turns), cost):
             tokens.append(token)
             sources.append("device" if consulted else "cloud")
             print_texts(stream.add(token))
@@ -227,59 +304,57 @@ def answer(generate_tokens: GenerateTokens, encoder: Encoder, prompt: str) -> di
             + describe_opening(cost["opening_exchanges"], cost["opening_seconds"], cost["uncorrected_prompts"])
         )
     whole = encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+    prompt = talk.turns[-1][0].content
     return {"prompt": prompt, "text": whole, "tokens": tokens, "sources": sources, "consulted_share": share, **cost}
 
 
 def make_generator(
     backbone: Backbone, plugin: Plugin | PeftPlugin | None, sampling: Sampling, beams: Beams | None
-) -> GenerateTokens:
-    """Makes the function that generates over the `--channel`.
+) -> Callable[[Mode], GenerateTokens]:
+    """Makes the function that generates over the `--channel`, given a mode.
 
     Raises:
-        UserError: the channel leads to no side network, or a network that makes no sense.
+        UserError: the plugin is of another backbone, or its LM head cannot be read.
     """
     if CHANNEL.value == "none":
-        if REPLY.value != "correction":
-            raise UserError("--reply=token is what a device answers: name a --channel to reach one")
-        model = FusedModel(backbone, plugin, cast(Setting | None, SETTING.value), THRESHOLD.value)
-        return functools.partial(generate_fused, model, sampling, beams)
-    if plugin is None:
-        raise UserError(f"--channel={CHANNEL.value} leads to a device, which needs a plugin: name one with --plugin")
+        models = functools.cache(lambda mode: FusedModel(backbone, plugin, mode.setting, mode.threshold))
+        return lambda mode: functools.partial(generate_fused, models(mode), sampling, beams)
+    plugin = cast(Plugin, plugin)
+    plugin.check(backbone)
+    head = head_for(plugin, backbone)
+    if CHANNEL.value == "grpc":
+        connection = connection_to(CLOUD.value or start_local_cloud(backbone))
+        return lambda mode: functools.partial(generate_remote, connection, plugin, head, mode, sampling, beams)
+    connect: Connect = InProcess
+    if CHANNEL.value == "simulated":
+        connect = functools.partial(Simulated, network=network())
+    cloud = Cloud(backbone)
+    return lambda mode: functools.partial(generate_split, cloud, plugin, head, connect, mode, sampling, beams)
+
+
+def check_plugin(plugin: Plugin | PeftPlugin | None, sampling: Sampling, beams: Beams | None) -> None:
+    """Refuses what a plugin cannot do, before a backbone is loaded.
+
+    Raises:
+        UserError: it cannot run in the setting or over the channel.
+    """
+    resolve_setting(plugin.config if plugin else None, SETTING.value, THRESHOLD.value)
+    if CHANNEL.value == "none" or plugin is None:
+        return
     if plugin.config.side is None:
         raise UserError(
             f"--channel={CHANNEL.value} leads to a side network, and a '{plugin.config.setting}' works within the "
             "backbone: use --channel=none (experiments.benchmarks.table2_network counts what its layers would exchange)"
         )
-    plugin = cast(Plugin, plugin)
-    plugin.check(backbone)
-    head = head_for(plugin, backbone)
-    if CHANNEL.value == "grpc":
-        address = check_address(CLOUD.value or start_local_cloud(backbone), TLS.value, INSECURE.value)
-        connection = Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value))
-        return functools.partial(generate_remote, connection, plugin, head, sampling, beams)
-    connect: Connect = InProcess
-    if CHANNEL.value == "simulated":
-        network = Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
-        connect = functools.partial(Simulated, network=network)
-    return functools.partial(generate_split, Cloud(backbone), plugin, head, connect, sampling, beams)
+    request_for(cast(Plugin, plugin), own_mode(), sampling, beams, [0])
 
 
 def main() -> None:
-    if (PROMPT.value is None) == (not INTERACTIVE.value):
-        raise UserError("give either --prompt='...' or --interactive")
-    if PROMPT.value is not None:
-        check_prompt(PROMPT.value)
-    if PLUGIN.value is None and BACKBONE.value is None:
-        raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
-    if INTERACTIVE.value and OUTPUT.value:
-        raise UserError("--output goes with --prompt, not with --interactive")
+    compilation_cache.keep_programs()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check()
-    if BEAMS.value < 0:
-        raise UserError(f"--beams is {BEAMS.value}, but must be 0 (no beam search) or more")
-    if BEAMS.value and TEMPERATURE.value:
-        raise UserError("--beams searches and --temperature samples: give one of them")
     beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
     plugin = load_trained(plugin_directory(PLUGIN.value)) if PLUGIN.value is not None else None
+    check_plugin(plugin, sampling, beams)
     backbone = load_backbone(
         BACKBONE.value or (plugin.backbone if plugin else ""), compute=Compute(weights=cast(Weights, PRECISION.value))
     )
@@ -287,21 +362,29 @@ def main() -> None:
         answer_all(make_generator(backbone, plugin, sampling, beams), backbone, plugin)
 
 
-def answer_all(generate_tokens: GenerateTokens, backbone: Backbone, plugin: Plugin | PeftPlugin | None) -> None:
-    """Answers the prompt of the flags, or those typed in."""
-    encoder = prompt_encoder(backbone, plugin)
+def own_mode() -> Mode:
+    """Returns the setting and the threshold of the flags."""
+    return Mode(cast(Setting | None, SETTING.value), THRESHOLD.value)
+
+
+def answer_all(
+    generator: Callable[[Mode], GenerateTokens], backbone: Backbone, plugin: Plugin | PeftPlugin | None
+) -> None:
+    """Answers the prompt of the flags, or what is typed in."""
+    encoder = dataclasses.replace(prompt_encoder(backbone, plugin), reads_special=READS_SPECIAL.value)
+    mode = own_mode()
     if PROMPT.value is not None:
-        result = answer(generate_tokens, encoder, PROMPT.value)
+        result = answer(generator(mode), encoder, Conversation().asked(PROMPT.value))
         if OUTPUT.value:
             write_json(Path(OUTPUT.value), result)
         return
-    for prompt in command.typed_prompts():
-        try:
-            answer(generate_tokens, encoder, prompt)
-        except CloudGone:
-            raise
-        except UserError as error:  # such as one prompt that is too long: the next may be answered
-            print(f"error: {error}", file=sys.stderr)
+
+    def answer_next(talk: Conversation, mode: Mode) -> tuple[str, list[int]]:
+        said = answer(generator(mode), encoder, talk)
+        return said["text"], said["tokens"]
+
+    generator(mode)  # which says at once if it cannot be
+    converse(answer_next, mode)
 
 
 if __name__ == "__main__":

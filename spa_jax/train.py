@@ -6,7 +6,7 @@ The same command again resumes from the last completed checkpoint. docs/training
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from spa_jax import command
+from spa_jax import command, compilation_cache
 from spa_jax.errors import UserError
 from spa_jax.files import path_of
 from spa_jax.training.config import RunConfig, parse
@@ -15,6 +15,7 @@ from spa_jax.training.run import train
 from spa_jax.training.trackers import TRACKERS
 from spa_jax.weights.hub import check_push, push_plugin
 
+flags.adopt_module_key_flags(compilation_cache)  # --help shows them
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; override keys with --config.key=value.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or gs://...; the same one again resumes.")
 TRACKER = flags.DEFINE_multi_enum("tracker", [], list(TRACKERS), "Shows the metrics there too; may be repeated.")
@@ -41,6 +42,7 @@ def read_config() -> RunConfig:
 
 
 def main() -> None:
+    compilation_cache.keep_programs()
     if CONFIG.value is None or not WORKDIR.value:
         raise UserError("both --config=FILE and --workdir=DIR are needed")
     config = read_config()
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, resumable=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.files import replaced_directory, write_bytes, write_json
+from spa_jax.files import named_path, read_json, replaced_directory, write_bytes, write_json
 
 
 def names(directory):
@@ -29,6 +29,19 @@ def test_numbers_that_json_does_not_have_are_null(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
         "a": [1.5, None, None], "b": {"c": [None, 2]}, "d": None, "e": "NaN",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 100_000, b"9" * 5000])
+def test_what_is_no_json_is_a_value_error(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_home_directory_that_is_none_is_a_name_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named_path("~/plugin") == tmp_path / "plugin"
+    assert str(named_path("~nobody-of-this-name/plugin")) == "~nobody-of-this-name/plugin"
 
 
 def test_what_json_cannot_hold_leaves_the_old_file(tmp_path):

@@ -24,7 +24,7 @@ from experiments.benchmarks.timing import THREADS, use_threads
 from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches
+from spa_jax.data.pipeline import Batch, collate, padded_shapes, plan_batches
 from spa_jax.data.tasks import load_split
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
@@ -133,15 +133,17 @@ def measure_spa_jax(folder: Path, plugin: str, cached: bool) -> dict[str, float]
     source.fill(examples)
     built = time.perf_counter() - began
 
+    shapes = padded_shapes(examples, size)
+
     def step(rows: np.ndarray) -> None:
         nonlocal state
-        batch = source.collate(examples, rows, padded_shape(examples[rows[0]]))
+        batch = source.collate(examples, rows, shapes[rows[0]])
         state, sums = train_step(recipe, model, optimizer, 1, state, backbone.params, batch)
         jax.block_until_ready(sums)
 
     chosen = chosen_rows(examples, size)
     began = time.perf_counter()
-    for rows in {padded_shape(examples[rows[0]]): rows for rows in chosen}.values():
+    for rows in {shapes[rows[0]]: rows for rows in chosen}.values():
         step(rows)
     once = {"build_seconds": built, "compile_seconds": time.perf_counter() - began}
     found = time_steps(chosen, step)
@@ -163,10 +165,11 @@ def main() -> None:
     folder = Path(FOLDER.value)
     if not (folder / "batches.npz").exists():
         export(backbone, folder / "model")
+        shapes = padded_shapes(examples, 8)
         arrays = {
             f"{key}{i}": array
             for i, rows in enumerate(chosen_rows(examples, 8))
-            for key, array in labelled(collate(examples, rows, padded_shape(examples[rows[0]]))).items()
+            for key, array in labelled(collate(examples, rows, shapes[rows[0]])).items()
         }
         np.savez(folder / "batches.npz", **arrays)  # type: ignore[arg-type]
     sides = {}

@@ -65,13 +65,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "LoRA, compute.weights=int8": (*LORA, "--config.compute.weights=int8"),
 }
 """On eight chips, beside the defaults: splash attention, a block at a time, bfloat16 weights, remat=full."""
-CLOUD = ("--program=cloud", "--rows=8", "--length=896", *HEAD)
-ON_FOUR = ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4", "--config.compute.weights=int8")
+CLOUD = ("--program=cloud", "--rows=8", "--length=896")
+FOUR = ("--config.mesh.fsdp=1", "--config.mesh.tensor=4")
+INT8 = ("--config.compute.weights=int8",)
 CLOUDS: dict[str, tuple[str, ...]] = {
-    "bfloat16": ("v5e:2x2", "--config.mesh.fsdp=1", "--config.mesh.tensor=4"),
-    "int8 on four": ON_FOUR,
-    "int8": ("v5e:1x1", "--config.compute.weights=int8"),
-    **{f"int8 on four, {name}": (*ON_FOUR, *options) for name, options in INNER.items()},
+    "llama-7b, bfloat16": ("v5e:2x2", *FOUR, *HEAD),
+    "llama-7b, bfloat16, 1 prompt": ("v5e:2x2", *FOUR, *HEAD, "--rows=1"),
+    "llama-7b, int8": ("v5e:1x1", *INT8, *HEAD),
+    **{f"llama-7b, bfloat16, {name}": ("v5e:2x2", *FOUR, *options) for name, options in INNER.items()},
+    "llama-2-70b, bfloat16": ("v5p:2x2x1", *FOUR, *HEAD),
 }
 """The topology, and options."""
 GIB = 2**30
@@ -128,11 +130,12 @@ def main() -> None:
         "",
         "Exchanges that unrolling copies share a number and are counted once: with 4 blocks a turn, a quarter.",
     ]
-    said = "The cloud's programs, LLaMA-7B, 8 prompts of 896 tokens; a new token of each, and what a call copies first:"
-    lines += ["", said, "", "| weights | chips | GiB a chip | fits | GiB read and written a token |", "|---" * 5 + "|"]
-    for weights, (topology, *mesh) in CLOUDS.items():
-        found = compiled(f"llama-7b-cloud-{_file(weights)}", "llama-7b", topology, *CLOUD, *mesh)
-        lines.append(f"| {weights} | {topology} | {' | '.join(_decode_row(found))} |")
+    said = "The cloud's programs, 8 prompts of 896 tokens, of which a step adds a new token to each:"
+    columns = "| | chips | GiB a chip | fits | GiB of weights and cache | GiB read and written a step |"
+    lines += ["", said, "", columns, "|---" * 6 + "|"]
+    for name, (topology, *chosen) in CLOUDS.items():
+        found = compiled(f"cloud-{_file(name)}", name.partition(",")[0], topology, *CLOUD, *chosen)
+        lines.append(f"| {name} | {topology} | {' | '.join(_step_row(found))} |")
     lines += ["", "SPA on LLaMA-7B, a row on every chip, up to eight chips to a copy:", "", head, "|---" * 7 + "|"]
     reports: dict[int, dict[str, Any]] = {}
     for chips, topology in TOPOLOGIES.items():
@@ -153,12 +156,12 @@ def _file(name: str) -> str:
     return "-".join(re.findall(r"\w+", name.lower()))
 
 
-def _decode_row(report: dict[str, Any] | None) -> list[str]:
+def _step_row(report: dict[str, Any] | None) -> list[str]:
     if report is None or not report["fits"]:
-        return ["not compiled" if report is None else "does not fit", *[""] * 2]
-    advance = next(program for program in report["programs"] if program["name"] == "advance")
+        return ["not compiled" if report is None else "does not fit", *[""] * 3]
+    step = next(program for program in report["programs"] if program["name"] == "step")
     memory = f"{report['peak_bytes_per_chip'] / GIB:.2f} of {report['chip_bytes'] / GIB:.2f}"
-    return [memory, "yes", f"{advance['cost']['bytes'] / GIB:.2f}"]
+    return [memory, "yes", *(f"{size / GIB:.2f}" for size in (step["argument_bytes"], step["cost"]["bytes"]))]
 
 
 def _plot(reports: dict[int, dict[str, Any]]) -> None:

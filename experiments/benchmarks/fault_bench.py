@@ -23,7 +23,7 @@ import trustme
 
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Answer, InProcess
-from spa_jax.split.client import CloudGone, Connection, generate, merge_progress
+from spa_jax.split.client import CloudGone, Connection, generate
 from spa_jax.split.cloud_process import LocalCloud, cloud_process
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import MAX_BYTES_UP, METHOD, SERVICE
@@ -31,6 +31,7 @@ from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress, Reopen, 
 from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.session import Cloud
+from spa_jax.split.trust import merge_progress
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
 

@@ -1,4 +1,4 @@
-"""Tools that timings of one process share: two threads, and decode steps of prompts that have run."""
+"""Tools that timings share: two threads, decode steps of prompts that have run, and a plugin that is like any other."""
 
 import dataclasses
 import os
@@ -6,12 +6,17 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.llama import Entry
+from spa_jax.models.plugin import PluginConfig, init_plugin
+from spa_jax.models.side import SideConfig
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.plugin import Plugin
 
 THREADS = 2
 BACKBONE = "smollm2-135m-instruct"
@@ -58,3 +63,15 @@ def decode_steps(
         return state.position
 
     return advance
+
+
+def make_plugin(backbone: Backbone, entry: Entry) -> Plugin:
+    """Makes a random plugin with six taps that changes little."""
+    last = backbone.config.num_layers if entry == "head" else entry
+    side = SideConfig("tokenwise", 64, tuple(range(last % 3, last + 1, 3))[-6:])
+    config = PluginConfig("spa", side, backbone.config.hidden_size, entry=entry)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(np.float32(0.01 * rng.standard_normal(leaf.shape))), init_plugin(config, abstract=True)
+    )
+    return Plugin(config, params, backbone.name, backbone.fingerprint, "plain")

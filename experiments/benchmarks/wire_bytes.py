@@ -22,11 +22,12 @@ from experiments.paper.report import open_store
 from experiments.paper.store import CellStore
 from experiments.record import print_table
 from spa_jax import command
+from spa_jax.choices import CODECS, Codec
 from spa_jax.data.row_formats import read_pairs
 from spa_jax.models.combine import with_correction
 from spa_jax.models.llama import Llama, Params, unit
 from spa_jax.models.plugin import PluginConfig
-from spa_jax.split.wire import CODECS, Codec, bytes_per_position, decode, encode
+from spa_jax.split.wire import bytes_per_position, decode, encode
 from spa_jax.training.corrected import corrected_row, run_upper
 from spa_jax.training.features import Features
 from spa_jax.training.methods import recipe_for

@@ -65,6 +65,13 @@ class Cell:
     generates: bool = True
 
     @property
+    def setting(self) -> str:
+        """The setting: what goes on from the entry."""
+        return self.changes.get("setting") or (
+            "base" if self.training is None else self.training.changes.get("setting", "spa")
+        )
+
+    @property
     def description(self) -> dict[str, Any]:
         """Describes all but the label in JSON types, for the record of its results."""
         training = self.training and self.training.label
@@ -112,24 +119,46 @@ def transformer_training(scale: Scale, task: str, setting: str = "spa") -> Train
     return at("full", at("medium"))
 
 
-def table2_training(scale: Scale, task: str, setting: str) -> Training:
-    """Trains one of the methods of Table 2, all on the same rows, lengths and epochs.
+def short_training(scale: Scale, task: str, setting: str, seed: int = 0) -> Training:
+    """Trains one of the methods that are compared with LoRA, all on the same rows, lengths and epochs; side networks
+    in front of the LM head.
 
     Args:
         scale: has them.
         task: whose data.
         setting: `lora`, `adapter`, `spa` or `s2`.
+        seed: of the run.
     """
     peft = setting in PEFT_SETTINGS
 
     def at(task: str, size: str, epochs: int, tuned_on: Training | None = None) -> Training:
-        changes = {"setting": setting, "data.size": scale.sizes[task][size], "train.epochs": epochs}
-        changes |= {**scale.table2_config, **(scale.table2_peft_config if peft else {})}
+        changes = {"setting": setting, "data.size": scale.sizes[task][size], **scale.short[task]}
+        changes["train.epochs"] = epochs
+        if peft:
+            changes |= {**scale.short_peft, **_evaluated(scale.peft_eval_every)}
         words = [task, size, setting, *([] if peft else ["short"]), *([] if epochs == EPOCHS else [f"{epochs}epochs"])]
+        if seed and tuned_on is not None:
+            words.append(f"seed{seed}")
+            changes["seed"] = seed
         return Training("-".join(words), task, FrozenDict(changes), tuned_on, same_size=peft)
 
-    epochs = scale.table2_epochs[task]
-    return at(task, "full", epochs, at(*(scale.table2_tuned_on or (task, "medium", epochs))))
+    epochs = scale.short[task]["train.epochs"]
+    return at(task, "full", epochs, at(*(scale.short_tuned_on or (task, "medium", epochs))))
+
+
+def _evaluated(every: int) -> dict[str, int]:
+    return {"train.eval_every": every} if every else {}
+
+
+def inner_training(scale: Scale, task: str, setting: str, seed: int = 0) -> Training:
+    """Trains the scale's best plugin on the rows, lengths and epochs of `short_training`."""
+    changes = {"setting": setting, "data.size": scale.sizes[task]["full"], **scale.short[task], **scale.plugin}
+    changes |= _evaluated(scale.inner_eval_every)
+    words = [task, "full", setting, "inner"]
+    if seed:
+        words.append(f"seed{seed}")
+        changes["seed"] = seed
+    return Training("-".join(words), task, FrozenDict(changes))
 
 
 def cell_of(training: Training, setting: str | None = None, budget: float = 0.0, effect: bool = False) -> Cell:

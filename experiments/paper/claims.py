@@ -18,7 +18,7 @@ from experiments.paper import report as reporting
 from experiments.paper import table2, tables
 from experiments.paper.cells import Cell
 from experiments.paper.report import run_report
-from experiments.paper.scales import BUDGET, CLOSED_BOOK, SIZES, TASKS, TITLES, Scale
+from experiments.paper.scales import BUDGET, SIZES, TASKS, TITLES, Scale
 from experiments.paper.store import CellStore
 from spa_jax.files import write_bytes, write_json
 from spa_jax.scoring.bootstrap import Estimate, estimate
@@ -55,19 +55,33 @@ def claims(scale: Scale) -> list[Claim]:
             "parallel (S1) above sequential (S3)": (three["S1"], three["S3"]),
         }
         found += [Claim(says, task, *cells) for says, cells in pairs.items()]
-    for task in (task for task in (*TASKS, CLOSED_BOOK) if task in scale.sizes):
+    for task in TASKS:
         by_size = dict(zip(SIZES, tables.sizes(scale, task).values()))
         for smaller, larger in itertools.pairwise(SIZES):
             found.append(Claim(f"{larger} data above {smaller}", task, by_size[larger], by_size[smaller]))
             says = f"{larger} data asks the device less than {smaller}"
             found.append(Claim(says, task, by_size[smaller], by_size[larger], "share"))
+    for task in TASKS:
+        entry = tables.entries(scale, task)
+        at_budget = tables.AT_INNER
+        found.append(Claim(f"{at_budget}, above {tables.AT_HEAD}", task, entry[at_budget], entry[tables.AT_HEAD]))
+        found.append(Claim("S1 above SPA, inner", task, entry["S1, inner"], entry[at_budget]))
+        if task in scale.replacing:
+            pairs = {
+                "LST (S3) above one-shot, inner": (entry["LST (S3), inner"], entry["one-shot"]),
+                "SPA above LST (S3), inner": (entry["SPA, inner"], entry["LST (S3), inner"]),
+                "SPA above S2, inner": (entry["SPA, inner"], entry["S2, inner"]),
+            }
+            found += [Claim(says, task, *cells) for says, cells in pairs.items()]
+        if task in scale.beside_lora:
+            found.append(Claim(f"lora above {at_budget}", task, entry["LoRA"], entry[at_budget]))
     for task in tables.FIGURE4_TASKS:
         lines = (tables.epochs(scale, task, setting) for setting in (tables.PARALLEL, tables.SEQUENTIAL))
         parallel, sequential = lines
         for epochs in tables.FIGURE4_EPOCHS[:-1]:  # the last is Table 3's
             says = f"parallel above sequential after {epochs} epochs"
             found.append(Claim(says, task, parallel[epochs], sequential[epochs]))
-    for task in scale.table2_epochs:
+    for task in scale.table2:
         cells = table2.methods(scale, task)
         for name in ("LoRA", "Adapter"):
             found.append(Claim(f"{name.lower()} above SPA", task, cells[name], cells["SPA"]))

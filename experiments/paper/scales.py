@@ -28,11 +28,17 @@ class Scale:
         config: config keys that all trainings change from `configs/default.py`.
         sizes: `data.size` of each task by the names of Table 5.
         transformer: tasks on which the transformer kind of side network is trained too.
-        table2_epochs: `train.epochs` of Table 2's trainings, by the tasks that they are of.
-        table2_config: other config keys that all of Table 2's trainings change.
-        table2_peft_config: config keys that those of LoRA and Adapter change besides.
-        table2_tuned_on: task, size and epochs on which the learning rates of Table 2 are chosen; None for the medium
-            size of each training's own task, at its own epochs.
+        table2: tasks of Table 2.
+        short: config keys that all trainings beside LoRA change, by task: those of Table 2, and of the tables that
+            compare entries.
+        short_peft: config keys that those of LoRA and Adapter change besides.
+        peft_eval_every: `train.eval_every` of LoRA and Adapter.
+        inner_eval_every: `train.eval_every` of the best plugin beside them.
+        short_tuned_on: task, size and epochs on which their learning rates are chosen; None for the medium size of each
+            training's own task, at its own epochs.
+        replacing: tasks on which S2 and S3 are trained at an inner entry.
+        beside_lora: tasks on which LoRA stands beside the entries.
+        plugin: config keys of the best plugin, which `experiments.paper.search` has found.
         ablations: config keys that the trainings of the ablation tables change, by task; empty where there are none.
         caption: how the scale differs from the paper, for every table.
     """
@@ -41,10 +47,15 @@ class Scale:
     config: Mapping[str, Any]
     sizes: Mapping[str, Mapping[str, str]]
     transformer: tuple[str, ...]
-    table2_epochs: Mapping[str, int]
-    table2_config: Mapping[str, Any]
-    table2_peft_config: Mapping[str, Any]
-    table2_tuned_on: tuple[str, str, int] | None
+    table2: tuple[str, ...]
+    short: Mapping[str, Mapping[str, Any]]
+    short_peft: Mapping[str, Any]
+    peft_eval_every: int
+    inner_eval_every: int
+    short_tuned_on: tuple[str, str, int] | None
+    replacing: tuple[str, ...]
+    beside_lora: tuple[str, ...]
+    plugin: Mapping[str, Any]
     ablations: Mapping[str, Mapping[str, Any]]
     caption: str
 
@@ -70,13 +81,20 @@ PAPER = Scale(
     config=_config("llama-2-7b", "bfloat16", 2_000),
     sizes={task: {size: size for size in SIZES} for task in TASKS},
     transformer=TASKS,
-    table2_epochs={"xsum": 15, "coqa": 15},
-    table2_config={},
-    table2_peft_config={},
-    table2_tuned_on=None,
+    table2=("xsum", "coqa"),
+    short={task: FrozenDict({"train.epochs": EPOCHS}) for task in TASKS},
+    short_peft={},
+    peft_eval_every=0,
+    inner_eval_every=0,
+    short_tuned_on=None,
+    replacing=TASKS,
+    beside_lora=TASKS,
+    plugin=FrozenDict({"side.entry": "15", "side.edits": "all"}),
     ablations={},
     caption="LLaMA-2-7B for the paper's LLaMA-7B; full is the whole train split, and the paper counts all splits.",
 )
+SHORT_LENGTHS = {"xsum": 256, "cnn_dailymail": 384, "coqa": 640, "sciq": 256}
+"""Most tokens of a row, by task, of the mini scale's trainings beside LoRA."""
 MINI = Scale(
     name="mini",
     config=_config("smollm2-135m-instruct", "float32", 0),
@@ -86,10 +104,24 @@ MINI = Scale(
         CLOSED_BOOK: {"small": "500", "medium": "2000", "full": "full"},
     },
     transformer=("sciq",),
-    table2_epochs={"xsum": 3, "sciq": 3},
-    table2_config={"data.max_length": 256},
-    table2_peft_config={"peft.remat": "dots", "train.eval_every": 40},
-    table2_tuned_on=("sciq", "small", 12),
+    table2=("xsum", "sciq"),
+    short={task: FrozenDict({"data.max_length": length, "train.epochs": 3}) for task, length in SHORT_LENGTHS.items()},
+    short_peft={"peft.remat": "dots"},
+    peft_eval_every=40,
+    inner_eval_every=60,
+    short_tuned_on=("sciq", "small", 12),
+    replacing=("sciq",),
+    beside_lora=("xsum", "coqa", "sciq"),
+    plugin=FrozenDict(
+        {
+            "side.entry": "14",
+            "side.edits": "all",
+            "side.taps": "every:6",
+            "optimizer.learning_rate": 2e-3,
+            "router.labels": "always",
+            "dtype": "bfloat16",
+        }
+    ),
     ablations={
         "sciq": {"data.max_length": 320, "train.epochs": 8},
         "coqa": {"data.max_length": 512, "train.epochs": 8},

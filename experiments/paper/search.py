@@ -24,8 +24,6 @@ from experiments.paper.store import CellStore
 flags.adopt_module_key_flags(reporting)  # --help shows them
 
 FOLDER = "search/"
-LENGTHS = {"sciq": 256, "xsum": 256, "coqa": 384}
-"""`data.max_length` of each task, the same for LoRA."""
 BASE: Mapping[str, Any] = FrozenDict(
     {
         "setting": "spa",
@@ -79,7 +77,7 @@ STAGES = (
 def candidate(scale: Scale, task: str, name: str, stage: Stage) -> Training:
     """Describes the training of a candidate on a task of a stage."""
     size = scale.sizes[task][stage.size]
-    changes = {**BASE, **CANDIDATES[name], "data.size": size, "data.max_length": LENGTHS[task]}
+    changes = {**BASE, **CANDIDATES[name], "data.size": size, **scale.short[task]}
     words = "-".join(name.replace(",", "").replace(":", " ").split())
     label = f"{FOLDER}{task}-{stage.size}-{stage.epochs}epochs-{words}"
     return Training(label, task, FrozenDict({**changes, "train.epochs": stage.epochs}))

@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from experiments.paper import report as reporting
-from experiments.paper.cells import Cell, cell_of, table2_training
+from experiments.paper.cells import Cell, cell_of, short_training
 from experiments.paper.report import Rows, TableEntry, entry, run_report, write
 from experiments.paper.scales import LEARNING_RATES, TITLES, Scale
 from experiments.paper.store import CellStore
@@ -72,13 +72,13 @@ PAPER_SCORES = {
 def methods(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells of a task's column, by method."""
     trained = {"LoRA": "lora", "Adapter": "adapter", "LST": "s2", "SPA": "spa"}
-    found = {name: table2_training(scale, task, setting) for name, setting in trained.items()}
+    found = {name: short_training(scale, task, setting) for name, setting in trained.items()}
     return {name: cell_of(training, "s3" if name == "LST" else None) for name, training in found.items()}
 
 
 def cells(scale: Scale) -> list[Cell]:
     """Returns the cells of all methods and tasks."""
-    return [cell for task in scale.table2_epochs for cell in methods(scale, task).values()]
+    return [cell for task in scale.table2 for cell in methods(scale, task).values()]
 
 
 def latency(store: CellStore, name: str) -> dict[str, Any] | None:
@@ -87,7 +87,7 @@ def latency(store: CellStore, name: str) -> dict[str, Any] | None:
     kept = store.kept(path)
     if kept is not None or not store.may_run:
         return kept
-    task = next(iter(store.scale.table2_epochs))
+    task = store.scale.table2[0]
     cell = methods(store.scale, task)[name]
     training, setting = cell.training, cell.changes.get("setting")
     assert training is not None
@@ -152,7 +152,7 @@ def report(store: CellStore) -> None:
         times = inference, None, *others  # the paper has no opening
         measured, columns = latency(store, name), {"% param": TableEntry(None, paper=percent)}
         columns |= {column: entry(measured, key, said) for (column, key), said in zip(MEASURED.items(), times)}
-        for task in store.scale.table2_epochs:
+        for task in store.scale.table2:
             cell = methods(store.scale, task)[name]
             assert cell.training is not None
             columns["% param"] = entry(store.summary(cell.training), "params/trainable_percent", percent)

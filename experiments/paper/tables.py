@@ -15,7 +15,17 @@ from absl import flags
 
 from experiments.paper import ablations
 from experiments.paper import report as reporting
-from experiments.paper.cells import Cell, cell_of, lst_cell, one_shot, plugin_training, spa_cell, transformer_training
+from experiments.paper.cells import (
+    Cell,
+    cell_of,
+    inner_training,
+    lst_cell,
+    one_shot,
+    plugin_training,
+    short_training,
+    spa_cell,
+    transformer_training,
+)
 from experiments.paper.report import Rows, TableEntry, entry, mean, open_store, plot_bars, plt, write
 from experiments.paper.scales import BUDGET, CLOSED_BOOK, EPOCHS, SIZES, TASKS, TITLES, Scale
 from experiments.paper.store import CellStore
@@ -37,7 +47,7 @@ class Column:
     """A metric that every group shows.
 
     Attributes:
-        metric: key of a cell's result.
+        metric: key of a cell's result, in which `{setting}` stands for the cell's setting.
         title: follows the group's name.
         of_training: whether it is a key of the training's record instead.
         factor: multiplies it.
@@ -65,7 +75,8 @@ class Column:
             result = store.summary(cell.training)
         else:
             result = store.result(cell)
-        return entry(result, self.metric, self.paper.get(row, {}).get(group), self.factor)
+        metric = self.metric if cell is None else self.metric.format(setting=cell.setting)
+        return entry(result, metric, self.paper.get(row, {}).get(group), self.factor)
 
 
 class Table:
@@ -171,12 +182,33 @@ def sizes(scale: Scale, task: str) -> dict[str, Cell]:
     return {f"SPA {size}": spa_cell(scale, task, size) for size in SIZES}
 
 
+def entries(scale: Scale, task: str) -> dict[str, Cell]:
+    """Returns the cells that compare corrections in front of the LM head, those before an inner block, and LoRA.
+
+    All are trained on the same rows, lengths and epochs; SPA before the inner block on SciQ with two more seeds.
+    """
+    head, added = short_training(scale, task, "spa"), inner_training(scale, task, "spa")
+    found = {"one-shot": one_shot(task), "SPA, head": cell_of(head), AT_HEAD: cell_of(head, budget=BUDGET)}
+    if task in scale.replacing:
+        replaced = inner_training(scale, task, "s2")
+        found |= {"LST (S3), inner": cell_of(replaced, "s3"), "S2, inner": cell_of(replaced)}
+    found |= {"S1, inner": cell_of(added, "s1"), "SPA, inner": cell_of(added), AT_INNER: cell_of(added, budget=BUDGET)}
+    for seed in range(1, SEEDS if task == "sciq" else 1):
+        again = inner_training(scale, task, "spa", seed)
+        found[f"{AT_INNER}, seed {seed}"] = cell_of(again, budget=BUDGET)
+    if task in scale.beside_lora:
+        found["LoRA"] = cell_of(short_training(scale, task, "lora"))
+    return found
+
+
 def texts(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells of Tables 1, 3 and 6 whose texts are compared."""
     smaller = {f"SPA {size}": spa_cell(scale, task, size) for size in SIZES[:-1]}
     return {"one-shot": one_shot(task), **smaller, **settings(scale, task)}
 
 
+AT_HEAD, AT_INNER = f"SPA at {BUDGET}, head", f"SPA at {BUDGET}, inner"
+SEEDS = 3
 FIGURE4_TASKS, FIGURE4_EPOCHS = ("xsum", "sciq"), (1, 2, 4, 8, EPOCHS)
 PARALLEL, SEQUENTIAL = "parallel (S1)", "sequential (S3)"
 
@@ -197,6 +229,10 @@ def _figure4(scale: Scale) -> Grid:
 
 def _table4(scale: Scale) -> Grid:
     return {PAPER_ROW: {"": None}, **{TITLES[task]: {"": spa_cell(scale, task)} for task in TASKS}}
+
+
+def _entries(task: str, scale: Scale) -> Grid:
+    return {row: {"": cell} for row, cell in entries(scale, task).items()}
 
 
 def _ablation(task: str, scale: Scale) -> Grid:
@@ -229,6 +265,12 @@ ABLATION = (
 PROTOCOL = (
     "SmolLM2-135M-Instruct, 8 epochs at a learning rate of 0.001, {}. Losses are in nats per answer token of the test "
     "rows, teacher-forced; nothing is generated. Tables 1 to 7 have another protocol, {}, and cannot be compared."
+)
+ENTRIES = (
+    Column("loss/{setting}", "nats", digits=3),
+    Column("score/rougeL", "ROUGE-L"),
+    Column("score/f1", "F1"),
+    Column("consulted_share", "share"),
 )
 PAPER_SIZES = {
     f"SPA {size}": [DATA_SETS[task].sizes.get(size, DATA_SETS[task].paper_full) for task in TASKS] for size in SIZES
@@ -315,6 +357,16 @@ TABLES = {
         note="In per cent of each text's runs of four words, those that it has had before (Welleck et al. 2020).",
         plot=plot_bars,
     ),
+    **{
+        f"entries_{task}": Table(
+            f"{TITLES[task]}: corrections in front of the LM head and before an inner block, beside LoRA",
+            functools.partial(_entries, task),
+            *ENTRIES,
+            note="Head is in front of the LM head, inner where the best plugin of `experiments.paper.search` enters. "
+            "Nats are of the test split's target tokens, teacher-forced; shares are of generated tokens.",
+        )
+        for task in TASKS
+    },
     "ablation_sciq": Table(
         "Choices of training on SciQ, teacher-forced: rows of 320 tokens, 8 epochs",
         functools.partial(_ablation, "sciq"),

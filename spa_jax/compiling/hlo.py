@@ -190,7 +190,7 @@ def _count_runs(
                 trips = inner_trips
             unknown += trips is None
             for called in instruction.calls():
-                runs[called] += runs[name] * (trips or 1)
+                runs[called] += runs[name] * (1 if trips is None else trips)
                 if name in looped or instruction.opcode == "while":
                     looped.add(called)
                 if name in fused or instruction.opcode == "fusion":

@@ -1,6 +1,7 @@
 """The programs of a config, compiled from shapes alone: no weights, no data, no devices."""
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Iterator
@@ -8,19 +9,26 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spa_jax.compiling.hlo import Cost, cost
 from spa_jax.data.padding import padded_length
 from spa_jax.data.pipeline import Batch
-from spa_jax.decoding.cache import count_slots, init_cache
+from spa_jax.decoding.cache import count_slots, init_cache, init_shared_cache
 from spa_jax.decoding.sampling import GREEDY
+from spa_jax.engine.batch import places_of, progress_of, wishes_of
+from spa_jax.engine.extents import UNIT, count_units, power_of_two
+from spa_jax.engine.group import Group, Task
+from spa_jax.engine.layouts import lay_out
+from spa_jax.engine.programs import MAX_STEPS, Parts, finish_prompts, run_prompts, run_steps
+from spa_jax.engine.schedule import part_length
+from spa_jax.models.combine import ADDED
 from spa_jax.models.llama import Llama, Params, init_params
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.quantized import Matrix, quantize
 from spa_jax.split import wire
-from spa_jax.split.cloud import CloudConfig, RouterState, advance, correct_prompts, prefill
 from spa_jax.split.device import SideInput, correct
 from spa_jax.split.wire import Codec, Encoded
 from spa_jax.training.config import RunConfig
@@ -105,9 +113,8 @@ def compile_programs(
         yield _finetune(config, backbone, partitioner, sizes)
         return
     plugin = plugin_config(config, shape)
-    model = backbone.model(plugin.side.taps, entry=plugin.entry)
     if which == "cloud":
-        yield from _cloud(plugin, model, frozen, sizes, codec)
+        yield from _cloud(plugin, backbone, partitioner, sizes)
     else:
         yield _device(plugin, partitioner, sizes, codec)
 
@@ -126,11 +133,11 @@ def _train(config: RunConfig, backbone: Backbone, partitioner: MeshPartitioner, 
     if config.tap_cache.enabled and recipe.method.side is not None:
         backbone_pass = jax.jit(extract, static_argnums=(0, 3))
         arguments = (model, backbone.params, batch, kept_for(cast(PluginConfig, recipe.method)))
-        yield _compile("backbone pass", backbone_pass, *arguments)[0]
+        yield _compile("backbone pass", backbone_pass, *arguments)
         features = jax.eval_shape(lambda params, batch: extract(model, params, batch, arguments[3]), *arguments[1:3])
         batch = jax.tree.map(lambda leaf: _array(partitioner, leaf.shape, leaf.dtype), features)
     accumulate = config.train.accumulate
-    yield _compile("train step", train_step, recipe, model, optimizer, accumulate, state, backbone.params, batch)[0]
+    yield _compile("train step", train_step, recipe, model, optimizer, accumulate, state, backbone.params, batch)
 
 
 def _quantized(path: tuple[Any, ...], leaf: jax.Array) -> Matrix:
@@ -166,43 +173,73 @@ def _finetune(config: RunConfig, backbone: Backbone, partitioner: MeshPartitione
         )
 
     state = jax.eval_shape(lambda: init_state(init_params(backbone.config), optimizer))
-    return _compile("step", jax.jit(step, donate_argnums=0), _placed(partitioner, state), _batch(partitioner, sizes))[0]
+    return _compile("step", jax.jit(step, donate_argnums=0), _placed(partitioner, state), _batch(partitioner, sizes))
 
 
-def _cloud(plugin: PluginConfig, model: Llama, frozen: Params, sizes: Sizes, codec: Codec) -> Iterator[Compiled]:
-    groups, d = sizes.rows, model.config.hidden_size
-    corrects_prompt = plugin.edits == "all"
-    config = CloudConfig(model, plugin.setting, codec, plugin.side.attends, "correction", None, (2,), corrects_prompt)
-    everywhere = NamedSharding(_mesh(model), PartitionSpec())
-
-    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
-    router: Any = RouterState(array(groups, d, 2), array(groups), array(groups, d))
-    slots = count_slots(sizes.length, sizes.room, 1)
-    program, outputs = _compile(
-        "prefill", prefill, config, frozen, router, array(groups, padded_length(sizes.length, 32), dtype=jnp.int32),
-        array(groups, dtype=jnp.int32), 0, slots=slots, max_new_tokens=sizes.room,
+def _cloud(plugin: PluginConfig, backbone: Backbone, partitioner: MeshPartitioner, sizes: Sizes) -> Iterator[Compiled]:
+    """Compiles the engine's programs: a part of one prompt, and a step of all. The entry is fixed here, so that it is
+    known how often loops run."""
+    size = backbone.config
+    model = backbone.model(tuple(range(size.num_layers + 1)))
+    dtype = model.activation_dtype
+    depth = size.num_layers if plugin.entry == "head" else plugin.entry
+    router = np.zeros((size.hidden_size, 2), np.float32), np.zeros(size.hidden_size, np.float32)
+    task = Task(
+        *router, 0.5, routed=plugin.routed, asks=True, adds=plugin.setting in ADDED, entry=depth,
+        enters_at_head=plugin.entry == "head", taps=plugin.taps, attends=plugin.side.attends,
+        corrects_prompt=plugin.edits == "all", eos_ids=(2,), limit=sizes.room, sampling=GREEDY, seed=0, beams=None,
+        keep=lambda taps: taps,
     )  # fmt: skip
-    yield program
-    if outputs is None:
-        return
-    state, _, states = outputs
+    room = UNIT * count_units(task.count_slots(sizes.length))
+    prompt = [0] * sizes.length
+    groups = [Group(task, n, prompt, depth, range(n * room, (n + 1) * room)) for n in range(sizes.rows)]
+    for group in groups:
+        group.state = np.zeros((1, size.hidden_size), dtype)
+    view = power_of_two(room)
+    slots = max(view, sizes.rows * room)
+    everywhere = NamedSharding(partitioner.mesh, PartitionSpec())
+    backbone = lay_out(backbone, lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies))
 
-    def answers(*shape: int) -> Any:
-        return jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), _encoded(codec, shape))
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
 
-    if corrects_prompt:
-        g, answered = answers(*states.shape), array(dtype=jnp.bool)
-        program, state = _compile("correct prompts", correct_prompts, config, frozen, state, states, g, answered)
-        yield program
-        if state is None:
-            return
-    flags = array(groups, dtype=jnp.bool)
+    cache = {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(partitioner.mesh, partitioner.spec(leaf, "LSKH"))
+        )
+        for name, leaf in jax.eval_shape(
+            lambda: init_shared_cache(size, slots, model.activation_dtype, partitioner)
+        ).items()
+    }
+    entry, last = np.int32(depth), np.int32(depth if task.corrects_prompt else size.num_layers)
+    count = part_length([sizes.length])
+    of_part: Any = [np.array([number], np.int32) for number in (sizes.length - count, sizes.length)]
+    parts = Parts(*of_part)
+    places, wishes = (shapes(each) for each in (places_of(groups[:1], view, slots), wishes_of(groups[:1], 2)))
+    states = jax.ShapeDtypeStruct((1, count, size.hidden_size), dtype, sharding=everywhere)
+    tokens = jax.ShapeDtypeStruct((1, count), jnp.int32, sharding=everywhere)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def lower(frozen: Params, cache: Any, tokens: Any, wishes: Any, places: Any) -> Any:
+        return run_prompts(model, frozen, cache, tokens, parts, wishes, places, entry, last, view=view)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def finish(frozen: Params, cache: Any, states: Any, g: Any, wishes: Any, places: Any) -> Any:
+        answered = np.ones(1, bool)
+        return finish_prompts(model, frozen, cache, states, g, answered, parts, wishes, places, entry, view=view)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(frozen: Params, cache: Any, wishes: Any, places: Any, progress: Any) -> Any:
+        return run_steps(model, frozen, cache, wishes, places, progress, entry, np.int32(MAX_STEPS), view=view)
+
+    yield _compile(f"{count} tokens of a prompt", lower, backbone.params, cache, tokens, wishes, places)
+    if task.corrects_prompt:
+        g = jax.ShapeDtypeStruct(states.shape, jnp.float32, sharding=everywhere)
+        yield _compile("the same from the entry on", finish, backbone.params, cache, states, g, wishes, places)
+    placed = places_of(groups, view, slots)
+    arguments = wishes_of(groups, 2), placed, progress_of(groups, placed, view)
     # Whether the lower blocks run at all depends on whether any token is left to run.
-    lower_blocks = model.config.num_layers if model.entry == "head" else model.entry
-    arguments = config, frozen, state, answers(groups, d), flags, flags, GREEDY
-    yield _compile("advance", advance, *arguments, inner_trips=lower_blocks)[0]
+    yield _compile("step", step, backbone.params, cache, *shapes(arguments), inner_trips=depth)
 
 
 def _device(plugin: PluginConfig, partitioner: MeshPartitioner, sizes: Sizes, codec: Codec) -> Compiled:
@@ -218,12 +255,7 @@ def _device(plugin: PluginConfig, partitioner: MeshPartitioner, sizes: Sizes, co
     inputs = SideInput(taps, jax.ShapeDtypeStruct((rows, positions), jnp.int32), integers, integers)  # type: ignore[arg-type]
     arguments = (init_plugin(plugin, abstract=True)["side"], cache, inputs)
     side, cache, inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), arguments)
-    return _compile("correct", correct, plugin, codec, side, cache, inputs)[0]
-
-
-def _mesh(model: Llama) -> jax.sharding.Mesh:
-    assert isinstance(model.partitioner, MeshPartitioner)
-    return model.partitioner.mesh
+    return _compile("correct", correct, plugin, codec, side, cache, inputs)
 
 
 def _encoded(codec: Codec, shape: tuple[int, ...]) -> Encoded:
@@ -242,34 +274,22 @@ def _placed(partitioner: MeshPartitioner, tree: Any) -> Any:
     )
 
 
-def _compile(
-    name: str, program: Any, *arguments: Any, inner_trips: int | None = None, **static: Any
-) -> tuple[Compiled, Any]:
-    """Compiles a program; also returns its results as shapes with shardings, or None if it does not fit.
-
-    `inner_trips` is as for `cost`.
-    """
-    lowered = program.lower(*arguments, **static)
+def _compile(name: str, program: Any, *arguments: Any, inner_trips: int | None = None) -> Compiled:
+    """Compiles a program; `inner_trips` is as for `cost`."""
+    lowered = program.lower(*arguments)
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(name, time.perf_counter() - began, None, None, _requested_bytes(str(error)), False, None), None
+        return Compiled(name, time.perf_counter() - began, None, None, _requested_bytes(str(error)), False, None)
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
-    outputs = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        compiled.out_info,
-        compiled.output_shardings,
-    )
     arguments_and_temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Compiled(
-        name, seconds, *arguments_and_temporaries, peak, True, cost(compiled.as_text(), inner_trips)
-    ), outputs
+    return Compiled(name, seconds, *arguments_and_temporaries, peak, True, cost(compiled.as_text(), inner_trips))
 
 
 def _requested_bytes(message: str) -> int | None:

@@ -33,6 +33,7 @@ KEYS = {
     "date": flags.DEFINE_string("date", DEFAULTS.data.date, "The day that a chat template with a date writes."),
     "max_length": flags.DEFINE_integer("max_length", DEFAULTS.data.max_length, "Most tokens of a row; 0 is 1024."),
 }
+ROW = flags.DEFINE_integer("row", 1, "Which training row to show, from 1.")
 OUTPUT = flags.DEFINE_string("output", None, "File for the same as JSON.")
 
 SHOWN = 10
@@ -51,8 +52,8 @@ def show(report: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     lines = [f"cut at its end: {row}" for split in splits for row in split["cut"]]
-    lines += [f"asks the same: {row} and {like}" for row, like in report["overlap"]["same"]]
-    lines += [f"asks nearly the same: {row} and {like}" for row, like in report["overlap"]["near"]]
+    lines += [f"asks the same: held-out {row} and training {like}" for row, like in report["overlap"]["same"]]
+    lines += [f"asks nearly the same: held-out {row} and training {like}" for row, like in report["overlap"]["near"]]
     for line in lines[:SHOWN]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if len(lines) > SHOWN:
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> None:
     config = with_defaults({"seed": SEED.value, "data.train": "".join(named), **keys})
     train, held_out = load_own(config.data, config.seed)
     encoder = make_encoder(load_backbone(BACKBONE.value, read_weights=False), config.data)
-    report = describe(train, held_out, encoder)
+    report = describe(train, held_out, encoder, ROW.value)
     if OUTPUT.value:
         write_json(Path(OUTPUT.value), report)
     show(report)

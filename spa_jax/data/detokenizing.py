@@ -1,5 +1,6 @@
 """The text of a generation as its tokens come, which joined is the text of all tokens together."""
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -56,6 +57,73 @@ class StreamingDetokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class AnswerText:
+    """The text of an answer as its tokens come, up to the one of some texts that is complete first, and ends it.
+
+    Attributes:
+        pieces: the texts of its tokens that are certain, one for each.
+        is_stopped: whether one of the texts has come; it and what follows are no part of the answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, stop: Sequence[str] = ()) -> None:
+        """Begins an answer; a backbone without a tokenizer has answers that nobody reads."""
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._num_read = 0
+        self._held: list[str] = []  # which may be the beginning of a text that ends the answer
+        self.pieces: list[str] = []
+        self.is_stopped = False
+
+    @functools.cached_property
+    def _stream(self) -> StreamingDetokenizer:
+        assert self._tokenizer is not None
+        return StreamingDetokenizer(self._tokenizer)
+
+    def read(self, tokens: Sequence[int], is_last: bool = False) -> None:
+        """Reads on in an answer.
+
+        Args:
+            tokens: all of it so far.
+            is_last: whether no other token follows.
+        """
+        for token in tokens[self._num_read :]:
+            self._take(self._stream.add(token))
+        self._num_read = len(tokens)
+        if is_last:
+            self._take(self._stream.finish())
+            if not self.is_stopped:
+                self.pieces += self._held
+                self._held = []
+
+    def num_tokens(self, total: int) -> int:
+        """Returns how many of so many tokens may be shown: of an answer that a text may end, those whose texts are
+        certain."""
+        return min(total, len(self.pieces)) if self._stop else total
+
+    def _take(self, texts: list[str]) -> None:
+        if self.is_stopped:
+            return
+        if not self._stop:
+            self.pieces += texts
+            return
+        self._held += texts
+        joined = "".join(self._held)
+        found = [(at + len(stop), at) for stop in self._stop if (at := joined.find(stop)) >= 0]
+        self.is_stopped = bool(found)
+        left = min(found)[1] if found else len(joined) - self._overlap(joined)
+        while self._held and left >= len(self._held[0]):
+            left -= len(self._held[0])
+            self.pieces.append(self._held.pop(0))
+        if self.is_stopped:
+            self.pieces += [self._held[0][:left]] if left else []
+            self._held = []
+
+    def _overlap(self, text: str) -> int:
+        """Returns how many characters at the end of a text may begin one that ends the answer."""
+        longest = max(map(len, self._stop)) - 1
+        ends = (text[-count:] for count in range(min(longest, len(text)), 0, -1))
+        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stop)), 0)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], ended: bool = True) -> list[str]:

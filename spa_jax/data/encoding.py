@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -10,7 +10,8 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerFast
 
 from spa_jax import chat
-from spa_jax.data.pairs import Pair, Turn
+from spa_jax.data.pairs import Pair, Turn, exchanges
+from spa_jax.data.special_tokens import special_tokens
 from spa_jax.errors import UserError
 
 Template = Literal["chat", "plain"]
@@ -46,6 +47,8 @@ class Example(NamedTuple):
 class Encoder:
     """Writes rows as tokens of one backbone.
 
+    The name of a special token, such as `<|im_end|>`, is text where it stands in a row or a prompt.
+
     Attributes:
         tokenizer: the backbone's tokenizer.
         template: `chat` writes the source as the user's turn in the tokenizer's own chat template, after its context;
@@ -54,6 +57,7 @@ class Encoder:
         target_room: tokens that every prompt leaves free for its target, so that how much of a source is cut does not
             tell how long the target is. A longer target takes what it needs.
         date: the day that a chat template with a date writes, such as `2024-07-26`.
+        reads_special: whether the names of special tokens in texts are these tokens instead.
         limited_by: name of what the user can raise to allow more tokens; empty where `max_length` is the backbone's
             context.
         end: the token that ends a target.
@@ -69,6 +73,7 @@ class Encoder:
     target_room: int = 0
     date: str = chat.DATE
     limited_by: str = "data.max_length"
+    reads_special: bool = False
     end: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,18 +101,22 @@ class Encoder:
         """Returns the token ids of the prompt for a source text after some other turns.
 
         Raises:
-            UserError: the chat template has no place for one of them, such as a system turn.
+            UserError: the chat template does not write one of them, such as a system turn.
         """
-        turns = (*context, Turn("user", source))
+        turns = self._written((*context, Turn("user", source)))
         if self.template == "plain":
-            return list(self.tokenizer(self._plain(turns))["input_ids"])
+            return self._tokens(self._plain(turns), begin=True)
         text = self._chat(turns, open_answer=True)
-        self._check_written(context, text)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._check_written(turns, text)
+        return self._tokens(text)
+
+    def raw(self, text: str) -> list[int]:
+        """Returns the token ids of a text that is to be continued as it is, in no template."""
+        return self._tokens(self._text(text), begin=True)
 
     def target(self, target: str) -> list[int]:
         """Returns the token ids of a target text, with the token that ends it."""
-        return [*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end]
+        return [*self._tokens(self._text(target)), self.end]
 
     def truncate(self, source: str, max_tokens: int, context: Sequence[Turn] = ()) -> tuple[str, list[int]]:
         """Cuts the end of a source whose prompt, after its context, would have more than `max_tokens` tokens.
@@ -118,7 +127,7 @@ class Encoder:
         prompt = self.prompt(source, context)
         if len(prompt) <= max_tokens:
             return source, prompt
-        ids = self.tokenizer(source, add_special_tokens=False)["input_ids"]
+        ids = self._tokens(self._text(source))
         keep = len(ids) - (len(prompt) - max_tokens)
         while keep > 0:
             source = self.tokenizer.decode(ids[:keep]).rstrip("\N{REPLACEMENT CHARACTER}")
@@ -141,10 +150,10 @@ class Encoder:
             UserError: the chat template does not write an answer as its text, the token that ends it and then the turns
                 that follow.
         """
-        turns = (*context, Turn("user", source))
+        turns = self._written((*context, Turn("user", source)))
         if self.template == "plain":
-            return list(self.tokenizer(self._plain(turns), add_special_tokens=False)["input_ids"])
-        exchange = (*opening, Turn("user", "a"), Turn("assistant", "b"))
+            return self._tokens(self._plain(turns))
+        exchange = (*self._written(opening), Turn("user", "a"), Turn("assistant", "b"))
         first_prompt = self._chat(exchange[:-1], open_answer=True)
         answered = self._chat(exchange, open_answer=False)
         second_prompt = self._chat((*exchange, *turns), open_answer=True)
@@ -156,19 +165,58 @@ class Encoder:
                 "data.template=plain"
             )
         text = closing + second_prompt[len(answered) :]
-        self._check_written(context, text)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self._check_written(turns, text)
+        return self._tokens(text)
+
+    def conversation(self, turns: Iterable[tuple[Turn, Sequence[int]]]) -> list[int]:
+        """Returns the token ids of the prompt for the last question of a conversation, written as the training rows
+        are. The prompt of a conversation is the beginning of that of any longer one.
+
+        Args:
+            turns: the conversation, each with token ids; of an answer, those that were generated, if they are known,
+                and nothing of other turns.
+
+        Raises:
+            UserError: it does not end in a user's turn, an answer follows none, or the chat template cannot write it.
+        """
+        answered, asked = exchanges(turns, "this conversation")
+        if not asked or asked[-1].role != "user":
+            raise UserError("a conversation ends in the user's turn that is to be answered, and this one does not")
+        tokens: list[int] = []
+        opening = (answered[0][0] if answered else asked)[:-1]
+        for (*context, question), answer, generated in [*answered, (asked, None, ())]:
+            if tokens:
+                tokens += self.follow_up(question.content, context, opening)
+            else:
+                tokens += self.prompt(question.content, context)
+            if answer is not None:
+                tokens += generated or self.target(answer.content)
+                tokens += [self.end] if tokens[-1] != self.end else []
+        return tokens
+
+    def _text(self, content: str) -> str:
+        """Makes sure that nothing in a text becomes a special token."""
+        return content if self.reads_special else special_tokens(self.tokenizer).hide(content)
+
+    def _written(self, turns: Sequence[Turn]) -> list[Turn]:
+        return [Turn(turn.role, self._text(turn.content)) for turn in turns]
+
+    def _tokens(self, text: str, begin: bool = False) -> list[int]:
+        return special_tokens(self.tokenizer).encode(text, begin)
 
     def _chat(self, turns: Sequence[Turn], open_answer: bool) -> str:
         """Writes turns as the chat template does, and the beginning of an answer if that is to follow."""
         return chat.render(self.tokenizer, [turn._asdict() for turn in turns], open_answer, self.date)
 
-    def _check_written(self, context: Sequence[Turn], text: str) -> None:
-        missing = [turn.role for turn in context if turn.content.strip() not in text]
+    def _check_written(self, turns: Sequence[Turn], text: str) -> None:
+        """Refuses a text in which the question, the last of the turns, or one in front of it is not as it was."""
+        missing = [index for index, turn in enumerate(turns, start=1) if turn.content.strip() not in text]
+        if missing == [len(turns)]:
+            raise UserError("this backbone's chat template does not write a question as it is: set data.template=plain")
         if missing:
             raise UserError(
-                f"this backbone's chat template does not write {missing[0]} turns in front of a question: leave them "
-                "out, or set data.template=plain"
+                f"this backbone's chat template does not write {turns[missing[0] - 1].role} turns in front of a "
+                "question: leave them out, or set data.template=plain"
             )
 
     def _plain(self, turns: Sequence[Turn]) -> str:

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -67,6 +68,10 @@ def read_hub(name: str, columns: str = "") -> tuple[list[Pair], list[Pair]]:
     import datasets
 
     hub, _, config = name.partition(":")
+    if "/" not in hub:  # of `json`, the name of one of its loaders, `datasets` makes whatever lies in this directory
+        if not os.path.isdir(hub):
+            raise UserError(f"data.hub is '{name}': write org/name, org/name:CONFIG, or a directory")
+        hub = os.path.join(os.curdir, hub)
     advice = "check the name and the network, write org/name:CONFIG if it has several, or download it for data.train"
     builder = from_hub(datasets.load_dataset_builder, hub, config or None, advice)
     files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}

@@ -43,10 +43,10 @@ def warn_of_overlap(train: Sequence[Pair], held_out: Sequence[Pair]) -> None:
     same, near = find_overlap(train, held_out)
     if same or near:
         held, trained = (same or near)[0]
+        kinds = [f"{len(found)} ask {what}" for found, what in ((same, "the same"), (near, "nearly the same")) if found]
         log.warning(
-            "%d of %d held-out rows ask what a training row asks too, and %d nearly (%s is like %s): their loss says "
-            "little of other questions",
-            len(same), len(held_out), len(near), held.origin, trained.origin,
+            "of %d held-out rows, %s as a training row (%s is like %s): their loss says little of other questions",
+            len(held_out), " and ".join(kinds), held.origin, trained.origin,
         )  # fmt: skip
 
 

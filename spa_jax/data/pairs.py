@@ -1,11 +1,14 @@
 """Rows of data, whatever format they came in: a source and a target, or a conversation of several."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, TypeVar
 
 from spa_jax.data import persona
+from spa_jax.errors import UserError
 
 Role = Literal["system", "user", "assistant"]
+Note = TypeVar("Note")
 
 
 class Turn(NamedTuple):
@@ -13,6 +16,33 @@ class Turn(NamedTuple):
 
     role: Role
     content: str
+
+
+def exchanges(turns: Iterable[tuple[Turn, Note]], where: str) -> tuple[list[tuple[list[Turn], Turn, Note]], list[Turn]]:
+    """Splits a conversation into its exchanges.
+
+    Args:
+        turns: each with something that is noted of it.
+        where: names the conversation in messages.
+
+    Returns:
+        For each answer the turns that it answers, the user's last, the answer itself, and what is noted of it; and the
+        turns after the last answer. A greeting, an answer in front of all users' turns, is among those that follow.
+
+    Raises:
+        UserError: an answer follows no user's turn.
+    """
+    found: list[tuple[list[Turn], Turn, Note]] = []
+    before: list[Turn] = []
+    for turn, note in turns:
+        if turn.role == "assistant" and before and before[-1].role == "user":
+            found.append((before, turn, note))
+            before = []
+        elif turn.role == "assistant" and (found or any(other.role == "user" for other in before)):
+            raise UserError(f"{where}: an assistant's turn follows no user's turn: join it to the turn before")
+        else:
+            before.append(turn)
+    return found, before
 
 
 @dataclasses.dataclass(frozen=True)

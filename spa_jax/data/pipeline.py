@@ -3,8 +3,8 @@
 Shape letters: B rows of a batch, T tokens, R target tokens (the positions that predict them).
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -28,9 +28,54 @@ class Batch(NamedTuple):
     """1 for a target token, 0 for padding; float32."""
 
 
-def padded_shape(example: Example) -> tuple[int, int]:
-    """Returns the padded (T, R) of an example; all examples of a batch have the same."""
+Shape = tuple[int, int]
+"""Padded T and R."""
+WORTH_COMPILING = 4
+"""Batches of the longest shape that a shape of its own must save in an epoch, since it needs a program of its own."""
+
+
+def padded_shape(example: Example) -> Shape:
+    """Returns the padded (T, R) of an example by itself."""
     return padded_length(len(example.tokens), 32), padded_length(len(example.predict), 8)
+
+
+def padded_shapes(examples: Sequence[Example], batch_size: int) -> list[Shape]:
+    """Chooses the padded (T, R) of every example; all examples of a batch have the same."""
+    own = [padded_shape(example) for example in examples]
+    merged = merge_shapes(Counter(own), batch_size)
+    return [merged[shape] for shape in own]
+
+
+def merge_shapes(counts: Mapping[Shape, int], batch_size: int) -> dict[Shape, Shape]:
+    """Merges neighbouring shapes such that padding and compiling together cost least: few rows have one shape, and of
+    very many every shape stays as it is.
+
+    Args:
+        counts: how many examples have each shape by themselves.
+        batch_size: B.
+
+    Returns:
+        The shape that each of them is padded to.
+    """
+    shapes = sorted(counts)
+    best: list[tuple[int, int, Shape]] = [(0, 0, (0, 0))]
+    """The least cost of the first 0, 1, 2, ... shapes, where the last of the merged ones begins, and its shape."""
+    for end in range(1, len(shapes) + 1):
+        options = []
+        for begin in range(end):
+            part = shapes[begin:end]
+            together = max(length for length, _ in part), max(width for _, width in part)
+            batches = -(-sum(counts[shape] for shape in part) // batch_size)
+            cost = batches * sum(together) + WORTH_COMPILING * sum(shapes[-1])
+            options.append((best[begin][0] + cost, begin, together))
+        best.append(min(options))
+    merged: dict[Shape, Shape] = {}
+    end = len(shapes)
+    while end:
+        _, begin, together = best[end]
+        merged |= dict.fromkeys(shapes[begin:end], together)
+        end = begin
+    return merged
 
 
 def plan_batches(examples: Sequence[Example], batch_size: int, seed: int | None = None) -> grain.MapDataset:
@@ -41,8 +86,8 @@ def plan_batches(examples: Sequence[Example], batch_size: int, seed: int | None 
     a run resumes from its step alone.
     """
     rows_by_shape = defaultdict(list)
-    for row, example in enumerate(examples):
-        rows_by_shape[padded_shape(example)].append(row)
+    for row, shape in enumerate(padded_shapes(examples, batch_size)):
+        rows_by_shape[shape].append(row)
 
     def pad(rows: Sequence[int]) -> np.ndarray:
         return np.array([*rows, *[-1] * (batch_size - len(rows))], np.int32)
@@ -59,16 +104,16 @@ def plan_batches(examples: Sequence[Example], batch_size: int, seed: int | None 
     return whole if seeds is None else whole.shuffle(seed=int(seeds[-1]))
 
 
-def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: tuple[int, int] | None = None) -> Batch:
-    """Pads rows of one padded shape and stacks them.
+def collate(examples: Sequence[Example], rows: Int[np.ndarray, " B"], shape: Shape | None = None) -> Batch:
+    """Pads rows and stacks them.
 
     Args:
         examples: all examples.
         rows: indices into them; -1 is a row beyond the data.
-        shape: padded (T, R), where the rows are a part of a batch; by default that of the first row.
+        shape: padded (T, R); by default the least that holds these rows.
     """
     chosen = [examples[row] for row in rows if row >= 0]
-    length, width = shape or padded_shape(chosen[0])
+    length, width = shape or np.max([padded_shape(example) for example in chosen], axis=0).tolist()
     tokens = np.zeros((len(rows), length), np.int32)
     lengths = np.zeros(len(rows), np.int32)
     predict, targets = np.zeros((2, len(rows), width), np.int32)

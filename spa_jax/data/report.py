@@ -10,20 +10,29 @@ from transformers import PreTrainedTokenizerFast
 from spa_jax.data.encoding import Encoder, Example
 from spa_jax.data.overlap import find_overlap
 from spa_jax.data.pairs import Pair
+from spa_jax.errors import UserError
 
 
-def describe(train: Sequence[Pair], held_out: Sequence[Pair], encoder: Encoder) -> dict[str, Any]:
+def describe(train: Sequence[Pair], held_out: Sequence[Pair], encoder: Encoder, row: int = 1) -> dict[str, Any]:
     """Describes rows as they will be trained on and evaluated on, for JSON.
+
+    Args:
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        encoder: makes tokens of them.
+        row: number of the training row that is shown, from 1.
 
     Returns:
         `template` and `max_length` of the encoder; of `train` and `held_out` the numbers of rows, answers, answers that
         are learnt, tokens, target tokens and tokens of the longest row, and the rows whose source is cut; in `overlap`,
         the held-out rows that ask the `same` as a training row, or nearly (`near`), each with that row; and as
-        `example` the text of the first training row, in spans that are targets or not.
+        `example` the text of a training row, in spans that are targets or not.
 
     Raises:
-        UserError: a row cannot be encoded.
+        UserError: a row cannot be encoded, or there is no row of that number.
     """
+    if not 1 <= row <= len(train):
+        raise UserError(f"there is no training row {row}, but {len(train)}, from 1")
     splits = {"train": train, "held_out": held_out}
     encoded = {name: [encoder.encode(pair) for pair in pairs] for name, pairs in splits.items()}
     overlap = find_overlap(train, held_out)
@@ -34,7 +43,7 @@ def describe(train: Sequence[Pair], held_out: Sequence[Pair], encoder: Encoder) 
         "overlap": {
             kind: [[pair.origin, like.origin] for pair, like in found] for kind, found in overlap._asdict().items()
         },
-        "example": {"row": train[0].origin, "spans": spans(encoded["train"][0][0], encoder.tokenizer)},
+        "example": {"row": train[row - 1].origin, "spans": spans(encoded["train"][row - 1][0], encoder.tokenizer)},
     }
 
 

@@ -54,14 +54,30 @@ def warn_of_left_out(reasons: Sequence[str], kept: int) -> None:
         log.warning("%d of %d rows are left out, the first since %s", len(reasons), len(reasons) + kept, reasons[0])
 
 
+class RepeatedName(ValueError):
+    """An object of JSON has two values of one name, of which any reader would take one."""
+
+
 def parse_json(text: str) -> Any:
     """Parses JSON; numbers are `Number`s, and NaN and the infinities None.
 
     Raises:
         json.JSONDecodeError: it is none.
         RecursionError: it is nested too deeply.
+        RepeatedName: an object has a name twice.
     """
-    return json.loads(text, parse_int=Number, parse_float=Number, parse_constant=lambda _: None)
+    return json.loads(
+        text, parse_int=Number, parse_float=Number, parse_constant=lambda _: None, object_pairs_hook=_object
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedName(f"names '{twice}' twice in one object: leave one of them out")
+    return values
 
 
 def _read_json(file: BufferedIOBase, name: str) -> Rows:
@@ -92,6 +108,8 @@ def _parse(data: bytes, name: str, first: int) -> Any:
     except json.JSONDecodeError as error:
         line = first + error.lineno - 1
         raise UserError(f"{name}, line {line} is not JSON ({error.msg}, column {error.colno})") from error
+    except RepeatedName as error:
+        raise UserError(f"{name}, line {first} {error}") from error
     except RecursionError as error:
         raise UserError(f"{name}, line {first} has JSON that is nested too deeply to be read") from error
 
@@ -102,7 +120,10 @@ def _decode(data: bytes, name: str, first: int) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = first + data[: error.start].count(b"\n")
-        raise UserError(f"cannot read the data file '{name}', line {line}: {error}; write it as UTF-8") from error
+        raise UserError(
+            f"cannot read the data file '{name}', line {line}: {error}; write it as UTF-8, and as JSON, CSV (.csv, "
+            ".tsv) or Parquet (.parquet)"
+        ) from error
 
 
 def _read_csv(file: BufferedIOBase, name: str) -> Rows:
@@ -138,10 +159,22 @@ def _read_parquet(file: BufferedIOBase, name: str) -> Rows:
         # Parquet is read from its end, which a gzipped file does not have.
         content = BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
         batches = pyarrow.parquet.ParquetFile(content).iter_batches()
-        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+        for number, row in enumerate((row for batch in batches for row in _rows_of(batch, name)), start=1):
             yield f"{name}, row {number}", row
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"cannot read the data file '{name}' as Parquet: {error}") from error
+
+
+def _rows_of(batch: Any, name: str) -> Iterator[dict[str, Any]]:
+    columns = {}
+    for column, values in zip(batch.schema.names, batch.columns):
+        if column in columns:
+            raise UserError(f"{name} names a column twice: {', '.join(batch.schema.names)}")
+        try:
+            columns[column] = values.to_pylist()
+        except (OverflowError, ValueError) as error:  # such as a date that Python does not have
+            raise UserError(f"{name}: column '{column}' cannot be read ({error}): leave it out") from error
+    return (dict(zip(columns, values)) for values in zip(*columns.values()))
 
 
 READERS = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}

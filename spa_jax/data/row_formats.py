@@ -4,12 +4,14 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from spa_jax.data.pairs import Pair, Role, Turn
+from spa_jax.data.pairs import Pair, Role, Turn, exchanges
 from spa_jax.data.row_files import parse_json, read_rows
 from spa_jax.data.text import check_text
 from spa_jax.errors import UserError
+from spa_jax.files import write_bytes
 
 Row = Mapping[str, Any]
 
@@ -34,6 +36,36 @@ def read_pairs(path: str, columns: str = "") -> list[Pair]:
     """
     pairs, _ = to_pairs(read_rows(path), f"the data file '{path}'", columns)
     return pairs
+
+
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
+    """Writes pairs as JSON lines of `messages`, from which `read_pairs` makes the same pairs, but for the phrase that a
+    generation of the embedded data set contains, and other people's answers."""
+    rows = ({"messages": [message for turn in pair.turns for message in _as_messages(turn)]} for pair in pairs)
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def add_conversation(path: Path, turns: Iterable[Turn]) -> None:
+    """Adds a row of `messages` to a file of JSON lines, which need not exist yet.
+
+    Raises:
+        UserError: there is no answer in it, or the file cannot be read or written.
+    """
+    messages = [turn._asdict() for turn in turns]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError("there is no answer yet that could be saved")
+    try:
+        before = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror or error}") from error
+    begin = before + (b"" if before.endswith(b"\n") or not before else b"\n")
+    write_bytes(path, begin + json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n")
+
+
+def _as_messages(pair: Pair) -> list[dict[str, Any]]:
+    asked = [*pair.context, Turn("user", pair.source)]
+    weight = {} if pair.learnt else {"weight": 0}
+    return [*(turn._asdict() for turn in asked), {"role": "assistant", "content": pair.target, **weight}]
 
 
 def to_pairs(
@@ -99,10 +131,10 @@ def recognise(row: Row, where: str) -> str:
     known = f"{where}: the columns {', '.join(sorted(row)) or 'of no name'}"
     if found:
         example = ",".join(f"{name}={name}" for name in FORMATS[found[0]].columns)
-        raise UserError(f"{known} are {' and '.join(found)}: name those to read, by data.columns={example}")
+        raise UserError(f"{known} can be read as {' or as '.join(found)}: say which, such as by data.columns={example}")
     raise UserError(
-        f"{known} are of no format that can be read, which are {'; '.join(FORMATS)}: rename them, or say by "
-        "data.columns=source=...,target=... which is the question and which the answer"
+        f"{known} are of no format that can be read ({'; '.join(FORMATS)}): rename them, or say which is the question "
+        "and which the answer by data.columns=source=...,target=... (of check and evaluate: --columns=...)"
     )
 
 
@@ -179,7 +211,7 @@ def _turns(row: Row, column: str, where: str) -> list[tuple[Turn, bool]]:
     if type(value) is str:
         try:
             value = parse_json(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where}: column '{column}' is neither a list of turns nor JSON of one: {error}"
             ) from error
@@ -227,18 +259,16 @@ def _conversation(turns: Iterable[tuple[Turn, bool]], where: str) -> Pair:
 
     What comes after the last answer that is learnt is nothing that could be learnt from, and left out.
     """
-    pairs: list[Pair] = []
-    before: list[Turn] = []
-    for turn, learnt in turns:
-        if turn.role == "assistant" and before and before[-1].role == "user":
-            *context, source = before
-            origin = f"{where}, answer {len(pairs) + 1}" if pairs else where
-            pairs.append(Pair(source.content, turn.content, None, origin, context=tuple(context), learnt=learnt))
-            before = []
-        elif turn.role == "assistant" and (pairs or any(other.role == "user" for other in before)):
-            raise UserError(f"{where}: an assistant's turn follows no user's turn: join it to the turn before")
-        else:
-            before.append(turn)
+    pairs = [
+        Pair(
+            source.content,
+            answer.content,
+            origin=f"{where}, answer {number}" if number > 1 else where,
+            context=tuple(context),
+            learnt=learnt,
+        )
+        for number, ((*context, source), answer, learnt) in enumerate(exchanges(turns, where)[0], start=1)
+    ]
     while pairs and not pairs[-1].learnt:
         pairs.pop()
     if not pairs:

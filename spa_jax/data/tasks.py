@@ -6,6 +6,7 @@ question, so that what is cut from a long one is the end of its passage.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -218,8 +219,8 @@ def _size(size: str | int, name: str, everything: int) -> int:
 
 def _open_directory(task: Task, directory: Path, split: Split) -> tuple[str, Rows]:
     named = directory / f"{task.train_file if split == 'train' else split}.jsonl"
-    path = named if named.is_file() else directory / f"{split}.jsonl"
-    if not path.is_file():
+    path = named if os.path.isfile(named) else directory / f"{split}.jsonl"
+    if not os.path.isfile(path):
         raise UserError(f"there is no file '{path}': a task's directory has train, validation and test.jsonl")
     return f"'{path}'", read_rows(str(path))
 

@@ -1,6 +1,12 @@
-"""Text that is text: what came from a file, a command line or a terminal, before a tokenizer or a message takes it."""
+"""Text that is text: what came from a file, a command line or a terminal, before a tokenizer or a message takes it, and
+what came from anywhere, before a terminal does."""
+
+import re
 
 from spa_jax.errors import UserError
+
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and those that turn the direction of writing."""
 
 
 def check_text(text: str, where: str) -> str:
@@ -32,3 +38,8 @@ def check_prompt(prompt: str) -> str:
     if not prompt.strip():
         raise UserError("the prompt is empty")
     return check_text(prompt, "the prompt")
+
+
+def visible(text: str) -> str:
+    r"""Returns the text with escapes such as `\x1b` for all characters that a terminal would take for commands."""
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)

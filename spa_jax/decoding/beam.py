@@ -7,14 +7,18 @@ not end go on. Shape letters: G groups (prompts), K beams, N most new tokens, V 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from spa_jax.decoding.hypotheses import IMPOSSIBLE, Finished, Hypotheses, select_active
+from spa_jax.decoding.hypotheses import IMPOSSIBLE, Finished, Hypotheses, is_end, select_active
 from spa_jax.errors import UserError
+
+EarlyStopping = bool | Literal["never"]
+STOPPINGS: tuple[EarlyStopping, ...] = (False, True, "never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Beams:
 
     width: int = 4
     length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
+    early_stopping: EarlyStopping = False
 
     def check(self) -> "Beams":
         """Refuses values out of range, and returns itself.
@@ -42,6 +46,104 @@ class Beams:
         if self.width < 1:
             raise UserError(f"beams is {self.width}, but must be 1 or more")
         return self
+
+
+class Search(NamedTuple):
+    """How each group is searched; it may be traced, so that changing it compiles nothing."""
+
+    width: Int[Array, " G"]
+    """Hypotheses that are kept, at most K; further ones are never possible."""
+    length_penalty: Float[Array, " G"]
+    stopping: Int[Array, " G"]
+    """Index of `early_stopping` in `STOPPINGS`."""
+
+
+def searches(beams: Sequence[Beams]) -> Search:
+    """Makes the `Search` of groups from how each is searched."""
+    ways: Any = (
+        np.array([each.width for each in beams], np.int32),
+        np.array([each.length_penalty for each in beams], np.float32),
+        np.array([STOPPINGS.index(each.early_stopping) for each in beams], np.int32),
+    )
+    return Search(*ways)
+
+
+class Ranking(NamedTuple):
+    """What one more token makes of each group's hypotheses."""
+
+    parents: Int[Array, "G K"]
+    """For each hypothesis that goes on, best first, the index within its group of the one it continues."""
+    tokens: Int[Array, "G K"]
+    """Its new token."""
+    scores: Float[Array, "G K"]
+    """Its summed log-probability."""
+    ended_parents: Int[Array, "G K"]
+    """The first K continuations, as above; those among them that end have finished."""
+    ended_tokens: Int[Array, "G K"]
+    kept: Int[Array, "G K"]
+    """The finished hypotheses from now on, by index among those before, followed by the first K continuations."""
+    finished_scores: Float[Array, "G K"]
+    """Their scores, `IMPOSSIBLE` where there is none yet."""
+    is_done: Bool[Array, " G"]
+
+
+def rank(
+    search: Search,
+    scores: Float[Array, "G K"],
+    finished_scores: Float[Array, "G K"],
+    logits: Float[Array, "G K V"],
+    num_generated: Int[Array, " G"],
+    limit: Int[Array, " G"],
+    eos_ids: Int[Array, "#G E"],
+) -> Ranking:
+    """Ranks all continuations of each group's hypotheses by one token.
+
+    Args:
+        search: how to search.
+        scores: summed log-probabilities of the hypotheses, `IMPOSSIBLE` where there is none.
+        finished_scores: of the finished ones, likewise.
+        logits: float32, of the next token after each hypothesis.
+        num_generated: tokens of each hypothesis, the next one included.
+        limit: most new tokens.
+        eos_ids: tokens that end a hypothesis, and padding below 0.
+    """
+    groups, width = scores.shape
+    exists = jnp.arange(width)[None, :] < search.width[:, None]
+    candidates = max(2, 1 + eos_ids.shape[1]) * width  # so that K of them do not end
+    count = min(candidates, logits.shape[-1])
+    log_p = jax.nn.log_softmax(logits, axis=-1) + scores[:, :, None]
+    best, ids = jax.lax.top_k(log_p, count)
+    ranked, index = jax.lax.top_k(best.reshape(groups, -1), min(candidates, width * count))
+    parents = index // count
+    tokens = jnp.take_along_axis(ids.reshape(groups, -1), index, axis=1).astype(jnp.int32)
+    ends = is_end(tokens, eos_ids[:, None, :]) | (num_generated == limit)[:, None]
+
+    def over_length(scores: jax.Array, length: jax.Array) -> jax.Array:
+        return scores / (length.astype(jnp.float32) ** search.length_penalty)[:, None]
+
+    def is_full(finished: jax.Array) -> jax.Array:
+        return jnp.all((finished > IMPOSSIBLE) | ~exists, axis=1)
+
+    continued, chosen = jax.lax.top_k(ranked + jnp.where(ends, IMPOSSIBLE, 0), width)
+    stops_early = search.stopping == STOPPINGS.index(True)
+    may_finish = ends[:, :width] & exists & ~(stops_early & is_full(finished_scores))[:, None]
+    ended = jnp.where(may_finish, over_length(ranked[:, :width], num_generated), IMPOSSIBLE)
+    finished, kept = jax.lax.top_k(jnp.concatenate([finished_scores, ended], axis=1), width)
+    finished = jnp.where(exists, finished, IMPOSSIBLE)
+    waits_longest = (search.stopping == STOPPINGS.index("never")) & (search.length_penalty > 0)
+    attainable = over_length(continued, jnp.where(waits_longest, limit, num_generated))[:, 0]
+    worst = jnp.take_along_axis(finished, search.width[:, None] - 1, axis=1)[:, 0]
+    is_done = is_full(finished) & ((attainable <= worst) | stops_early)
+    return Ranking(
+        jnp.take_along_axis(parents, chosen, axis=1),
+        jnp.take_along_axis(tokens, chosen, axis=1),
+        jnp.where(exists, continued, IMPOSSIBLE),
+        parents[:, :width],
+        tokens[:, :width],
+        kept,
+        finished,
+        is_done | (num_generated == limit),
+    )
 
 
 def search_step(
@@ -68,49 +170,28 @@ def search_step(
     finished = hypotheses.finished
     assert finished is not None, "made without search"
     groups, width, max_new_tokens = hypotheses.tokens.shape
-    candidates = max(2, 1 + len(eos_ids)) * width  # so that K of them do not end
-    count = min(candidates, logits.shape[-1])
-    log_p = jax.nn.log_softmax(logits, axis=-1) + hypotheses.scores[:, :, None]
-    best, ids = jax.lax.top_k(log_p, count)
-    scores, index = jax.lax.top_k(best.reshape(groups, -1), min(candidates, width * count))
-    parents = index // count
-    token = jnp.take_along_axis(ids.reshape(groups, -1), index, axis=1).astype(jnp.int32)
     num_generated = hypotheses.num_generated + 1
+    search = searches([beams] * groups)
+    limit, ends = jnp.full(groups, max_new_tokens, jnp.int32), jnp.array(eos_ids, jnp.int32)[None, :]
+    ranking = rank(search, hypotheses.scores, finished.scores, logits, num_generated, limit, ends)
+    is_next = jnp.arange(max_new_tokens)[None, None, :] == hypotheses.num_generated[:, None, None]
 
-    def append(history: jax.Array, new: jax.Array) -> jax.Array:
-        is_next = jnp.arange(max_new_tokens)[None, None, :] == hypotheses.num_generated[:, None, None]
-        return jnp.where(is_next & active[:, None, None], new[:, :, None], _take(history, parents))
+    def extend(parents: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        flags = jnp.take_along_axis(consulted, parents, axis=1)
+        return (
+            jnp.where(is_next, tokens[:, :, None], _take(hypotheses.tokens, parents)),
+            jnp.where(is_next, flags[:, :, None], _take(hypotheses.consulted, parents)),
+        )
 
-    tokens = append(hypotheses.tokens, token)
-    consulted = append(hypotheses.consulted, jnp.take_along_axis(consulted, parents, axis=1))
-    ends = jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (num_generated == max_new_tokens)[:, None]
-
-    continued, chosen = jax.lax.top_k(scores + jnp.where(ends, IMPOSSIBLE, 0), width)
-    is_full = jnp.all(finished.scores > IMPOSSIBLE, axis=1)
-    may_finish = ends & (jnp.arange(ends.shape[1])[None, :] < width)
-    if beams.early_stopping is True:
-        may_finish &= ~is_full[:, None]
-    penalised = scores / num_generated.astype(jnp.float32)[:, None] ** beams.length_penalty
-    merged = jnp.concatenate([finished.scores, jnp.where(may_finish, penalised, IMPOSSIBLE)], axis=1)
-    merged, kept = jax.lax.top_k(merged, width)
-    finished = Finished(
-        _take(jnp.concatenate([finished.tokens, tokens], axis=1), kept),
-        _take(jnp.concatenate([finished.consulted, consulted], axis=1), kept),
-        merged,
-    )
-    length = num_generated
-    if beams.early_stopping == "never" and beams.length_penalty > 0:
-        length = jnp.full_like(num_generated, max_new_tokens)
-    best_attainable = continued[:, 0] / length.astype(jnp.float32) ** beams.length_penalty
-    is_full = jnp.all(finished.scores > IMPOSSIBLE, axis=1)
-    is_done = (is_full & (best_attainable <= finished.scores[:, -1])) | (num_generated == max_new_tokens)
-    if beams.early_stopping is True:
-        is_done |= is_full
-    parents = jnp.take_along_axis(parents, chosen, axis=1)
-    tokens, consulted = _take(tokens, chosen), _take(consulted, chosen)
-    extended = Hypotheses(tokens, consulted, continued, num_generated, is_done, hypotheses.keys, finished)
-    unchanged = jnp.broadcast_to(jnp.arange(width, dtype=parents.dtype)[None, :], parents.shape)
-    return select_active(active, extended, hypotheses), jnp.where(active[:, None], parents, unchanged)
+    ended = extend(ranking.ended_parents, ranking.ended_tokens)
+    before = finished.tokens, finished.consulted
+    kept, flags = (_take(jnp.concatenate(both, axis=1), ranking.kept) for both in zip(before, ended))
+    extended = Hypotheses(
+        *extend(ranking.parents, ranking.tokens), ranking.scores, num_generated, ranking.is_done, hypotheses.keys,
+        Finished(kept, flags, ranking.finished_scores),
+    )  # fmt: skip
+    unchanged = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], ranking.parents.shape)
+    return select_active(active, extended, hypotheses), jnp.where(active[:, None], ranking.parents, unchanged)
 
 
 def _take(history: Array, index: Int[Array, "G C"]) -> Array:

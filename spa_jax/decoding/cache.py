@@ -17,12 +17,31 @@ from jaxtyping import Array, Bool, Int
 
 from spa_jax.data.padding import padded_length
 from spa_jax.models.block import PADDING, Cache, CachePlacement, LlamaConfig
+from spa_jax.models.partitioner import Partitioner
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """Creates an empty cache `{"k", "v"}` of `[B,L,K,H,S]`; a `CachePlacement` says which slot holds which token."""
     shape = (batch, config.num_layers, config.num_kv_heads, config.head_dim, slots)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def init_shared_cache(config: LlamaConfig, slots: int, dtype: DTypeLike, partitioner: Partitioner) -> Cache:
+    """Creates an empty cache `{"k", "v"}` of `[L,S,K,H]`, whose slots all rows share."""
+    shape = (config.num_layers, slots, config.num_kv_heads, config.head_dim)
+    return {name: partitioner.constrain(jnp.zeros(shape, dtype), "LSKH") for name in ("k", "v")}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def grow_shared_cache(cache: Cache, slots: int, partitioner: Partitioner) -> Cache:
+    """Adds empty slots to a shared cache."""
+
+    def grown(leaf: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, slots - leaf.shape[1]), (0, 0), (0, 0)]
+        return partitioner.constrain(jnp.pad(leaf, padding), "LSKH")
+
+    return jax.tree.map(grown, cache)
 
 
 def cache_bytes(config: LlamaConfig, batch: int, slots: int, dtype: DTypeLike) -> int:

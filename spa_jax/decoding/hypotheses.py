@@ -53,6 +53,25 @@ class Generation:
     consulted: list[bool]
     score: float | None = None
     """Summed log-probabilities in nats over length ** penalty; beam search only."""
+    p_consult: Sequence[float] = dataclasses.field(default=(), compare=False)
+    """p(consult) of each token; nothing where no router decides, or where it was not noted."""
+    logprobs: Sequence[float] = dataclasses.field(default=(), compare=False)
+    """Log-probability of each token in nats, before temperature and penalties, NaN where it is not known."""
+    waits: Sequence[float] = dataclasses.field(default=(), compare=False)
+    """Seconds that the question about each token was out; 0 where none was."""
+
+    def first(self, count: int) -> "Generation":
+        """Returns its first tokens."""
+        if count >= len(self.tokens):
+            return self
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:count],
+            consulted=self.consulted[:count],
+            p_consult=self.p_consult[:count],
+            logprobs=self.logprobs[:count],
+            waits=self.waits[:count],
+        )
 
     @property
     def consulted_share(self) -> float:
@@ -86,6 +105,11 @@ def last_tokens(hypotheses: Hypotheses) -> Int[Array, "G K"]:
     """Returns the newest token of each hypothesis; every group needs at least one."""
     index = jnp.maximum(hypotheses.num_generated - 1, 0)
     return jnp.take_along_axis(hypotheses.tokens, index[:, None, None], axis=2)[:, :, 0]
+
+
+def is_end(tokens: Int[Array, "*M"], eos_ids: Int[Array, "*#M E"]) -> Bool[Array, "*M"]:
+    """Tells which tokens are among those that end a text, where padding of `eos_ids` is below 0."""
+    return jnp.any(tokens[..., None] == eos_ids, axis=-1)
 
 
 def parent_rows(parents: Int[Array, "G K"]) -> Int[Array, " R"]:

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from spa_jax.decoding.hypotheses import Hypotheses, select_active, token_keys
+from spa_jax.decoding.hypotheses import Hypotheses, is_end, select_active, token_keys
 from spa_jax.errors import UserError
 
 
 class Sampling(NamedTuple):
-    """The parameters of sampling; they may be traced, so that changing them compiles nothing.
+    """The parameters of sampling, of all rows or each an array of rows; they may be traced, so that changing them
+    compiles nothing.
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
@@ -42,11 +43,46 @@ class Sampling(NamedTuple):
         return self
 
 
-GREEDY = Sampling()
+class Penalties(NamedTuple):
+    """Penalties that are taken off the logits of tokens that an answer has already, as OpenAI's API defines it.
+
+    Of all rows, or each an array of rows; negative values favour such tokens.
+
+    Attributes:
+        frequency: for each time that the answer has the token.
+        presence: once, if the answer has it at all.
+    """
+
+    frequency: float = 0.0
+    presence: float = 0.0
+
+    def check(self) -> "Penalties":
+        """Refuses values out of range, and returns itself.
+
+        Raises:
+            UserError: a value is out of range; the message names it.
+        """
+        for name, value in self._asdict().items():
+            if not -2 <= value <= 2:
+                raise UserError(f"{name}_penalty is {value}, but must be between -2 and 2")
+        return self
 
 
-def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+GREEDY, NO_PENALTIES = Sampling(), Penalties()
+
+
+def penalize(logits: Float[Array, "B V"], counts: Int[Array, "B V"], penalties: Penalties) -> Float[Array, "B V"]:
+    """Takes the penalties of each row off the logits of tokens, by how often its answer has them."""
+    frequency, presence = (jnp.asarray(leaf)[:, None] for leaf in penalties)
+    said = (counts > 0).astype(logits.dtype)
+    return logits - frequency * counts.astype(logits.dtype) - presence * said
+
+
+def filter_logits(
+    logits: Float[Array, "B V"], top_k: Int[Array, " #B"], top_p: Float[Array, " #B"]
+) -> Float[Array, "B V"]:
     """Sets logits outside the top k or the top p to -inf; the likeliest token always stays."""
+    top_k, top_p = top_k[:, None], top_p[:, None]
     ranked = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -59,16 +95,15 @@ def filter_logits(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Flo
 
 def sample(keys: Key[Array, " B"], logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
     """Draws one token id a row, int32, each by its own key."""
-
-    def greedy() -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature, top_k, top_p = (jnp.atleast_1d(jnp.asarray(leaf)) for leaf in sampling)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
-        filtered = filter_logits(scaled, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
-        return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
+        filtered = filter_logits(logits / jnp.maximum(temperature, 1e-6)[:, None], top_k, top_p)
+        drawn = jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
+        return jnp.where(temperature == 0, greedy, drawn)
 
-    return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, greedy, draw)
+    return jax.lax.cond(jnp.all(temperature == 0), lambda: greedy, draw)
 
 
 def sample_step(
@@ -100,6 +135,6 @@ def append_token(
         tokens=jnp.where(is_next, token[:, None, None], hypotheses.tokens),
         consulted=jnp.where(is_next, consulted[:, :, None], hypotheses.consulted),
         num_generated=num_generated,
-        is_done=jnp.isin(token, jnp.array(eos_ids, jnp.int32)) | (num_generated == max_new_tokens),
+        is_done=is_end(token, jnp.array(eos_ids, jnp.int32)[None, :]) | (num_generated == max_new_tokens),
     )
     return select_active(active, extended, hypotheses)

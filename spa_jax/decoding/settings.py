@@ -1,8 +1,8 @@
 """The setting and the threshold that a trained method runs with, and what ends its generations."""
 
 from spa_jax.chat import end_of_answer
+from spa_jax.choices import SETTINGS
 from spa_jax.errors import UserError
-from spa_jax.models.combine import SETTINGS
 from spa_jax.models.method import Method
 from spa_jax.weights.backbone import Backbone
 

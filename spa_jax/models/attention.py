@@ -7,7 +7,7 @@
 - `cudnn`: NVIDIA's fused kernel, for half precision.
 
 One token, or tokens that see a cache with others in it, always take `xla` or `blockwise`. Shape letters: B batch, T
-queries, S keys, N query heads, K key/value heads, H head width.
+queries, S keys, N query heads, K key/value heads, H head width; L blocks of a cache.
 """
 
 import functools
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from spa_jax.errors import UserError
 from spa_jax.models.compute import Kernel
@@ -62,6 +62,36 @@ def attend(
     if chosen == "cudnn":
         return _on_each_device(partitioner, _cudnn_part, q, k, v, mask)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
+
+
+def attend_shared(
+    partitioner: Partitioner,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "L S K H"],
+    v: Float[Array, "L S K H"],
+    layer: int | Int[Array, ""],
+    begins: Int[Array, " B"],
+    mask: Bool[Array, "B 1 T C"],
+) -> Float[Array, "B T N H"]:
+    """Computes `attend` over a cache whose slots all rows share: each row sees C of them, from where it begins.
+
+    A processor and a TPU take one row after another, whose keys and values then fit its fast memory: of all rows at
+    once, a TPU writes copies to its main memory first. GPUs take all at once.
+    """
+    _, _, heads, width = k.shape
+
+    def attend_row(q: jax.Array, begin: jax.Array, mask: jax.Array) -> jax.Array:
+        size = (1, mask.shape[-1], heads, width)
+        keys, values = (jax.lax.dynamic_slice(each, (layer, begin, 0, 0), size)[0].astype(q.dtype) for each in (k, v))
+        q = q.reshape(len(q), heads, -1, width)
+        scores = jnp.einsum("tkgh,skh->kgts", q, keys, preferred_element_type=jnp.float32) * width**-0.5
+        scores = jnp.where(mask[None], scores, -0.7 * jnp.finfo(jnp.float32).max)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        return jnp.einsum("kgts,skh->tkgh", weights, values).reshape(len(q), -1, width)
+
+    if partitioner.platform in ("cpu", "tpu"):
+        return jax.lax.map(lambda row: attend_row(*row), (q, begins, mask))
+    return jax.vmap(attend_row)(q, begins, mask)
 
 
 def select_kernel(

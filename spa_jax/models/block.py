@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from spa_jax.models.attention import attend
+from spa_jax.models.attention import attend, attend_shared
 from spa_jax.models.compute import Kernel
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 from spa_jax.models.product import linear
@@ -31,9 +31,11 @@ PADDING = 2**30
 """Position of a padding token: after every real token, beyond every cache."""
 
 Cache = dict[str, jax.Array]
-"""Keys and values, `{"k": [B,L,K,H,S], "v": [B,L,K,H,S]}`, rotary embedding applied; see `spa_jax.decoding.cache`.
+"""Keys and values, `{"k": [B,L,K,H,S], "v": [B,L,K,H,S]}`, or `[L,S,K,H]` where all rows share the slots; rotary
+embedding applied; see `spa_jax.decoding.cache`.
 
-The slots come last because so the products of attention read them: XLA transposes nothing on a CPU.
+Slots of a row come last because so the products of attention read them: XLA transposes nothing on a CPU. Shared slots
+are many, and a processor writes a token's keys much faster where they lie together.
 """
 
 ForwardHook = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -102,7 +104,9 @@ class LlamaConfig:
         return embeddings + self.num_layers * (attention + mlp + 2 * d) + d
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("slots", "mask"), meta_fields=("reads_cache",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("slots", "mask", "begins"), meta_fields=("reads_cache",)
+)
 @dataclasses.dataclass(frozen=True)
 class CachePlacement:
     """Where tokens live in a cache, and which keys they see."""
@@ -114,6 +118,8 @@ class CachePlacement:
     reads_cache: bool = True
     """Whether the keys are those of the cache. Otherwise they are those of the T tokens themselves, each of which
     sees all up to itself: there is no cache, or it is empty."""
+    begins: Int[Array, " B"] | None = None
+    """In a cache whose slots all rows share, the first of those that each row's mask is about."""
 
 
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
@@ -210,8 +216,30 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None and places.begins is not None:
+            cache = {
+                name: cache[name].at[layer, places.slots].set(new.astype(cache[name].dtype), mode="drop")
+                for name, new in (("k", k), ("v", v))
+            }
+            mixed = attend_shared(self.partitioner, q, cache["k"], cache["v"], layer, places.begins, places.mask)
+        else:
+            mixed, cache = self._attend(q, k, v, places, cache, layer, context)
+        out = linear(c.hidden_size, weights_dtype=self.weights_dtype, use_bias=c.attention_bias, axes=2, name="o")
+        return hook("o", mixed, out(mixed)), cache
+
+    def _attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        places: CachePlacement,
+        cache: Cache | None,
+        layer: int | Int[Array, ""],
+        context: Cache | None,
+    ) -> tuple[Float[Array, "B T N H"], Cache | None]:
+        """Attends over the tokens' own keys, behind a context if there is one, or over each row's cache."""
         if cache is not None:
-            rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+            rows = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
             cache = {
                 name: cache[name].at[rows, layer, :, :, places.slots].set(new.astype(cache[name].dtype), mode="drop")
                 for name, new in (("k", k), ("v", v))
@@ -221,16 +249,14 @@ class Attention(nn.Module):
                     jnp.moveaxis(jax.lax.dynamic_index_in_dim(cache[name], layer, 1, keepdims=False), -1, 1)
                     for name in ("k", "v")
                 )
-        k, v = k.astype(x.dtype), v.astype(x.dtype)
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
         if context is not None:
             k, v = (
-                jnp.concatenate([jnp.moveaxis(context[name], -1, 1).astype(x.dtype), own], axis=1)
+                jnp.concatenate([jnp.moveaxis(context[name], -1, 1).astype(q.dtype), own], axis=1)
                 for name, own in (("k", k), ("v", v))
             )
         not_padding = None if places.reads_cache or context is not None else places.slots != PADDING
-        mixed = attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding)
-        out = linear(c.hidden_size, weights_dtype=self.weights_dtype, use_bias=c.attention_bias, axes=2, name="o")
-        return hook("o", mixed, out(mixed)), cache
+        return attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding), cache
 
 
 class MLP(nn.Module):

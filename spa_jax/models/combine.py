@@ -4,13 +4,13 @@ At the entry `head` f is the LM head's input. In front of an inner block it is t
 router's offset are given here multiplied by their unit, see `spa_jax.models.llama.unit`.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Setting = Literal["spa", "s1", "s2", "s3", "base"]
-SETTINGS: tuple[Setting, ...] = get_args(Setting)
+from spa_jax.choices import Setting
+
 ROUTED: tuple[Setting, ...] = ("spa", "s2")
 """Settings with a router."""
 ADDED: tuple[Setting, ...] = ("spa", "s1")

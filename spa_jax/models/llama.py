@@ -178,20 +178,22 @@ class Llama(nn.Module):
         places: CachePlacement | None = None,
         peft: ForwardHook | None = None,
         when: Bool[Array, ""] | None = None,
+        entry: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "P B T D"], Cache | None]:
         """Runs tokens up to the entry; other arguments as for the whole.
 
         Args:
             when: where given and false, no block runs, and the results mean nothing.
+            entry: a traced entry in place of the model's own, L for `head`.
 
         Returns:
             The state at the entry, the taps, and the cache with the keys and values of the blocks before the entry.
         """
-        entry = self.config.num_layers if self.entry == "head" else self.entry
-        last = entry if when is None else jnp.where(when, jnp.int32(entry), 0)
+        depth = entry_depth(self, entry)
+        last = depth if when is None else jnp.where(when, jnp.asarray(depth, jnp.int32), 0)
         h = self.embed_tokens(tokens)
         h, taps, cache = self.run_blocks(h, positions, cache, places, peft, last=last, taps=self.taps)
-        return self.final_norm(h) if self.entry == "head" else h, taps, cache
+        return self.at_entry(h, entry), taps, cache
 
     def upper(
         self,
@@ -201,16 +203,22 @@ class Llama(nn.Module):
         places: CachePlacement | None = None,
         peft: ForwardHook | None = None,
         context: Cache | None = None,
+        entry: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Goes on from states at the entry; other arguments as for `run_blocks`.
+        """Goes on from states at the entry; other arguments as for `lower` and `run_blocks`.
 
         Returns:
             f, which at `head` is the state itself, and the cache with the keys and values of the blocks that ran.
         """
-        if self.entry == "head":
+        depth = entry_depth(self, entry)
+        if entry is None and self.entry == "head":
             return state, cache
-        h, _, cache = self.run_blocks(state, positions, cache, places, peft, first=self.entry, context=context)
-        return self.final_norm(h), cache
+        h, _, cache = self.run_blocks(state, positions, cache, places, peft, first=depth, context=context)
+        return choose_at_head(self, entry, lambda: state, lambda: self.final_norm(h)), cache
+
+    def at_entry(self, h: Float[Array, "*M D"], entry: Int[Array, ""] | None = None) -> Float[Array, "*M D"]:
+        """Computes the state at the entry from the residual stream in front of it."""
+        return choose_at_head(self, entry, lambda: self.final_norm(h), lambda: h)
 
     def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up h_0, the residual stream in front of the first block."""
@@ -257,12 +265,13 @@ class Llama(nn.Module):
         stack = self.get_variable("params", "blocks")
         angles, places = rope_angles(c, positions), places or place_by_position(positions, cache)
         if cache is not None:
-            cache = {name: self.partitioner.constrain(leaf, "BLKHS") for name, leaf in cache.items()}
+            axes = "BLKHS" if cache["k"].ndim == 5 else "LSKH"
+            cache = {name: self.partitioner.constrain(leaf, axes) for name, leaf in cache.items()}
         slots = [taps.index(layer) if layer in taps else len(taps) for layer in range(c.num_layers + 1)]
 
         def index_in(kept: Cache | None, layer: jax.Array) -> jax.Array:
             """Returns a block's index in a cache of the last blocks."""
-            return layer if kept is None else layer - (c.num_layers - kept["k"].shape[1])
+            return layer if kept is None else layer - (c.num_layers - kept["k"].shape[-4])
 
         def keep_tap(tapped: jax.Array, layer: int | jax.Array, h: jax.Array) -> jax.Array:
             return tapped.at[jnp.array(slots, jnp.int32)[layer]].set(h, mode="drop") if taps else tapped
@@ -299,6 +308,23 @@ class Llama(nn.Module):
         return self.logits(self.norm(h))
 
 
+def entry_depth(model: Llama, entry: Int[Array, ""] | None = None) -> int | Int[Array, ""]:
+    """Counts the blocks before the model's entry, or before a traced one."""
+    if entry is not None:
+        return entry
+    return model.config.num_layers if model.entry == "head" else model.entry
+
+
+def choose_at_head(
+    model: Llama, entry: Int[Array, ""] | None, at_head: Callable[[], jax.Array], inside: Callable[[], jax.Array]
+) -> jax.Array:
+    """Computes one thing where the model's entry is `head` and another in front of a block, or either by a traced
+    entry."""
+    if entry is None:
+        return at_head() if model.entry == "head" else inside()
+    return jnp.where(entry == model.config.num_layers, at_head(), inside())
+
+
 def normalize_taps(
     params: Params, config: LlamaConfig, tap_list: tuple[int, ...], taps: Float[Array, "P B T D"]
 ) -> Float[Array, "P B T D"]:
@@ -310,20 +336,26 @@ def normalize_taps(
     return rms_norm(taps, scales[jnp.array(tap_list, jnp.int32), None, None, :], config.rms_norm_eps)
 
 
-def normalize_state(params: Params, model: Llama, state: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def normalize_state(
+    params: Params, model: Llama, state: Float[Array, "... D"], entry: Int[Array, ""] | None = None
+) -> Float[Array, "... D"]:
     """Normalises a state at the entry as its tap is, for the router; at `head` it is f, which is normalised already."""
-    if model.entry == "head":
-        return state
-    scale = params["blocks"]["attention_norm"]["scale"][model.entry]
-    return rms_norm(state, scale.reshape(*[1] * (state.ndim - 1), -1), model.config.rms_norm_eps)
+
+    def normed() -> jax.Array:
+        scale = params["blocks"]["attention_norm"]["scale"][entry_depth(model, entry)]
+        return rms_norm(state, scale.reshape(*[1] * (state.ndim - 1), -1), model.config.rms_norm_eps)
+
+    return choose_at_head(model, entry, lambda: state, normed)
 
 
-def unit(model: Llama, state: Float[Array, "... D"]) -> Float[Array, "... #D"]:
+def unit(model: Llama, state: Float[Array, "... D"], entry: Int[Array, ""] | None = None) -> Float[Array, "... #D"]:
     """Computes the unit of a correction at each state: its RMS in front of a block, and 1 at `head`."""
-    if model.entry == "head":
-        return jnp.ones((*state.shape[:-1], 1), state.dtype)
-    square = jnp.mean(jnp.square(state.astype(jnp.float32)), axis=-1, keepdims=True)
-    return jnp.sqrt(square + model.config.rms_norm_eps).astype(state.dtype)
+
+    def rms() -> jax.Array:
+        square = jnp.mean(jnp.square(state.astype(jnp.float32)), axis=-1, keepdims=True)
+        return jnp.sqrt(square + model.config.rms_norm_eps).astype(state.dtype)
+
+    return choose_at_head(model, entry, lambda: jnp.ones((*state.shape[:-1], 1), state.dtype), rms)
 
 
 def init_params(config: LlamaConfig, seed: int = 0, abstract: bool = False) -> Params:

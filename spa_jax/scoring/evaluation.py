@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from spa_jax.data.detokenizing import token_texts
@@ -28,7 +27,6 @@ from spa_jax.decoding.prompt_store import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_json
 from spa_jax.models.combine import ROUTED, Setting
-from spa_jax.models.llama import Params
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import side_effect
 from spa_jax.scoring.predictions import Prediction, Predictions, hash_of
@@ -42,7 +40,7 @@ from spa_jax.training.rows import task_encoder
 from spa_jax.training.scorer import Scorer
 from spa_jax.training.sources import run_backbone
 from spa_jax.weights.backbone import Backbone
-from spa_jax.weights.plugin import Trained
+from spa_jax.weights.plugin import Trained, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -178,9 +176,9 @@ def evaluate(
         examples = [encoder.encode_with_demonstration(shown, pair) for pair in pairs]
         _check_context(examples, backbone.config.max_position_embeddings - config.most_tokens, encoder)
     questions = _questions(pairs, examples, config)
-    _warn_of_unscoreable(questions, config.rouge_tokenizer)
-    if (count := len({question.id.partition(".")[0] for question in questions})) < FEW_ROWS:
-        log.warning("%d rows say little, and their intervals are too narrow: have at least %d", count, FEW_ROWS)
+    warnings = list(_warnings(questions, config.rouge_tokenizer))
+    for warning in warnings:
+        log.warning("%s", warning)
     identity = _identity(config, encoder, model, plugin, questions)
     predictions = Predictions(output / PREDICTIONS, identity)
     summary: dict[str, Any] = {"data/questions": len(questions), "data/sources_cut": cut}
@@ -196,9 +194,11 @@ def evaluate(
         summary |= side_effect(model, [(q.prompt, g.tokens) for q, g in greedy], config.batch_size)
     write_json(output / SUMMARY, {"evaluation": identity, **summary})
     if html:
-        answers = [Answered(q.source, q.references, predictions.rows[q.id]) for q in questions]
+        rows = [(question, predictions.rows[question.id]) for question in questions]
+        answers = [Answered(q.source, q.references, row, len(row.sources) == config.most_tokens) for q, row in rows]
         name = config.task or Path(config.data).name
-        write_report(output / REPORT, f"{name}, {model.setting}", summary, answers)
+        facts = {"backbone": backbone.name, "plugin": _describe_plugin(plugin), "setting": model.setting}
+        write_report(output / REPORT, f"{name}, {model.setting}", facts, summary, answers, warnings)
     return summary
 
 
@@ -254,14 +254,15 @@ def _questions(pairs: Sequence[Pair], examples: Sequence[Example], config: Evalu
     return questions
 
 
-def _warn_of_unscoreable(questions: Sequence[Question], tokenizer: str) -> None:
+def _warnings(questions: Sequence[Question], tokenizer: str) -> Iterator[str]:
+    """Yields what a reader of the scores has to know of these questions."""
     count = sum(not any(is_scoreable(text, tokenizer) for text in question.references) for question in questions)
     if count:
         advice = "" if tokenizer == "unicode" else " (rouge_tokenizer=unicode counts the words of every script)"
-        log.warning(
-            "%d of %d questions have no reference with a token that ROUGE counts, and 0 for a score%s",
-            count, len(questions), advice,
-        )  # fmt: skip
+        unscoreable = f"{count} of {len(questions)} questions have no reference with a token that ROUGE counts"
+        yield f"{unscoreable}, and 0 for a score{advice}"
+    if (rows := len({question.id.partition(".")[0] for question in questions})) < FEW_ROWS:
+        yield f"{rows} rows say little, and their intervals are too narrow: have at least {FEW_ROWS}"
 
 
 def _demonstration(encoder: Encoder, config: EvaluationConfig) -> Pair:
@@ -311,6 +312,13 @@ def _threshold(
     return threshold_for(scorer.outcomes(plugin.params).probability, config.budget)
 
 
+def _describe_plugin(plugin: Trained | None) -> str:
+    """Says what a plugin is, with the digest that evaluation.json has."""
+    if plugin is None:
+        return "none"
+    return f"{digest_of(plugin.params)}, entry {plugin.config.entry}, edits {plugin.config.edits}"
+
+
 def _identity(
     config: EvaluationConfig,
     encoder: Encoder,
@@ -339,10 +347,3 @@ def _identity(
         "plugin": None if plugin is None else digest_of(plugin.params),
         "questions": hashlib.sha256("".join(asked).encode()).hexdigest()[:16],
     }
-
-
-def digest_of(params: Params) -> str:
-    """Returns 16 hex digits that identify trained parameters."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    parts = [jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes() for path, leaf in leaves]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class Predictions:
         """
         self._path = path
         self.rows: dict[str, Prediction] = {}
-        if path.exists():
+        if os.path.exists(path):  # which is false too for what cannot be looked up; writing then says why
             before, rows = read_predictions(path)
             changed = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
             if changed:

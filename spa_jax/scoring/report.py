@@ -22,21 +22,32 @@ class Answered:
         source: what was asked.
         references: the answers that it is scored against.
         prediction: the answer.
+        is_cut: whether it has the most tokens that an answer may have.
     """
 
     source: str
     references: Sequence[str]
     prediction: Prediction
+    is_cut: bool = False
 
 
-def write_report(path: Path, title: str, summary: Mapping[str, Any], answers: Sequence[Answered]) -> None:
+def write_report(
+    path: Path,
+    title: str,
+    facts: Mapping[str, str],
+    summary: Mapping[str, Any],
+    answers: Sequence[Answered],
+    warnings: Sequence[str] = (),
+) -> None:
     """Writes one HTML file that needs no other.
 
     Args:
         path: the file.
         title: of the page.
+        facts: what was evaluated, by name.
         summary: what evaluation.json says: a number for each metric, or `[mean, low, high]`.
         answers: in the order of the page.
+        warnings: what a reader of the metrics has to know.
 
     Raises:
         UserError: the file cannot be written.
@@ -44,4 +55,5 @@ def write_report(path: Path, title: str, summary: Mapping[str, Any], answers: Se
     text = importlib.resources.files("spa_jax.scoring").joinpath(TEMPLATE).read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
     metrics = {name: value for name, value in summary.items() if isinstance(value, int | float | list)}
-    write_bytes(path, template.render(title=title, metrics=metrics, answers=answers).encode())
+    page = template.render(title=title, facts=facts, metrics=metrics, answers=answers, warnings=warnings)
+    write_bytes(path, page.encode(errors="backslashreplace"))  # the title may be a file's name, which may be no text

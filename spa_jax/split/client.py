@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
 import grpc
@@ -15,56 +16,61 @@ from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
 from spa_jax.split import wire
 from spa_jax.split.channel import Traffic
+from spa_jax.split.connection import Connection
 from spa_jax.split.device import Device
-from spa_jax.split.grpc_channel import DEVICE_OPTIONS, METHOD, SERVICE, read_tokens, trusted_roots
+from spa_jax.split.grpc_channel import MAX_BYTES_OPEN, METHOD, PREFIX_HEADER, SERVICE
 from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Open, Progress, Reopen, Taps
-from spa_jax.split.request import device_for
+from spa_jax.split.request import device_for, prefix_digest
+from spa_jax.split.trust import check_opened, check_progress, merge_progress, most_bytes, most_questions, words_of
 from spa_jax.weights.plugin import Plugin
 
 log = logging.getLogger(__name__)
 OnProgress = Callable[[Progress], None]
 """Called with all that is generated so far."""
+Metadata = list[tuple[str, str]]
+Connect = Callable[["asyncio.Queue[bytes | None]", Metadata], Any]
+"""(what is to be sent, metadata beside that of every stream) -> a call."""
+OnWait = Callable[[str], None]
+"""Called every `TELL_EVERY` seconds while nothing new comes, with what is waited for."""
 MAX_QUEUED = 16
 """Questions that may wait for the side network; while there are as many, nothing is read from the cloud."""
+MAX_IDLE = 1000
+"""Messages in a row that may bring nothing new."""
+TELL_EVERY = 1.0
+"""Seconds after which a user is told what is waited for, and told again."""
+MAX_SIGNS = 10
+"""For how many times `Connection.silence` a cloud is believed that it works, while it brings nothing new."""
+MAX_COOKIES = 4
+"""Cookies that a device keeps during a generation: one of each proxy between it and the cloud."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Connection:
-    """The address of a cloud, and how to reach it.
-
-    Attributes:
-        address: `host:port`.
-        tls: whether to speak TLS.
-        ca: PEM file of the authorities to trust; empty for the system's.
-        token: that this device shows; empty for none.
-        patience: seconds to try to reconnect to a cloud that is gone.
-    """
-
-    address: str
-    tls: bool = False
-    ca: str = ""
-    token: str = ""
-    patience: float = 10.0
-
-    def open(self) -> grpc.aio.Channel:
-        """Opens a channel, which connects when it is first used.
-
-        Raises:
-            UserError: the file of authorities holds none.
-        """
-        if not self.tls:
-            return grpc.aio.insecure_channel(self.address, DEVICE_OPTIONS)
-        roots = trusted_roots(self.ca) if self.ca else None
-        return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(roots), DEVICE_OPTIONS)
-
-
-class CloudGone(UserError):
-    """The cloud cannot be reached any more; `generations` holds what was generated until then."""
+class Unfinished(UserError):
+    """A generation that nobody can go on with; `generations` holds what was generated until then."""
 
     def __init__(self, message: str, generations: list[Generation]) -> None:
         super().__init__(message)
         self.generations = generations
+
+
+class CloudGone(Unfinished):
+    """The cloud cannot be reached any more."""
+
+
+class Unserved(UserError):
+    """A refusal for a reason that lies in the cloud or in who asks, and not in what was asked for."""
+
+
+class Busy(Unserved):
+    """The cloud has no room now."""
+
+
+class SessionLost(Unfinished):
+    """The cloud does not know the session any more: it was started anew, or another one has taken its place."""
+
+
+REFUSALS = {"refused": UserError, "overloaded": Busy}
+"""Errors by the kinds of refusals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,20 +83,8 @@ class RemoteResult:
     traffic: Traffic
     degraded: int
     uncorrected_prompts: int = 0
-
-
-def read_token(path: str) -> str:
-    """Reads the one token in a file; an empty path gives an empty token.
-
-    Raises:
-        UserError: the file cannot be read, or does not hold exactly one printable ASCII token.
-    """
-    if not path:
-        return ""
-    token, *others = read_tokens(path)
-    if others:
-        raise UserError(f"the token file '{path}' holds {1 + len(others)} tokens, and a device has one")
-    return token
+    lengths: Sequence[int] = ()
+    """Tokens of each prompt."""
 
 
 async def generate(
@@ -99,6 +93,8 @@ async def generate(
     request: Open,
     on_progress: OnProgress | None = None,
     head: Head | None = None,
+    on_wait: OnWait | None = None,
+    traffic: Traffic | None = None,
 ) -> RemoteResult:
     """Opens a generation at the cloud and answers its questions to the end; reconnects when the line breaks.
 
@@ -108,35 +104,51 @@ async def generate(
         request: made by `open_message` for that plugin.
         on_progress: called whenever there are new tokens.
         head: the LM head, for reply mode `token`.
+        on_wait: called while nothing new comes.
+        traffic: counts what passes, as it does; a new one by default.
 
     Raises:
-        UserError: the cloud refuses, does not know this device, or has a certificate that is not to be trusted.
-        CloudGone: the line broke and could not be restored within the connection's patience.
+        UserError: the request is too long, or the cloud refuses it.
+        Unserved: the cloud is busy, does not know this device, has a certificate that is not to be trusted, or fails.
+        WireError: it says what makes no sense.
+        CloudGone: the cloud cannot be reached, the line broke and could not be restored within the connection's
+            patience, or the cloud says nothing any more.
+        SessionLost: the line was restored, but the session is gone.
     """
-    metadata = [("authorization", f"Bearer {connection.token}")] if connection.token else []
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device") as programs:
-        client = DeviceClient(plugin, request, on_progress, head, programs)
-        async with connection.open() as channel:
+    if request.ByteSize() > MAX_BYTES_OPEN:
+        raise UserError(
+            f"the request has {request.ByteSize():,} bytes, and a cloud takes at most {MAX_BYTES_OPEN:,}: shorten the "
+            "prompts, or ask for them in turn"
+        )
+    metadata = [(PREFIX_HEADER, prefix_digest(request))]
+    if connection.token:
+        metadata.append(("authorization", f"Bearer {connection.token}"))
+    programs = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device")
+    try:
+        client = DeviceClient(plugin, request, on_progress, head, programs, connection, on_wait, traffic)
+        async with connection.open(most_bytes(plugin.config, request)) as channel:
             method = channel.stream_stream(f"/{SERVICE}/{METHOD}")
             while True:
-                reason = await client.run_stream(lambda outbox: method(_drain(outbox), metadata=metadata), connection)
+                reason = await client.run_stream(
+                    lambda outbox, cookies: method(_drain(outbox), metadata=(*metadata, *cookies))
+                )
                 if client.progress.done:
                     return client.result()
-                if time.monotonic() - client.last_message_at > connection.patience:
-                    raise CloudGone(
-                        f"the cloud at {connection.address} is gone ({reason}); "
-                        f"{sum(len(g.tokens) for g in client.progress.generated)} tokens had been generated",
-                        client.result().generations,
-                    )
+                client.check_patience(reason)
                 await asyncio.sleep(0.2)
+    finally:
+        # One may be compiling, and other generations of this event loop go on meanwhile.
+        programs.shutdown(wait=False, cancel_futures=True)
 
 
 class DeviceClient:
     """A generation as its device sees it, over one stream after another.
 
+    Whatever the cloud says, this ends: what brings something *new* (a token, a question) can come so often only as was
+    asked for, and between two of these there is so much time, and so many messages, as `Connection` and `MAX_IDLE` say.
+
     Attributes:
         progress: all that is generated so far.
-        last_message_at: seconds on `time.monotonic`'s clock.
     """
 
     def __init__(
@@ -146,38 +158,56 @@ class DeviceClient:
         on_progress: OnProgress | None,
         head: Head | None,
         programs: concurrent.futures.Executor,
+        connection: Connection,
+        on_wait: OnWait | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """`programs` runs one at a time: one that a lost stream has left behind ends before the next begins."""
         self._plugin, self._request, self._on_progress, self._head = plugin, request, on_progress, head
-        self._programs = programs
-        self._traffic = Traffic(prefill_bytes=request.ByteSize())
+        self._connection, self._programs, self._on_wait = connection, programs, on_wait
+        self._traffic = traffic or Traffic()
+        self._traffic.prefill_bytes += request.ByteSize()
         self._device: Device | None = None
+        self._lengths: list[int] = []
         self._session, self._answered_step = "", 0
+        self._cookies = SimpleCookie()
         self._questions: asyncio.Queue[Taps] = asyncio.Queue(MAX_QUEUED)
         self.progress = Progress()
-        self.last_message_at = time.monotonic()
+        # What has been new so far: the last question, positions of prompts, and tokens that the cloud told of.
+        self._newest_step, self._prompt_positions, self._told_tokens = 0, 0, 0
+        self._num_idle, self._is_behind, self._is_answering = 0, False, False
+        # On time.monotonic's clock; None where it has not been.
+        self._began_at = self._new_at = self._heard_at = time.monotonic()
+        self._queued_at: float | None = None
+        self._lost_at: float | None = None
+        self._was_reached = False
 
-    async def run_stream(self, connect: "Callable[[asyncio.Queue[bytes]], Any]", connection: Connection) -> str:
+    async def run_stream(self, connect: Connect) -> str:
         """Opens or reopens the session over a new stream, and answers until all is generated or the stream ends.
 
         Returns:
             Why it ended.
 
         Raises:
-            UserError: the cloud refuses, does not know this device, or has a certificate that is not to be trusted.
+            UserError: the cloud refuses, does not know this device, has a certificate that is not to be trusted, or
+                says what makes no sense.
+            CloudGone: it says nothing any more.
+            SessionLost: it has no such session.
         """
+        self._began_at = self._heard_at = time.monotonic()
+        self._is_behind = self._is_answering = False
         self._questions = asyncio.Queue(MAX_QUEUED)
-        outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         outbox.put_nowait(self._first_message().SerializeToString())
-        call = connect(outbox)
-        tasks = [asyncio.create_task(self._listen(call)), asyncio.create_task(self._answer(outbox))]
+        call = connect(outbox, self._cookie_metadata())
+        tasks = [asyncio.create_task(each) for each in (self._listen(call), self._answer(outbox), self._watch())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
             return "the stream ended"
         except grpc.aio.AioRpcError as error:
-            return self._reason(error, connection)
+            return self._reason(error)
         except BaseException:  # an interruption too: nobody waits for the answer any more
             outbox.put_nowait(FromDevice(cancel=Cancel()).SerializeToString())
             with contextlib.suppress(TimeoutError):
@@ -186,8 +216,9 @@ class DeviceClient:
         finally:
             for task in tasks:
                 task.cancel()
-            call.cancel()
+            outbox.put_nowait(None)  # else gRPC leaves a task behind that reads it
             await asyncio.gather(*tasks, return_exceptions=True)
+            call.cancel()
 
     def _first_message(self) -> FromDevice:
         """Makes the message that a stream begins with."""
@@ -195,32 +226,109 @@ class DeviceClient:
             return FromDevice(reopen=Reopen(session=self._session, step=self._answered_step))
         return FromDevice(open=self._request)
 
-    def _reason(self, error: grpc.aio.AioRpcError, connection: Connection) -> str:
+    def _keep_cookies(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """Keeps the cookies of a stream's initial metadata, a few of them, and no nonsense."""
+        for key, value in metadata:
+            if key == "set-cookie" and len(self._cookies) < MAX_COOKIES:
+                with contextlib.suppress(CookieError):
+                    self._cookies.load(str(value))
+
+    def _cookie_metadata(self) -> Metadata:
+        """Makes the metadata by which a proxy finds the cloud that has the session; none if it has set no cookie."""
+        pairs = "; ".join(f"{cookie.key}={cookie.coded_value}" for cookie in self._cookies.values())
+        return [("cookie", pairs)] if pairs else []
+
+    def _reason(self, error: grpc.aio.AioRpcError) -> str:
         """Says why a stream broke.
 
         Raises:
-            UserError: for a reason that another stream would not change.
+            Unserved: for a reason that another stream would not change.
+            WireError: of a message that is too long.
         """
-        reason = error.details() or error.code().name
+        address, reason = self._connection.address, words_of(error.details() or error.code().name)
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            raise UserError(f"the cloud does not know this device: {reason}") from error
+            raise Unserved(f"the cloud does not know this device: {reason}") from error
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in reason:
+            raise wire.WireError(f"the cloud sends a message that is longer than any that was asked for ({reason})")
         if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and not self._session:
-            raise UserError(f"the cloud refuses (overloaded): {reason}") from error
+            raise Busy(f"the cloud refuses (overloaded): {reason}") from error
         if "CERTIFICATE_VERIFY_FAILED" in reason:
-            raise UserError(
-                f"the certificate of the cloud at {connection.address} is not to be trusted ({reason}): it has "
-                "expired, is for another name, or is signed by an authority that --ca does not name"
+            raise Unserved(
+                f"the certificate of the cloud at {address} is not to be trusted ({reason}): it has expired, is for "
+                "another name, or is signed by an authority that --ca does not name"
             ) from error
         if "WRONG_VERSION_NUMBER" in reason:
-            raise UserError(f"the cloud at {connection.address} does not speak TLS") from error
+            raise Unserved(f"the cloud at {address} does not speak TLS") from error
         return reason
 
-    async def _listen(self, call: AsyncIterator[bytes]) -> None:
+    def check_patience(self, reason: str) -> None:
+        """Goes on after a stream has ended.
+
+        Raises:
+            CloudGone: for too long streams have ended soon, and brought nothing new.
+        """
+        now, patience = time.monotonic(), self._connection.patience
+        has_lasted = self._heard_at > self._began_at and now - self._began_at > patience
+        if self._lost_at is None or has_lasted:
+            self._lost_at = now
+        if now - self._lost_at > patience:
+            raise self._gone(reason)
+        if self._on_wait is not None:
+            self._on_wait(f"connecting to the cloud at {self._connection.address}: {now - self._lost_at:.0f} s")
+
+    def _gone(self, reason: str) -> CloudGone:
+        """Makes the error of a cloud that is not there any more, or never was."""
+        address = self._connection.address
+        if not self._was_reached:
+            return CloudGone(f"cannot reach the cloud at {address} ({reason})", [])
+        count = sum(len(generated.tokens) for generated in self.progress.generated)
+        return CloudGone(
+            f"the cloud at {address} is gone ({reason}); {count} tokens had been generated", self.result().generations
+        )
+
+    async def _watch(self) -> None:
+        """Watches the time while a stream lasts.
+
+        Raises:
+            CloudGone: the cloud says nothing, or nothing new, for too long.
+        """
+        silence, now = self._connection.silence, time.monotonic()
+        pause = min(TELL_EVERY, silence / 4)
+        while True:
+            before = now
+            await asyncio.sleep(pause)
+            now = time.monotonic()
+            if now - before > pause + 1:  # this process stood still, as after Ctrl-Z, and not the cloud
+                self._heard_at += now - before
+                self._new_at += now - before
+            if self._is_behind:
+                continue
+            if now - self._heard_at > silence:
+                raise self._gone(f"it has said nothing for {now - self._heard_at:.0f} s")
+            waited = now - self._new_at
+            if waited > MAX_SIGNS * silence:
+                raise self._gone(f"it says that it works, and has brought nothing new for {waited:.0f} s")
+            if self._on_wait is not None and waited >= TELL_EVERY:
+                self._on_wait(f"{self._awaited()}: {waited:.0f} s")
+
+    def _awaited(self) -> str:
+        """Describes what is waited for."""
+        if self._is_answering:
+            return "this device works"
+        if self._heard_at <= self._began_at:
+            return f"connecting to the cloud at {self._connection.address}"
+        count = max(self._told_tokens, sum(len(generated.tokens) for generated in self.progress.generated))
+        return f"the cloud works, {count} tokens so far" if count else "the cloud works, no token yet"
+
+    async def _listen(self, call: Any) -> None:
         """Handles the cloud's messages until all is generated."""
+        self._keep_cookies(await call.initial_metadata())
         async for data in call:
             question = self.handle_message(data)
             if question is not None:
+                self._is_behind = self._questions.full()
                 await self._questions.put(question)
+                self._is_behind, self._heard_at = False, time.monotonic()
             if self.progress.done:
                 return
 
@@ -228,40 +336,101 @@ class DeviceClient:
         """Takes a message of the cloud, and returns it if it is for the side network.
 
         Raises:
-            UserError: it is a refusal, or no message.
+            SessionLost: the cloud has no such session.
+            UserError: it is another refusal, of another protocol version or backbone, or makes no sense.
         """
-        self.last_message_at = time.monotonic()
+        self._heard_at, self._was_reached = time.monotonic(), True
         message = wire.parse(FromCloud, data)
         kind = message.WhichOneof("message")
+        is_new = False
         if kind == "opened":
-            self._session = message.opened.session
+            check_opened(message.opened, self._request)
+            is_new, self._session = not self._session, message.opened.session
             lengths = list(message.opened.lengths)
             self._device = self._device or device_for(self._plugin, self._request, lengths, self._head)
+            self._lengths = self._lengths or lengths
         elif kind == "taps":
-            return message.taps
+            is_new = self._check_question(message.taps)
         elif kind == "progress":
-            self.progress = merge_progress(self.progress, message.progress)
-            if self._on_progress is not None:
-                self._on_progress(self.progress)
+            is_new = self._take_progress(message.progress)
+        elif kind == "working":
+            told = min(message.working.tokens, len(self._request.prompts) * self._request.max_new_tokens)
+            is_new, self._told_tokens = told > self._told_tokens, max(told, self._told_tokens)
+        elif kind == "queued":
+            self._wait_on(message.queued.place)
+            is_new = True  # for no longer than the queue's own time
         elif kind == "refusal":
-            raise UserError(f"the cloud refuses ({message.refusal.kind}): {message.refusal.reason}")
-        return None
+            refusal = message.refusal
+            reason = f"the cloud refuses ({words_of(refusal.kind)}): {words_of(refusal.reason)}"
+            if refusal.kind == "unknown-session":
+                raise SessionLost(reason, self.result().generations)
+            raise REFUSALS.get(refusal.kind, Unserved)(reason)
+        if is_new:
+            self._new_at, self._num_idle, self._lost_at = self._heard_at, 0, None
+        self._num_idle += 1
+        if self._num_idle > MAX_IDLE:
+            raise wire.WireError(f"the cloud sends one message after another, and {MAX_IDLE} of them bring nothing new")
+        return message.taps if kind == "taps" else None
 
-    async def _answer(self, outbox: "asyncio.Queue[bytes]") -> None:
-        """Answers questions as long as the stream lasts, but none that is senseless or out of date."""
+    def _take_progress(self, new: Progress) -> bool:
+        """Goes on to a new progress; says whether it has something new.
+
+        Raises:
+            WireError: it makes no sense.
+        """
+        check_progress(self.progress, new, self._request)
+        before, self.progress = _size(self.progress), merge_progress(self.progress, new)
+        if self._on_progress is not None:
+            self._on_progress(self.progress)
+        return _size(self.progress) > before or new.done
+
+    def _check_question(self, taps: Taps) -> bool:
+        """Says whether a question is new.
+
+        Raises:
+            WireError: it comes before the session is open, after a later one, or is one too many.
+        """
+        if self._device is None:
+            raise wire.WireError("the cloud asks before it has opened a session")
+        if taps.prompt and not taps.step:
+            self._prompt_positions += len(taps.rows)
+            return self._prompt_positions <= 4 * sum(self._lengths)  # a stream may break, and bring them again
+        if not self._newest_step <= taps.step <= most_questions(self._request, sum(self._lengths)) or not taps.step:
+            raise wire.WireError(f"the cloud asks a question of step {taps.step} after one of step {self._newest_step}")
+        is_new, self._newest_step = taps.step > self._newest_step, taps.step
+        return is_new
+
+    def _wait_on(self, place: int) -> None:
+        """Goes on waiting at a place of the cloud's queue.
+
+        Raises:
+            Busy: the user does not want to wait so long.
+        """
+        if self._queued_at is None:
+            self._queued_at = self._heard_at
+            log.warning("the cloud is busy: this is number %d in its queue", place)
+        waited = self._heard_at - self._queued_at
+        if waited >= self._connection.queue_seconds:
+            raise Busy(f"the cloud is busy: after {waited:.0f} s this is still number {place} in its queue")
+        if self._on_wait is not None:
+            self._on_wait(f"number {place} in the cloud's queue: {waited:.0f} s")
+
+    async def _answer(self, outbox: "asyncio.Queue[bytes | None]") -> None:
+        """Answers questions as long as the stream lasts, but none that is out of date.
+
+        Raises:
+            WireError: a question makes no sense.
+        """
         questions, loop = self._questions, asyncio.get_running_loop()
         while True:
             taps = await questions.get()
             if not taps.prompt and not questions.empty():
                 continue  # the cloud has gone on without an answer, and asks the next
             device, began = self._device, time.perf_counter()
-            if device is None:
-                continue
-            try:
-                reply = await loop.run_in_executor(self._programs, device.receive, taps)
-            except wire.WireError as error:
-                log.warning("a question was left: %s", error)
-                continue
+            assert device is not None
+            self._is_answering = True
+            reply = await loop.run_in_executor(self._programs, device.receive, taps)
+            self._is_answering = False
             self._traffic.device_seconds += time.perf_counter() - began
             if reply is None:
                 self._traffic.prefill_bytes += taps.ByteSize()
@@ -275,32 +444,37 @@ class DeviceClient:
                 self._traffic.exchanges += 1
                 self._traffic.bytes_down += taps.ByteSize()
                 self._traffic.bytes_up += len(data)
+            await asyncio.sleep(self._connection.delay)
             outbox.put_nowait(data)
 
     def result(self) -> RemoteResult:
         """Collects what has been generated so far."""
         generated = self.progress.generated
         return RemoteResult(
-            [Generation(list(g.tokens), list(g.consulted), g.score or None) for g in generated],
+            [
+                Generation(
+                    list(g.tokens),
+                    list(g.consulted),
+                    g.score or None,
+                    list(g.p_consult),
+                    list(g.logprobs),
+                    list(g.waits),
+                )
+                for g in generated
+            ],
             ["".join(g.pieces) for g in generated],
             self._traffic,
             self.progress.degraded,
             self.progress.uncorrected_prompts,
+            self._lengths,
         )
 
 
-def merge_progress(previous: Progress, new: Progress) -> Progress:
-    """Returns `new` with the tokens before its own, which it leaves out, taken from `previous`."""
-    for old, generated in zip(previous.generated, new.generated):
-        begin = generated.begin
-        generated.begin = 0
-        for name in ("tokens", "consulted", "pieces"):
-            values = [*getattr(old, name)[:begin], *getattr(generated, name)]
-            del getattr(generated, name)[:]
-            getattr(generated, name).extend(values)
-    return new
+def _size(progress: Progress) -> int:
+    """Counts tokens and pieces of text."""
+    return sum(len(generated.tokens) + len(generated.pieces) for generated in progress.generated)
 
 
-async def _drain(outbox: "asyncio.Queue[bytes]") -> AsyncIterator[bytes]:
-    while True:
-        yield await outbox.get()
+async def _drain(outbox: "asyncio.Queue[bytes | None]") -> AsyncIterator[bytes]:
+    while (data := await outbox.get()) is not None:
+        yield data

@@ -38,8 +38,8 @@ def cloud_process(
     Raises:
         UserError: it does not come up.
     """
-    serve = (sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0", "--until_input_ends")
-    command = [*inside, *serve, *flags]
+    serve = (sys.executable, "-m", "spa_jax.serve", "cloud", f"--backbone={backbone}", "--port=0")
+    command = [*inside, *serve, "--until_input_ends", "--drain=0", *flags]
     pipe = subprocess.PIPE
     with contextlib.ExitStack() as stack:
         stderr = stack.enter_context(log.open("w")) if log is not None else None

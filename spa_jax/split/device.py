@@ -9,7 +9,7 @@ Shape letters: R rows of the generation, M positions of a row, P taps, D width.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,13 +93,15 @@ def choose_token(
     """Chooses the next token of each row from f and g, by the random key that the cloud would draw it by.
 
     Returns:
-        Token ids, and the cache as `correct` returns it.
+        Token ids, -1 where a logit is not finite, and the cache as `correct` returns it.
     """
     g, cache = _correct(config, side, cache, inputs)
     g = _last(g, inputs)
     last_position = jnp.take_along_axis(inputs.positions, inputs.last[:, None], axis=1)[:, 0]
     keys = token_keys(group_keys(choice.seed, len(choice.lengths)), last_position - choice.lengths + 1)
-    return sample(keys, logits(choice.head, with_correction(setting, f, g)), choice.sampling), cache
+    scores = logits(choice.head, with_correction(setting, f, g))
+    chosen = sample(keys, scores, choice.sampling)
+    return jnp.where(jnp.isfinite(scores).all(axis=-1), chosen, -1), cache
 
 
 def _correct(
@@ -111,6 +113,17 @@ def _correct(
 
 def _last(g: Float[Array, "R M D"], inputs: SideInput) -> Float[Array, "R D"]:
     return jnp.take_along_axis(g, inputs.last[:, None, None], axis=1)[:, 0]
+
+
+def _finite(answer: Any) -> Any:
+    """Returns encoded corrections or chosen tokens.
+
+    Raises:
+        WireError: they come of numbers that are not finite.
+    """
+    if not (wire.is_finite(answer) if isinstance(answer, Encoded) else (answer >= 0).all()):
+        raise wire.WireError("the cloud's taps give an answer that is not finite")
+    return answer
 
 
 class Device:
@@ -139,6 +152,7 @@ class Device:
         slots: int,
         setting: Setting = "spa",
         choice: TokenChoice | None = None,
+        most: int = 2**31,
     ) -> None:
         """Creates the cache of a side network that attends.
 
@@ -150,9 +164,10 @@ class Device:
             slots: tokens of the longest prompt and most new tokens together.
             setting: of the generation; needed with a `choice`.
             choice: to answer with tokens instead of g.
+            most: positions of a row in one message.
         """
         self._config, self._side, self._codec, self._rows, self._slots = config, side, codec, rows, slots
-        self._setting, self._choice = setting, choice
+        self._setting, self._choice, self._most = setting, choice, most
         self._caches: dict[int, Cache | None] = {0: None}  # by the step after which they were kept
         if config.side.attends:
             self._caches[0] = init_cache(config.side.block, rows, padded_length(slots, 64), jnp.dtype(jnp.float32))
@@ -162,7 +177,8 @@ class Device:
         asks for that.
 
         Raises:
-            WireError: the message is not what the protocol says; the cache stays as it was.
+            WireError: the message is not what the protocol says, or its taps give no finite answer; the cache stays as
+                it was.
         """
         side, d = self._config.side, self._config.hidden_size
         rows, positions, origins = (
@@ -182,6 +198,8 @@ class Device:
         f = np.zeros((self._rows, d), np.float32)
         if self._choice is not None and not message.prompt:
             f[asked_rows] = wire.unpack("float32", message.f, (len(asked_rows), d)).values
+        if counts.max() > self._most:
+            raise wire.WireError(f"taps of {counts.max()} positions of one row came, where there are {self._most}")
         index = np.concatenate([np.arange(count) for count in counts])
         width = 1
         while width < counts.max():
@@ -194,27 +212,27 @@ class Device:
 
         last = np.zeros(self._rows, np.int32)
         last[asked_rows] = counts - 1
-        inputs = SideInput(
-            jax.tree.map(pad, taps),
-            jnp.asarray(pad(positions.astype(np.int32), PADDING)),
-            jnp.asarray(last),
-            jnp.asarray(origins, jnp.int32),
-        )
+        places: Any = pad(positions.astype(np.int32), PADDING), last, origins.astype(np.int32)
+        inputs = SideInput(jax.tree.map(pad, taps), *places)
         if message.prompt:
             arguments = (self._config, self._codec, self._side, self._caches[base], inputs)
             output, cache = correct(*arguments, everywhere=message.step > 0)
-            self._caches = {0: cache}
             if not message.step:
+                self._caches = {0: cache}
                 return None
             g = jax.tree.map(lambda leaf: leaf[rows, index], jax.device_get(output))
-            return Reply(step=message.step, g=wire.pack(g))
+            reply = Reply(step=message.step, g=wire.pack(_finite(g)))
+            self._caches = {0: cache}
+            return reply
         output, cache = self._run(self._caches[base], inputs, f)
-        if side.attends:
-            self._caches = {base: self._caches[base], message.step: cache}
         answer = jax.tree.map(lambda leaf: leaf[asked_rows], jax.device_get(output))
         if self._choice is not None:
-            return Reply(step=message.step, tokens=answer.tolist())
-        return Reply(step=message.step, g=wire.pack(answer))
+            reply = Reply(step=message.step, tokens=_finite(answer).tolist())
+        else:
+            reply = Reply(step=message.step, g=wire.pack(_finite(answer)))
+        if side.attends:
+            self._caches = {base: self._caches[base], message.step: cache}
+        return reply
 
     def _run(self, cache: Cache | None, inputs: SideInput, f: np.ndarray) -> tuple[Encoded | Array, Cache | None]:
         if self._choice is None:

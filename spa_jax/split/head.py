@@ -44,7 +44,7 @@ def logits(head: Head, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
     """Applies the head, float32 out. An int8 head is decoded block by block, so that it is never whole in float32."""
     values, scales = head
     if scales is None:
-        return product(x.astype(values.dtype), values, transposed=True, out=jnp.float32)
+        return product(x.astype(values.dtype), jnp.asarray(values), transposed=True, out=jnp.float32)
     blocks = -(-values.shape[0] // BLOCK)
     starts = jnp.minimum(BLOCK * jnp.arange(blocks), values.shape[0] - min(BLOCK, values.shape[0]))
 

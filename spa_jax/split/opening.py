@@ -3,61 +3,48 @@
 Shape letters: G groups (prompts), T prompt tokens, P taps, D width.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
+from spa_jax.engine.group import Group
 from spa_jax.split import wire
-from spa_jax.split.cloud import CloudConfig
 from spa_jax.split.messages_pb2 import Reply, Taps
-from spa_jax.split.wire import Encoded
-
-CHUNK_POSITIONS = 64
-"""Most positions in one message."""
+from spa_jax.split.wire import CHUNK_POSITIONS, Codec
 
 
-def prompt_parts(taps: Encoded, lengths: Int[np.ndarray, " G"], width: int) -> list[Taps]:
-    """Makes messages with the taps `[G,T,P,D]` of prompts, of all positions below each length.
-
-    Args:
-        taps: on the host.
-        lengths: positions of each prompt.
-        width: hypotheses of each; the prompt is of the first one's row.
-    """
-    messages = []
-    for group, length in enumerate(lengths):
-        positions = np.arange(length)
-        for begin in range(0, len(positions), CHUNK_POSITIONS):
-            part = positions[begin : begin + CHUNK_POSITIONS]
-            packed = wire.pack(jax.tree.map(lambda leaf, at=(group, part): leaf[at], taps))
-            rows = [group * width] * len(part)
-            messages.append(Taps(rows=rows, positions=part.tolist(), taps=packed, prompt=True))
-    return messages
+def prompt_parts(group: Group, length: int) -> Iterator[Taps]:
+    """Makes messages with the kept taps of a prompt's tokens up to one, those left out that were corrected before; the
+    prompt is of its first hypothesis' row."""
+    for begin in range(group.skipped, length, CHUNK_POSITIONS):
+        part = range(begin, min(begin + CHUNK_POSITIONS, length))
+        kept = slice(part.start - group.skipped, part.stop - group.skipped)
+        packed = wire.pack(jax.tree.map(lambda leaf, kept=kept: leaf[kept], group.prompt_taps))
+        rows = [group.number * group.task.width] * len(part)
+        yield Taps(rows=rows, positions=part, taps=packed, prompt=True)
 
 
 class PromptQuestions:
-    """The questions about prompts that are corrected, and the answers so far.
+    """The questions about prompts that are corrected, made one after another, and the answers so far.
 
     Attributes:
-        states: of the prompts at the entry, uncorrected, `[G,T,D]`.
-        taps: `[G,T,P,D]` on the host.
-        g: the answers `[G,T,D]`, zero where there is none.
-        left: questions that are not answered yet.
+        left: positions that are not answered yet.
     """
 
-    def __init__(
-        self, config: CloudConfig, states: Float[Array, "G T D"], taps: Encoded, lengths: Int[np.ndarray, " G"]
-    ) -> None:
-        self._config, self.states = config, states
-        self.taps = wire.to_host(taps)
-        self.g = jax.tree.map(np.array, wire.to_host(wire.encode(config.codec, jnp.zeros(states.shape))))
-        self.left = prompt_parts(self.taps, lengths, config.width)
+    def __init__(self, groups: Sequence[Group], codec: Codec) -> None:
+        self._groups, self._codec, self._width = groups, codec, groups[0].task.width
+        self._g = [np.zeros(np.shape(group.prompt_states), np.float32) for group in groups]
+        self._parts = itertools.chain.from_iterable(prompt_parts(group, len(group.prompt)) for group in groups)
+        self.left = sum(len(group.prompt) - group.skipped for group in groups)
+        self._asked = Taps()
 
     def ask(self, step: int) -> Taps:
         """Returns the next question."""
-        self.left[0].step = step
-        return self.left[0]
+        self._asked = next(self._parts)
+        self._asked.step = step
+        return self._asked
 
     def take(self, reply: Reply) -> None:
         """Takes the answer to it.
@@ -65,10 +52,15 @@ class PromptQuestions:
         Raises:
             WireError: it does not have g for each position.
         """
-        question = self.left[0]
-        d = self._config.model.config.hidden_size
-        g = wire.unpack(self._config.codec, reply.g, (len(question.positions), d))
-        group, positions = question.rows[0] // self._config.width, np.array(question.positions)
-        for whole, part in zip(jax.tree.leaves(self.g), jax.tree.leaves(g), strict=True):
-            whole[group, positions] = part
-        self.left.pop(0)
+        group, positions = self._asked.rows[0] // self._width, np.array(self._asked.positions)
+        g = wire.unpack(self._codec, reply.g, (len(positions), self._g[group].shape[1]))
+        self._g[group][positions] = wire.decode(g, np.float32)
+        self.left -= len(positions)
+
+    def end(self, answered: bool, keeps_taps: bool) -> None:
+        """Lets the groups go on, with the answers if they are whole, and without their taps unless these are to be sent
+        once more."""
+        for group, g in zip(self._groups, self._g):
+            if not keeps_taps:
+                group.prompt_taps = []
+            group.open(g if answered else None)

@@ -1,344 +1,284 @@
-"""The cloud on a network: sessions that outlive their connections, and never wait for a device without a deadline.
-
-Each session is a task of its own. A device attaches to it with a stream; when the stream goes, the session goes on:
-its questions are not answered in time, and its tokens are chosen from f alone, until the device comes back with the
-session's id. Programs run one at a time in one thread, a step of one session after a step of another.
-"""
+"""The cloud on a network: streams of devices, which open sessions or come back to them."""
 
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
-import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from spa_jax.engine.engine import NoRoom
 from spa_jax.errors import UserError
 from spa_jax.split import metrics, wire
-from spa_jax.split.grpc_channel import CLOUD_OPTIONS, METHOD, SERVICE, ServerSecurity
-from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Generated, Opened, Progress, Refusal, Taps
-from spa_jax.split.server_session import ServerSession
-from spa_jax.split.session import Cloud, Session
+from spa_jax.split.admission import Admission, Limits, Refused
+from spa_jax.split.grpc_channel import CLOUD_OPTIONS, MAX_BYTES_OPEN, METHOD, SERVICE, ServerSecurity
+from spa_jax.split.health import Health
+from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Opened, Queued, Refusal, Reopen, Working
+from spa_jax.split.server_session import SIGN_EVERY, ServerSession
+from spa_jax.split.session import Cloud, GenerationPlan
+from spa_jax.split.sessions import Sessions
+from spa_jax.split.streams import Line, Room, address_of
+from spa_jax.split.tokens import DeviceTokens, Guesses
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Tell = Callable[[FromCloud], Awaitable[None]]
+"""Sends a message to a device."""
 MAX_REASON_LENGTH = 1000
 """Most characters of a refusal, which may repeat what the device asked for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """The most that devices may use of a cloud.
-
-    Attributes:
-        sessions: running generations of all devices.
-        sessions_per_token: running generations of one device token.
-        memory: bytes of the caches of all running sessions.
-        deadline: seconds a device has for an answer.
-        first_deadline: seconds for its first answer about a prompt and its first about a new token, if that is longer:
-            a device compiles its programs then.
-        linger: seconds a finished session is kept for a device that lost its connection; at most `sessions` are.
-        open_seconds: seconds a stream may take to send its first message.
-    """
-
-    sessions: int = 64
-    sessions_per_token: int = 8
-    memory: int = 4 * 2**30
-    deadline: float = 1.0
-    first_deadline: float = 10.0
-    linger: float = 30.0
-    open_seconds: float = 10.0
-
-    def check(self) -> "Limits":
-        """Refuses values out of range, and returns itself.
-
-        Raises:
-            UserError: a limit is not above 0 (`linger` and `first_deadline`: below 0); the message names it.
-        """
-        for name, value in dataclasses.asdict(self).items():
-            if not (value > 0 or (value == 0 and name in ("linger", "first_deadline"))):
-                raise UserError(f"{name} is {value}, but must be above 0")
-        return self
+MAX_GUESSES, MAX_GUESSES_OF_ONE = 256, 8
+"""Streams at once whose token waits before it is looked at, of all addresses and of one."""
+MAX_SILENT = 64
+"""Streams at once that have shown a token and have yet to send their first message, each of which may be long."""
+FILES_READ_EVERY = 1.0
+"""Seconds between two looks at whether the file of tokens has changed."""
 
 
 class Server:
-    """A cloud that serves sessions over gRPC."""
+    """A cloud that serves sessions over gRPC.
 
-    def __init__(self, cloud: Cloud, limits: Limits, tokens: frozenset[str] | None) -> None:
-        """Serves the devices that have one of these tokens; all devices if there is None."""
-        self._cloud, self._limits, self._tokens = cloud, limits, tokens
-        self._sessions: dict[str, ServerSession] = {}
-        self._opening: list[tuple[str, int]] = []  # token and memory of the sessions whose prompts are running
-        self._programs = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="programs")
+    Attributes:
+        admission: who may begin.
+        health: gRPC's health service.
+    """
 
-    async def generate(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    def __init__(self, cloud: Cloud, limits: Limits, security: ServerSecurity) -> None:
+        """Serves the devices that have one of the tokens; all devices if there are none.
+
+        Raises:
+            UserError: the tokens cannot be used.
+        """
+        self._cloud, self._limits, self._security, self._tokens = cloud, limits, security, DeviceTokens(security)
+        self._guesses = Guesses()
+        cloud.engine.slots.bound(limits.memory)
+        self.admission = Admission(limits, self._tokens.has_any)
+        self._sessions = Sessions(cloud.engine, self.admission, limits)
+        self.health = Health(limits.open_seconds)
+        self._guessing = Room(MAX_GUESSES, MAX_GUESSES_OF_ONE)
+        self._silent, self._planned = Room(MAX_SILENT), Room(limits.sessions + limits.queue)
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._plans = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="plans")
+        self._rereading = asyncio.create_task(self._reread_tokens())
+
+    async def generate(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         """Serves the one method: a stream of `FromDevice`, answered by one of `FromCloud`, both as bytes."""
         metadata = dict(context.invocation_metadata() or ())
         token = str(metadata.get("authorization", "")).removeprefix("Bearer ")
-        if not self._is_known(token):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this device token is unknown to the cloud")
+        address, line = address_of(context.peer()), Line(context)
+
+        async def tell(message: FromCloud) -> None:
+            await line.write(message.SerializeToString(), self._limits.open_seconds)
+
         try:
-            first = await asyncio.wait_for(anext(requests), self._limits.open_seconds)
-            metrics.BYTES_UP.inc(len(first))
-            session = await self._find_or_open(wire.parse(FromDevice, first), token)
+            if not await self._is_known(token, address):
+                await line.end(grpc.StatusCode.UNAUTHENTICATED, "this device token is unknown to the cloud")
+            try:
+                session = await self._find_or_open(requests, token, token if self._tokens.has_any else address, tell)
+            except Refused as error:
+                await tell(_refusal(error.kind, str(error)))
+                return
+            except UserError as error:
+                await tell(_refusal("refused", str(error)))
+                return
+            await self._serve(session, requests, line)
         except (TimeoutError, StopAsyncIteration):
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the stream did not say what it wants")
-        except Refused as error:
-            yield _refusal(error.kind, str(error))
-            return
-        except UserError as error:
-            yield _refusal("refused", str(error))
-            return
-        except asyncio.CancelledError:  # gRPC would log a traceback where nothing is wrong
-            log.info("a stream ended before its session was open")
-            return
-        outbox, lengths = session.attach(), session.generation.lengths
-        outbox.put_latest(
-            FromCloud(opened=Opened(session=session.generation.id, version=wire.VERSION, lengths=lengths))
-        )
-        session.send_current()
-        reader, num_sent = asyncio.create_task(self._read(session, requests)), [(0, 0)] * len(lengths)
-        try:
-            async for message in outbox.messages():
-                data = _without_sent(message, num_sent).SerializeToString()
-                metrics.BYTES_DOWN.inc(len(data))
-                yield data
-                if message.HasField("refusal") or (message.HasField("progress") and message.progress.done):
-                    break
-        finally:
-            reader.cancel()
-            session.detach(outbox)
+            await line.end(grpc.StatusCode.DEADLINE_EXCEEDED, "the stream did not say what it wants")
+
+    async def warm(self, longest: int) -> None:
+        """Compiles the programs for prompts and answers of up to `longest` tokens; the health service says meanwhile
+        that this cloud does not serve."""
+        self.health.set(False, SERVICE)
+        calls = self._cloud.engine.warm(longest)
+        while left := await self._sessions.run_program(lambda: next(calls, 0)):
+            log.info("%d programs are left to be compiled", left)
+        self.health.set(True, SERVICE)
+
+    async def drain(self, seconds: float) -> None:
+        """Begins no session any more, and waits so long for those under way."""
+        self.health.stop()
+        self.admission.close()
+        await self._sessions.drain(seconds)
 
     async def close(self) -> None:
         """Stops all sessions; no stream may be left that could open another one."""
-        tasks = [session.task for session in self._sessions.values() if session.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._programs.shutdown(wait=True, cancel_futures=True)
+        self._rereading.cancel()
+        await self._sessions.close()
+        self._plans.shutdown(wait=True, cancel_futures=True)
 
-    async def _find_or_open(self, message: FromDevice, token: str) -> ServerSession:
-        """Finds the session that a stream's first message reopens, or starts the one that it opens.
+    async def _reread_tokens(self) -> None:
+        """Reads the tokens again when they have changed, and ends the sessions of those that were taken away."""
+        while True:
+            await asyncio.sleep(FILES_READ_EVERY)
+            if self._tokens.refresh():
+                self._sessions.end_unknown(self._tokens.knows)
+
+    async def _is_known(self, token: str, address: str) -> bool:
+        """Looks at a token, at once or, where wrong ones came from its address, after a while.
+
+        Raises:
+            TimeoutError: too many wait.
+        """
+        if not self._tokens.has_any:
+            return True
+        if seconds := self._guesses.wait(address, token):
+            async with self._guessing.stay(address, None):
+                await asyncio.sleep(seconds)
+        is_known = self._tokens.knows(token)
+        self._guesses.add(address, token, is_known)
+        return is_known
+
+    async def _find_or_open(self, requests: AsyncIterator[bytes], token: str, owner: str, tell: Tell) -> ServerSession:
+        """Opens or finds the session that a stream's first message asks for.
 
         Raises:
             Refused: there is no such session, or no room for another one.
             UserError: the message makes no sense.
+            TimeoutError: it does not come.
         """
-        kind = message.WhichOneof("message")
-        if kind == "reopen":
-            found = self._sessions.get(message.reopen.session)
-            if found is None or found.token != token:
-                raise Refused("unknown-session", "the cloud has no such session any more: generate again")
-            if message.reopen.step > found.prompt_step:
-                found.prompt_messages = []
-            return found
-        if kind != "open":
+        async with self._silent.stay(owner, self._limits.open_seconds):
+            first = await anext(requests)
+        metrics.BYTES_UP.inc(len(first))
+        if len(first) > MAX_BYTES_OPEN:
+            raise UserError(f"the first message has {len(first)} bytes, and the cloud takes at most {MAX_BYTES_OPEN}")
+        message = wire.parse(FromDevice, first)
+        if message.WhichOneof("message") == "reopen":
+            return self._find(message.reopen, token)
+        if message.WhichOneof("message") != "open":
             raise UserError("the first message must open a session")
-        plan = await self._run_program(lambda: self._cloud.plan(message.open))
-        opened_at = time.perf_counter()
-        self._check_capacity(plan.bytes, token)
-        self._opening.append((token, plan.bytes))
-        try:
-            session = await self._run_program(
-                lambda: ServerSession(self._cloud.begin(plan), token, plan.bytes, opened_at)
-            )
-        finally:
-            self._opening.remove((token, plan.bytes))
-        self._sessions[session.generation.id] = session
-        metrics.SESSIONS.inc()
-        session.task = asyncio.create_task(self._run_session(session))
-        log.info("session %s opened: %d prompts", session.generation.id, len(message.open.prompts))
-        return session
+        turn = self._turns.setdefault(owner, asyncio.Lock())  # so that long prompts hold up those of their owner alone
+        async with self._planned.stay(owner, self._limits.open_seconds), turn:
+            planning = asyncio.get_running_loop().run_in_executor(self._plans, self._cloud.plan, message.open)
+            plan = await _await_with_signs(planning, tell)
+        return await self._open(plan, token, owner, tell)
 
-    def _is_known(self, token: str) -> bool:
-        """Compares with every token to the end, so that the time it takes tells nothing about them."""
-        given = token.encode(errors="replace")
-        return self._tokens is None or sum(hmac.compare_digest(given, known.encode()) for known in self._tokens) > 0
-
-    def _check_capacity(self, memory: int, token: str) -> None:
-        """Checks that there is room for another session.
+    def _find(self, message: Reopen, token: str) -> ServerSession:
+        """Finds the session that a stream's first message reopens.
 
         Raises:
-            UserError: no session may take so much memory.
-            Refused: the running sessions leave no room for it.
+            Refused: there is no such session.
         """
-        limits = self._limits
-        used = [*self._opening, *((other.token, other.memory) for other in self._sessions.values() if other.is_running)]
-        of_token = sum(owner == token for owner, _ in used)
-        if memory > limits.memory:
-            raise UserError(
-                f"this generation takes {memory / 2**20:.0f} MiB, and the cloud has {limits.memory / 2**20:.0f}: "
-                "ask for fewer new tokens, prompts or beams"
-            )
-        if len(used) >= limits.sessions:
-            raise Refused("overloaded", "the cloud has as many sessions as it can take: try again later")
-        if self._tokens is not None and of_token >= limits.sessions_per_token:
-            raise Refused("overloaded", f"this device token has {of_token} sessions under way: try again later")
-        if memory + sum(size for _, size in used) > limits.memory:
-            raise Refused("overloaded", "the cloud's memory is taken by other sessions: try again later")
+        found = self._sessions.find(message.session, token)
+        if found is None:
+            raise Refused("unknown-session", "the cloud has no such session any more: generate again")
+        if message.step > found.prompt_step:
+            found.prompt_messages = []
+        return found
 
-    async def _read(self, session: ServerSession, requests: AsyncIterator[bytes]) -> None:
-        """Queues the device's replies until its stream ends."""
-        with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-            async for data in requests:
-                metrics.BYTES_UP.inc(len(data))
-                try:
-                    message = wire.parse(FromDevice, data)
-                except wire.WireError:
-                    metrics.DROPPED.inc()
-                    continue
-                kind = message.WhichOneof("message")
-                if kind == "cancel" and session.task is not None:
-                    session.task.cancel()
-                elif kind == "reply" and not session.replies.full():
-                    session.replies.put_nowait(message.reply)
-                else:
-                    metrics.DROPPED.inc()
+    async def _open(self, plan: GenerationPlan, token: str, owner: str, tell: Tell) -> ServerSession:
+        """Opens a session as soon as there is room for it, and tells its device until then its place in the queue.
 
-    async def _run_session(self, session: ServerSession) -> None:
-        """Runs a session to its end, whoever is attached, and keeps its result for a while."""
+        Raises:
+            Refused: there is no room for another one, or its token was taken away meanwhile.
+            TimeoutError: the device does not listen.
+        """
+        opened_at = time.perf_counter()
+        namespace, applicant = self._security.namespace(token), self.admission.join(owner, plan.bytes, plan.cost)
         try:
-            await self._generate(session)
-            self._release(session)
-            await asyncio.sleep(self._limits.linger)
-        except asyncio.CancelledError:
-            if session.is_running:
-                log.info("session %s cancelled", session.generation.id)
-        except Exception as error:
-            log.exception("session %s failed", session.generation.id)
-            session.send(FromCloud(refusal=Refusal(kind="failed", reason=type(error).__name__, version=wire.VERSION)))
+            generation = None
+            while generation is None:
+                async for place in self.admission.places(applicant):
+                    await tell(FromCloud(queued=Queued(place=place)))
+                    self._check_known(token)
+                try:
+                    beginning = self._sessions.run_program(lambda: self._cloud.begin(plan, namespace))
+                    generation = await _await_with_signs(beginning, tell)
+                except NoRoom as error:
+                    if not self.admission.put_back(applicant):
+                        raise Refused("overloaded", str(error)) from error
+            self._check_known(token)
+        except BaseException:
+            self.admission.leave(applicant)
+            raise
+        metrics.SECONDS_IN_QUEUE.observe(time.perf_counter() - opened_at)
+        session = ServerSession(generation, token, applicant, opened_at)
+        self._sessions.start(session)
+        log.info("session %s opened: %d prompts", generation.id, len(plan.prompts))
+        return session
+
+    def _check_known(self, token: str) -> None:
+        """Checks a token that was known once.
+
+        Raises:
+            Refused: it is not any more.
+        """
+        if not self._tokens.knows(token):
+            raise Refused("unknown-token", "this device token is not known to the cloud any more")
+
+    async def _serve(self, session: ServerSession, requests: AsyncIterator[bytes], line: Line) -> None:
+        """Attaches a stream to its session, until either ends.
+
+        Raises:
+            TimeoutError: the device does not take what it is sent.
+        """
+        outbox, lengths = session.attach(), session.generation.lengths
+        name, backbone = session.generation.id, self._cloud.fingerprint
+        opened = Opened(session=name, version=wire.VERSION, lengths=lengths, backbone=backbone)
+        outbox.put_latest(FromCloud(opened=opened))
+        session.send_current()
+        reader, num_sent = asyncio.create_task(_read(session, requests)), [(0, 0)] * len(lengths)
+        try:
+            async for news in outbox.messages():
+                message = news or FromCloud(working=Working(tokens=session.generation.num_generated))
+                if message.HasField("progress"):
+                    message = session.progress(num_sent)
+                data = message.SerializeToString()
+                metrics.BYTES_DOWN.inc(len(data))
+                await line.write(data, self._limits.abandoned)
+                if message.HasField("refusal") or (message.HasField("progress") and message.progress.done):
+                    break
         finally:
-            self._release(session)
-            self._sessions.pop(session.generation.id, None)
-            if session.outbox is not None:
-                session.outbox.close()
+            reader.cancel()
+            self._sessions.detach(session, outbox)
 
-    async def _generate(self, session: ServerSession) -> None:
-        """Asks and advances until all is generated."""
-        generation, is_first = session.generation, True
 
-        def observe_first_token() -> None:
-            nonlocal is_first
-            if is_first:
-                metrics.SECONDS_TO_FIRST_TOKEN.observe(time.perf_counter() - session.opened_at)
-            is_first = False
+async def _await_with_signs(work: Awaitable[Result], tell: Tell) -> Result:
+    """Waits for some work, and tells the device whenever a sign of life is due."""
+    running = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait([running], timeout=SIGN_EVERY))[0]:
+            await tell(FromCloud(working=Working()))
+        return running.result()
+    finally:
+        running.cancel()
 
-        previous: Taps | None = None
-        while (question := await self._run_program(generation.next_question)) is not None:
-            session.question = question
-            session.send(FromCloud(taps=question))
-            metrics.EXCHANGES.inc()
-            may_compile = previous is None or previous.prompt != question.prompt
-            await self._await_reply(session, question.step, may_compile)
-            session.question, previous = None, question
-            session.send_prompt_messages(question.step)
-            if question.prompt:
-                continue
-            observe_first_token()
-            if generation.config.beams is None:
-                session.send(await self._run_program(lambda: self._progress(generation, done=False)))
-        session.final_progress = await self._run_program(lambda: self._progress(generation, done=True))
-        observe_first_token()
-        session.send(session.final_progress)
-        count = sum(len(generated.tokens) for generated in session.final_progress.progress.generated)
-        metrics.TOKENS.inc(count)
-        metrics.DEGRADED.inc(generation.degraded)
-        metrics.UNCORRECTED_PROMPTS.inc(generation.uncorrected_prompts)
-        metrics.SECONDS_PER_TOKEN.observe((time.perf_counter() - session.opened_at) / max(count, 1))
-        log.info(
-            "session %s: %d tokens, %d degraded, %.4f s of questions being out",
-            generation.id,
-            count,
-            generation.degraded,
-            session.seconds_waited,
-        )
 
-    def _release(self, session: ServerSession) -> None:
-        """Frees a session's memory; the results of at most `Limits.sessions` that are over are kept."""
-        if not session.is_running:
-            return
-        session.is_running = False
-        metrics.SESSIONS.dec()
-        self._programs.submit(session.generation.free)  # not here: one of its programs may be running
-        finished = [other for other in self._sessions.values() if not other.is_running]
-        for other in finished[: -self._limits.sessions]:
-            if other.task is not None:
-                other.task.cancel()
-
-    async def _await_reply(self, session: ServerSession, step: int, may_compile: bool) -> None:
-        """Waits for a valid reply until the deadline, the longer one where the device may have to compile a program
-        first, then goes on with it or without one."""
-        asked_at = time.monotonic()
-        deadline = asked_at + self._limits.deadline
-        if may_compile:
-            deadline = max(deadline, asked_at + self._limits.first_deadline)
-        while True:
+async def _read(session: ServerSession, requests: AsyncIterator[bytes]) -> None:
+    """Takes a device's replies until its stream ends."""
+    with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
+        async for data in requests:
+            metrics.BYTES_UP.inc(len(data))
             try:
-                reply = await asyncio.wait_for(session.replies.get(), max(deadline - time.monotonic(), 0))
-            except TimeoutError:
-                session.record_wait(time.monotonic() - asked_at)
-                break
-            if reply.step != step:
+                if len(data) > session.generation.plan.reply_bytes:
+                    raise wire.WireError("a message came that is longer than any reply")
+                message = wire.parse(FromDevice, data)
+            except wire.WireError:
                 metrics.DROPPED.inc()
                 continue
-            session.record_wait(time.monotonic() - asked_at)
-            try:
-                await self._run_program(functools.partial(session.generation.apply_reply, reply))
-                session.prompt_messages = []
-                return
-            except wire.WireError as error:
+            kind = message.WhichOneof("message")
+            if kind == "cancel":
+                session.cancel()
+            elif kind != "reply" or not session.take(message.reply):
                 metrics.DROPPED.inc()
-                log.warning("session %s: %s", session.generation.id, error)
-                break
-        await self._run_program(lambda: session.generation.apply_reply(None))
-
-    def _progress(self, generation: Session, done: bool) -> FromCloud:
-        """Makes the message with all tokens so far."""
-        parts = [
-            Generated(
-                tokens=g.tokens,
-                consulted=g.consulted,
-                score=g.score or 0.0,
-                pieces=self._cloud.token_texts(g, ended=done),
-            )
-            for g in generation.result()
-        ]
-        return FromCloud(
-            progress=Progress(
-                generated=parts,
-                done=done,
-                degraded=generation.degraded,
-                uncorrected_prompts=generation.uncorrected_prompts,
-            )
-        )
-
-    async def _run_program(self, program: Callable[[], Result]) -> Result:
-        """Runs a program of the cloud in their one thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._programs, program)
 
 
 @contextlib.asynccontextmanager
 async def serving(
     cloud: Cloud, address: str, limits: Limits, security: ServerSecurity
-) -> AsyncIterator[tuple[grpc.aio.Server, int]]:
+) -> AsyncIterator[tuple[Server, int]]:
     """Starts a server with gRPC's health service beside ours, gives it and its port, and ends its sessions on leaving.
 
     Raises:
         UserError: certificates or tokens that cannot be used, or an address that is taken.
     """
-    service = Server(cloud, limits.check(), security.device_tokens())
-    server = grpc.aio.server(options=CLOUD_OPTIONS, maximum_concurrent_rpcs=4 * limits.sessions)
+    service = Server(cloud, limits.check(), security)
+    server = grpc.aio.server(options=CLOUD_OPTIONS)
     handler = grpc.stream_stream_rpc_method_handler(service.generate)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    own = grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})
+    server.add_generic_rpc_handlers((own, service.health.handler()))
     credentials = security.credentials()
     try:
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
@@ -346,37 +286,15 @@ async def serving(
         raise UserError(f"cannot listen on {address}: {error}") from error
     await server.start()
     try:
-        yield server, port
+        with metrics.watching(cloud.engine, service.admission):
+            yield service, port
     finally:
-        await checks.enter_graceful_shutdown()
+        await service.drain(0)
         await server.stop(grace=1)
         await service.close()
 
 
-class Refused(UserError):
-    """A refusal of another kind than a request that makes no sense."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-def _without_sent(message: FromCloud, num_sent: list[tuple[int, int]]) -> FromCloud:
-    """Drops from a progress the tokens and pieces of each prompt that its stream has sent before, `num_sent` of each;
-    counts the others."""
-    if not message.HasField("progress"):
-        return message
-    trimmed = FromCloud()
-    trimmed.CopyFrom(message)
-    for prompt, generated in enumerate(trimmed.progress.generated):
-        (tokens, pieces), num_sent[prompt] = num_sent[prompt], (len(generated.tokens), len(generated.pieces))
-        generated.begin = tokens
-        for field, count in ((generated.tokens, tokens), (generated.consulted, tokens), (generated.pieces, pieces)):
-            del field[:count]
-    return trimmed
-
-
-def _refusal(kind: str, reason: str) -> bytes:
+def _refusal(kind: str, reason: str) -> FromCloud:
     reason = reason[:MAX_REASON_LENGTH]
     log.info("refused: %s", reason)
-    return FromCloud(refusal=Refusal(kind=kind, reason=reason, version=wire.VERSION)).SerializeToString()
+    return FromCloud(refusal=Refusal(kind=kind, reason=reason, version=wire.VERSION))

@@ -1,45 +1,48 @@
 """The cloud's side of a generation: the questions it asks the device, and how it uses the replies."""
 
 import dataclasses
+import functools
 import uuid
+import weakref
+from collections.abc import Iterator
 from typing import get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from spa_jax.chat import DATE
-from spa_jax.data.detokenizing import token_texts
+from spa_jax.choices import SETTINGS
+from spa_jax.data.detokenizing import AnswerText
 from spa_jax.data.encoding import Encoder
-from spa_jax.data.padding import padded_length
+from spa_jax.data.pairs import Role, Turn
 from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.cache import cache_bytes, count_slots
-from spa_jax.decoding.hypotheses import Generation, to_generations
-from spa_jax.decoding.prompts import check_lengths, check_tokens, pad_prompts
-from spa_jax.decoding.sampling import Sampling
+from spa_jax.decoding.hypotheses import Generation
+from spa_jax.decoding.prompts import check_lengths, check_tokens
+from spa_jax.decoding.sampling import Penalties, Sampling
 from spa_jax.decoding.settings import stop_tokens
+from spa_jax.engine.engine import Engine
+from spa_jax.engine.group import Group, Phase, Task
 from spa_jax.errors import UserError
-from spa_jax.models.combine import ROUTED, SETTINGS, Edits
-from spa_jax.models.llama import Entry, Params
-from spa_jax.split import wire
-from spa_jax.split.cloud import CloudConfig, RouterState, advance, correct_prompts, prefill
-from spa_jax.split.messages_pb2 import Open, Reply, Taps
+from spa_jax.models.combine import ADDED, ROUTED, Edits
+from spa_jax.models.llama import Entry
+from spa_jax.split import memory, wire
+from spa_jax.split.admission import COST_OF_NEW
+from spa_jax.split.messages_pb2 import Open, Prompt, Reply, Taps
 from spa_jax.split.opening import PromptQuestions, prompt_parts
-from spa_jax.split.wire import Encoded
+from spa_jax.split.wire import Codec, Encoded, ReplyMode
 from spa_jax.weights.backbone import Backbone
 
+MAX_BEAMS = 8
+"""Most hypotheses of a prompt, so that one call is enough for those of several sessions."""
 MAX_PROMPTS, MAX_PROMPT_SIZE = 2**10, 2**18
 """Limits of a request: prompts, and their characters or tokens together; reading more would keep other sessions
 waiting."""
-MAX_COMPILED = 32
-"""Shapes of generations whose compiled programs are kept; some ten MiB each."""
-
-
-@jax.jit
-def gather_taps(taps: Encoded, rows: Int[Array, " M"], slots: Int[Array, " M"]) -> Encoded:
-    """Gathers `[M,P,D]` of the taps `[R,C,P,D]` that are kept."""
-    return jax.tree.map(lambda leaf: leaf[rows, slots], taps)
+MAX_STOPS, MAX_STOP_SIZE = 16, 2**10
+"""Limits of the texts that end an answer: how many, and their characters together."""
+MAX_SECRET = 64
+"""Most bytes of the secret by which a device names its corrected prompts."""
+ROLES = get_args(Role)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,141 +50,133 @@ class GenerationPlan:
     """A checked request, with all that its generation needs.
 
     Attributes:
-        config: the static argument of the cloud's programs.
+        task: what it asks of the engine.
         prompts: token ids.
         lengths: tokens of each prompt.
-        max_new_tokens: N.
-        sampling: how to sample.
-        seed: of sampling.
-        kernel: the router's `[D,2]`.
-        offset: the router's `[D]`.
-        threshold: p(consult) above which the device is asked.
+        codec: how numbers travel.
+        reply: what the device answers with.
+        stop: texts that end an answer.
+        bytes: the most memory that it takes, with what it needs while its prompts run.
+        reply_bytes: the most that a message with a reply has.
     """
 
-    config: CloudConfig
+    task: Task
     prompts: list[list[int]]
     lengths: Int[np.ndarray, " G"]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    kernel: np.ndarray
-    offset: np.ndarray
-    threshold: float
+    codec: Codec
+    reply: ReplyMode
+    stop: tuple[str, ...]
+    bytes: int
+    reply_bytes: int
 
     @property
-    def slots(self) -> int:
-        """Cache slots of each prompt."""
-        return count_slots(int(self.lengths.max()), self.max_new_tokens, self.config.width)
-
-    @property
-    def bytes(self) -> int:
-        """Estimated memory: the cache, kept taps, and for each row its logits and some vectors of width D."""
-        model, groups, width = self.config.model, len(self.prompts), self.config.width
-        size = model.config
-        taps = wire.bytes_per_position(self.config.codec, len(model.taps), size.hidden_size)
-        vectors = 4 * (size.vocab_size + 8 * size.hidden_size)
-        kept = taps * (int(self.lengths.max()) + self.max_new_tokens if self.config.attends else 1)
-        total = cache_bytes(size, groups, self.slots, model.activation_dtype) + groups * width * (kept + vectors)
-        if self.config.corrects_prompt:
-            total += groups * int(self.lengths.max()) * (taps + 8 * size.hidden_size)
-        return total
+    def cost(self) -> float:
+        """The work of the prompts and of as many new tokens as there may be, in tokens of a prompt."""
+        return int(self.lengths.sum()) + COST_OF_NEW * len(self.prompts) * self.task.limit
 
 
 class Session:
     """One generation in the cloud. As long as `next_question` returns one, `apply_reply` must follow."""
 
-    def __init__(self, plan: GenerationPlan, frozen: Params) -> None:
-        """Runs the prompts, and on until the device is needed or all is generated."""
+    def __init__(self, plan: GenerationPlan, engine: Engine, texts: list[AnswerText], namespace: str | None) -> None:
+        """Joins the engine; its prompts run when that turns. `texts` are those of the answers, empty yet.
+
+        Raises:
+            NoRoom: the engine cannot take it now.
+        """
         self.id = uuid.uuid4().hex
-        self.config = config = plan.config
+        self.plan = plan
         self.degraded = 0
         """Tokens that were chosen without the reply they waited for."""
         self.uncorrected_prompts = 0
         """Prompts that were to be corrected, and were not for want of a reply."""
-        self._frozen = frozen
-        groups, d = len(plan.prompts), config.model.config.hidden_size
-        self._lengths, self._sampling = plan.lengths, plan.sampling
-        router = RouterState(
-            jnp.broadcast_to(jnp.asarray(plan.kernel, jnp.float32), (groups, d, 2)),
-            jnp.full(groups, plan.threshold, jnp.float32),
-            jnp.broadcast_to(jnp.asarray(plan.offset, jnp.float32), (groups, d)),
-        )
-        self._state, prompt_taps, states = prefill(
-            config,
-            frozen,
-            router,
-            pad_prompts(plan.prompts),
-            plan.lengths,
-            plan.seed,
-            slots=plan.slots,
-            max_new_tokens=plan.max_new_tokens,
-        )
+        self.texts = texts
+        self._engine, self._task = engine, plan.task
+        self._groups = engine.add(plan.task, plan.prompts, namespace)
+        weakref.finalize(self, _leave, self._groups)
         self._step = self._base = 0
-        rows = groups * config.width
-        self._expects_tokens = config.reply == "token"
-        no_g = wire.to_host(wire.encode(config.codec, jnp.zeros((rows, d))))
-        self._no_reply: Encoded | np.ndarray = np.zeros(rows, np.int32) if self._expects_tokens else no_g
-        self._asked_rows: np.ndarray = np.array([], np.int64)
-        self._waiting = np.zeros(groups, bool)
-        self._prompt_messages: list[Taps] = []
-        self._prompt_questions: PromptQuestions | None = None
-        if states is not None and prompt_taps is not None:
-            self._prompt_questions = PromptQuestions(config, states, prompt_taps, plan.lengths)
-        else:
-            if prompt_taps is not None:
-                self._prompt_messages = prompt_parts(wire.to_host(prompt_taps), plan.lengths - 1, config.width)
-            self._advance(self._no_reply, self._waiting)
+        self._asked: list[tuple[Group, np.ndarray]] = []
+        self._questions: PromptQuestions | None = None
+        self._sends_prompt = plan.task.attends and plan.task.asks and not plan.task.corrects_prompt
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each prompt."""
-        return self._lengths.tolist()
+        return self.plan.lengths.tolist()
 
-    def prompt_messages(self) -> list[Taps]:
-        """Returns, once, messages with the prompts' taps (all positions but the last) for a device that attends."""
-        messages, self._prompt_messages = self._prompt_messages, []
-        return messages
+    @property
+    def is_settled(self) -> bool:
+        """Whether the engine can do no more for it before a reply, if ever."""
+        settled = (Phase.WAITING, Phase.OPENING, Phase.OVER)
+        return all(group.is_left or group.phase in settled for group in self._groups)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will be generated."""
+        return all(group.is_left or group.phase is Phase.OVER for group in self._groups)
+
+    def settle(self) -> None:
+        """Turns the engine until it can do no more for this session."""
+        while not self.is_settled:
+            self._engine.turn()
+            if self.plan.stop:
+                self.read()
+
+    def read(self, is_over: bool = False) -> None:
+        """Reads the tokens that are new as text, and ends the answers that have come to a text that ends them; those of
+        a search, which may still become others, only when it `is_over`."""
+        if self._task.beams is not None and not is_over:
+            return
+        for group, text in zip(self._groups, self.texts):
+            if not text.is_stopped:
+                text.read(group.generation().tokens, is_over)
+                group.is_left |= text.is_stopped
+
+    def prompt_messages(self) -> Iterator[Taps]:
+        """Yields, once, messages with the prompts' taps (all positions but the last) for a device that attends. Each
+        prompt's are forgotten as soon as they are in messages, so that little is there twice."""
+        if not self._sends_prompt:
+            return
+        self.settle()
+        self._sends_prompt = False
+        for group in self._groups:
+            yield from prompt_parts(group, len(group.prompt) - 1)
+            group.prompt_taps = []
 
     def next_question(self) -> Taps | None:
         """Makes the message that asks the device about a part of the prompts or about the waiting groups; None when the
         generation is over."""
-        if self._prompt_questions is not None:
+        self.settle()
+        if self._questions is None and any(
+            group.phase is Phase.OPENING and not group.is_left for group in self._groups
+        ):
+            self._questions = PromptQuestions(self._groups, self.plan.codec)
+        if self._questions is not None:
             self._step += 1
-            return self._prompt_questions.ask(self._step)
-        s = self._state
-        waiting, consulted, unsent, origin, prompt_end, position, f = jax.device_get(
-            (
-                s.waiting,
-                s.consulted,
-                s.unsent,
-                s.origin,
-                s.last_prompt_position,
-                s.position,
-                s.states if self._expects_tokens else None,
-            )
-        )
-        if not waiting.any():
+            return self._questions.ask(self._step)
+        width = self._task.width
+        self._asked = [(group, np.flatnonzero(group.asked)) for group in self._groups if _waits(group)]
+        if not self._asked:
             return None
-        width = self.config.width
-        self._asked_rows = np.flatnonzero(consulted & np.repeat(waiting, width))
-        self._waiting = waiting
-        to_send = np.zeros_like(unsent)
-        to_send[self._asked_rows] = unsent[self._asked_rows]
-        rows, slots = np.nonzero(to_send)
-        first_position = np.repeat(prompt_end if self.config.attends else position - 1, width)
-        padded = np.zeros((2, padded_length(len(rows), len(origin))), np.int32)
-        padded[:, : len(rows)] = rows, slots
-        taps = jax.tree.map(lambda leaf: leaf[: len(rows)], wire.to_host(gather_taps(s.taps, *padded)))
+        rows, positions, taps = [], [], []
+        for group, columns in self._asked:
+            for column in columns.tolist():
+                for position, kept in group.hypotheses[column].unsent:
+                    rows.append(group.number * width + column)
+                    positions.append(position)
+                    taps.append(kept)
+        origins = [group.number * width + each.origin for group in self._groups for each in group.hypotheses[:width]]
+        is_reordered = self._task.attends and origins != list(range(len(origins)))
+        f = np.concatenate([group.state[columns] for group, columns in self._asked]).astype(np.float32)
         self._step += 1
-        is_reordered = self.config.attends and not np.array_equal(origin, np.arange(len(origin)))
         return Taps(
             step=self._step,
             base=self._base,
-            rows=rows.tolist(),
-            positions=(first_position[rows] + slots).tolist(),
-            origins=origin.tolist() if is_reordered else [],
-            taps=wire.pack(taps),
-            f=wire.pack(Encoded(f[self._asked_rows].astype(np.float32), None)) if self._expects_tokens else None,
+            rows=rows,
+            positions=positions,
+            origins=origins if is_reordered else [],
+            taps=wire.pack(jax.tree.map(lambda *leaves: np.stack(leaves), *taps)),
+            f=wire.pack(Encoded(f, None)) if self.plan.reply == "token" else None,
         )
 
     def apply_reply(self, reply: Reply | None) -> None:
@@ -190,80 +185,84 @@ class Session:
         Raises:
             WireError: the reply is not one to that question; the session still waits for one.
         """
-        if self._prompt_questions is not None:
-            self._apply_to_prompts(self._prompt_questions, reply)
-            return
-        values, answered = self._no_reply, np.zeros_like(self._waiting)
-        if reply is None:
-            self.degraded += int(self._waiting.sum())
+        if reply is not None and reply.step != self._step:
+            raise wire.WireError(f"a correction of step {reply.step} came where one of step {self._step} is due")
+        if self._questions is not None:
+            self._apply_to_prompts(self._questions, reply)
+        elif reply is None:
+            self.degraded += len(self._asked)
+            for group, _ in self._asked:
+                group.answer(None)
         else:
-            self._check_step(reply)
-            rows = len(self._waiting) * self.config.width
-            received = self.read_reply(reply)
-            values = jax.tree.map(lambda part: _scatter(part, self._asked_rows, rows), received)
-            answered, self._base = self._waiting, self._step
-        self._advance(values, answered)
+            counts = [len(columns) for _, columns in self._asked]
+            values = np.split(self._read(reply, sum(counts)), np.cumsum(counts)[:-1])
+            self._base = self._step
+            for (group, columns), part in zip(self._asked, values):
+                if self.plan.reply == "token":
+                    group.answer(None, int(part[0]))
+                else:
+                    g = np.zeros(group.state.shape, np.float32)
+                    g[columns] = part
+                    group.answer(g)
 
     def _apply_to_prompts(self, questions: PromptQuestions, reply: Reply | None) -> None:
-        """Goes on with the next part of the prompts, or when all are answered or one is not, with the generation."""
-        if reply is not None:
-            self._check_step(reply)
-            questions.take(reply)
-        if reply is None:
-            self.uncorrected_prompts = len(self._lengths)
-        if reply is None or not questions.left:
-            self._open(answered=reply is not None)
-
-    def _open(self, answered: bool) -> None:
-        """Corrects the prompts with the device's answers, or not at all, and begins to generate.
+        """Goes on with the next part of the prompts, or when all are answered or one is not, with the generation.
 
         A device that attends and has not answered for all of them is sent the prompts as it is where they are never
         corrected.
         """
-        questions, self._prompt_questions = self._prompt_questions, None
-        assert questions is not None
-        if self.config.attends and not answered:
-            self._prompt_messages = prompt_parts(questions.taps, self._lengths - 1, self.config.width)
-        self._state = correct_prompts(
-            self.config, self._frozen, self._state, questions.states, questions.g, np.bool(answered)
-        )
-        self._advance(self._no_reply, np.zeros_like(self._waiting))
+        if reply is not None:
+            questions.take(reply)
+            if questions.left:
+                return
+        else:
+            self.uncorrected_prompts = len(self._groups)
+        self._sends_prompt = self._task.attends and reply is None
+        questions.end(answered=reply is not None, keeps_taps=self._sends_prompt)
+        self._questions = None
 
-    def _check_step(self, reply: Reply) -> None:
-        if reply.step != self._step:
-            raise wire.WireError(f"a correction of step {reply.step} came where one of step {self._step} is due")
-
-    def read_reply(self, reply: Reply) -> Encoded | np.ndarray:
+    def _read(self, reply: Reply, rows: int) -> np.ndarray:
         """Reads g `[M,D]`, or in reply mode `token` the tokens `[M]`, of the M rows of the last question.
 
         Raises:
             WireError: they are not for that many rows, or not valid.
         """
-        rows, size = len(self._asked_rows), self.config.model.config
-        if not self._expects_tokens:
-            return wire.unpack(self.config.codec, reply.g, (rows, size.hidden_size))
-        tokens = np.array(reply.tokens, np.int64)
-        if len(tokens) != rows or (tokens >= size.vocab_size).any():
-            raise wire.WireError(f"{len(tokens)} tokens came where {rows} below {size.vocab_size} are due")
-        return tokens.astype(np.int32)
-
-    def _advance(self, reply: Encoded | np.ndarray, answered: np.ndarray) -> None:
-        self._state = advance(self.config, self._frozen, self._state, reply, self._waiting, answered, self._sampling)
+        if self.plan.reply == "correction":
+            g = wire.unpack(self.plan.codec, reply.g, (rows, len(self._task.offset)))
+            return wire.decode(g, np.float32)
+        tokens, vocabulary = np.array(reply.tokens, np.int64), self._engine.vocabulary
+        if len(tokens) != rows or (tokens >= vocabulary).any():
+            raise wire.WireError(f"{len(tokens)} tokens came where {rows} below {vocabulary} are due")
+        return tokens
 
     def result(self) -> list[Generation]:
-        """Fetches what is generated so far."""
-        return to_generations(self._state.hypotheses, self.config.eos_ids)
+        """Returns what is generated so far, without what follows a text that ends an answer, or may be one."""
+        found = []
+        for group, text in zip(self._groups, self.texts):
+            each = group.generation()
+            found.append(each.first(text.num_tokens(len(each.tokens))))
+        return found
+
+    @property
+    def num_generated(self) -> int:
+        """New tokens so far, of all prompts; of a search, those of its longest hypotheses."""
+        return sum(group.generated for group in self._groups)
 
     def free(self) -> None:
-        """Frees the memory of a session that is over."""
-        del self._state
+        """Leaves the engine."""
+        _leave(self._groups)
 
 
-def _scatter(part: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Puts values `[M,...]` at these of `count` rows, with zeros at the others."""
-    scattered = np.zeros((count, *part.shape[1:]), part.dtype)
-    scattered[rows] = part
-    return scattered
+def _waits(group: Group) -> bool:
+    return group.phase is Phase.WAITING and not group.is_left
+
+
+def _leave(groups: list[Group]) -> None:
+    """Leaves groups wherever they are; the engine drops those that it has not dropped yet at its next turn."""
+    for group in groups:
+        group.is_left = True
+        if group.phase is Phase.OVER:
+            group.prompt_taps = []
 
 
 class Cloud:
@@ -281,25 +280,29 @@ class Cloud:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self._compiled: set[tuple[object, ...]] = set()
+        self.engine = Engine(backbone)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the backbone."""
+        return self._backbone.fingerprint
 
     def open(self, request: Open) -> Session:
-        """Begins a generation: runs the prompts, and on until the device is needed.
+        """Begins a generation.
 
         Raises:
             UserError: another protocol version, backbone, or a request that makes no sense, each by name.
         """
         return self.begin(self.plan(request))
 
-    def begin(self, plan: GenerationPlan) -> Session:
-        """Opens the session of a plan; beyond `MAX_COMPILED` shapes, all compiled programs are dropped first."""
-        shape = (plan.config, plan.slots, plan.max_new_tokens, pad_prompts(plan.prompts).shape)
-        if shape not in self._compiled and len(self._compiled) >= MAX_COMPILED:
-            for program in (prefill, correct_prompts, advance, gather_taps):
-                program.clear_cache()  # type: ignore[attr-defined]
-            self._compiled.clear()
-        self._compiled.add(shape)
-        return Session(plan, self._backbone.params)
+    def begin(self, plan: GenerationPlan, namespace: str | None = "") -> Session:
+        """Opens the session of a plan, which shares what prompts begin with within a namespace; None for no sharing.
+
+        Raises:
+            NoRoom: the engine cannot take it now.
+        """
+        texts = [AnswerText(self._backbone.tokenizer, plan.stop) for _ in plan.prompts]
+        return Session(plan, self.engine, texts, namespace)
 
     def plan(self, request: Open) -> GenerationPlan:
         """Checks a request and says what its generation takes, before anything is computed.
@@ -336,65 +339,111 @@ class Cloud:
         if not 0 < len(taps) <= states or list(taps) != sorted(set(taps)) or taps[-1] >= states:
             few = taps[: states + 1]
             raise UserError(f"the device asks for taps {few}, which this backbone has not below the entry")
+        if len(request.own) > MAX_SECRET:
+            raise UserError(f"the secret that a device names its corrected prompts by has more than {MAX_SECRET} bytes")
         prompts = self._tokenize(request)
         beams = _beams(request) if request.HasField("beams") else None
         codec, reply = wire.check_codec(request.codec), wire.check_reply(request.reply, beams is not None, entry)
-        model = backbone.model(taps, entry=entry)
         asks = request.setting != "base" and not (request.setting in ROUTED and request.threshold >= 1)
-        corrects_prompt = request.edits == "all" and asks
-        config = CloudConfig(
-            model, request.setting, codec, request.attends, reply, beams, stop_tokens(backbone, request.template),
-            corrects_prompt,
-        )  # fmt: skip
         lengths = check_lengths(prompts, request.max_new_tokens, backbone.config.max_position_embeddings)
         check_tokens(prompts, backbone.config.vocab_size)
-        d, s = backbone.config.hidden_size, request.sampling
-        return GenerationPlan(
-            config,
-            prompts,
-            lengths,
-            request.max_new_tokens,
-            Sampling(s.temperature, s.top_k, s.top_p).check(),
-            s.seed,
-            _floats(request.router, (d, 2), "router") if request.setting in ROUTED else np.zeros((d, 2)),
-            _floats(request.offset, (d,), "offset") if request.offset else np.zeros(d),
-            request.threshold,
+        d, s, routed = backbone.config.hidden_size, request.sampling, request.setting in ROUTED
+        task = Task(
+            kernel=_floats(request.router, (d, 2), "router") if routed else np.zeros((d, 2), np.float32),
+            offset=_floats(request.offset, (d,), "offset") if request.offset and routed else np.zeros(d, np.float32),
+            threshold=request.threshold,
+            routed=routed,
+            asks=asks,
+            adds=request.setting in ADDED,
+            entry=backbone.config.num_layers if entry == "head" else entry,
+            enters_at_head=entry == "head",
+            taps=taps,
+            attends=request.attends,
+            corrects_prompt=request.edits == "all" and asks,
+            eos_ids=stop_tokens(backbone, request.template),
+            limit=request.max_new_tokens,
+            sampling=Sampling(s.temperature, s.top_k, s.top_p).check(),
+            seed=s.seed,
+            beams=beams,
+            keep=functools.partial(wire.encode, codec),
+            penalties=Penalties(s.frequency_penalty, s.presence_penalty).check(),
+            scored=request.scored,
+            own=request.own,
         )
-
-    def token_texts(self, generation: Generation, ended: bool = True) -> list[str]:
-        """Returns the text of each token, see `spa_jax.data.detokenizing.token_texts`."""
-        return token_texts(self._backbone.tokenizer, generation.tokens, ended)
+        stop = _stop_texts(request)
+        if beams is not None and (stop or any(task.penalties)):
+            raise UserError("a beam search takes no texts that end an answer and no penalties: leave them or it out")
+        sizes = backbone.config, task, lengths.tolist(), codec
+        total = memory.kept_bytes(*sizes, self.engine.slots.unit_bytes) + memory.passing_bytes(*sizes)
+        reply_bytes = memory.reply_bytes(backbone.config, task, len(prompts), codec)
+        return GenerationPlan(task, prompts, lengths, codec, reply, stop, total, reply_bytes)
 
     def _tokenize(self, request: Open) -> list[list[int]]:
         """Returns the token ids of the prompts.
 
         Raises:
-            UserError: too many or too long prompts, or text that its template cannot write.
+            UserError: too many or too long prompts, one that is nothing or a conversation that asks nothing, or text
+                that its template cannot write.
         """
         backbone = self._backbone
-        size = sum(len(prompt.text) + len(prompt.tokens) for prompt in request.prompts)
+        size = sum(map(_size, request.prompts))
         if len(request.prompts) > MAX_PROMPTS or size > MAX_PROMPT_SIZE:
             raise UserError(
                 f"{len(request.prompts)} prompts of {size} characters or tokens are more than the cloud takes at once, "
                 f"{MAX_PROMPTS} and {MAX_PROMPT_SIZE}: ask for them in turn"
             )
-        encoder = None
-        if any(prompt.text for prompt in request.prompts):
-            limit, date = backbone.config.max_position_embeddings, request.date or DATE
-            encoder = Encoder(backbone.tokenizer, request.template, limit, date=date)
-        prompts = [
-            encoder.prompt(prompt.text) if encoder is not None and prompt.text else list(prompt.tokens)
-            for prompt in request.prompts
-        ]
-        return prompts
+        limit, special = backbone.config.max_position_embeddings, request.reads_special
+
+        @functools.cache
+        def encoder() -> Encoder:
+            date = request.date or DATE
+            return Encoder(backbone.tokenizer, request.template, limit, date=date, reads_special=special)
+
+        def tokens(prompt: Prompt) -> list[int]:
+            if prompt.messages:
+                if {message.role for message in prompt.messages} - set(ROLES):
+                    raise UserError(f"a message has an unknown role: choices are {', '.join(ROLES)}")
+                turns = [(Turn(message.role, message.content), list(message.tokens)) for message in prompt.messages]  # type: ignore[arg-type]
+                return encoder().conversation(turns)
+            if not prompt.text:
+                return list(prompt.tokens)
+            return encoder().raw(prompt.text) if prompt.raw else encoder().prompt(prompt.text)
+
+        return [tokens(prompt) for prompt in request.prompts]
+
+
+def _size(prompt: Prompt) -> int:
+    """Counts the characters and tokens of a prompt."""
+    texts = [prompt.text, *(message.content for message in prompt.messages)]
+    return sum(map(len, texts)) + len(prompt.tokens) + sum(1 + len(message.tokens) for message in prompt.messages)
+
+
+def _stop_texts(request: Open) -> tuple[str, ...]:
+    """Reads the texts that end an answer.
+
+    Raises:
+        UserError: there are too many or too long ones, or an empty one.
+    """
+    stop = tuple(request.stop)
+    if len(stop) > MAX_STOPS or sum(map(len, stop)) > MAX_STOP_SIZE or not all(stop):
+        raise UserError(
+            f"an answer may be ended by at most {MAX_STOPS} texts of {MAX_STOP_SIZE} characters together, and by no "
+            "empty one"
+        )
+    return stop
 
 
 def _beams(request: Open) -> Beams:
     """Reads the beam search of a request.
 
     Raises:
-        UserError: a width or a way to stop that does not exist.
+        UserError: a width or a way to stop that does not exist, or a width above `MAX_BEAMS`.
     """
+    if request.beams.width > MAX_BEAMS:
+        raise UserError(
+            f"the device asks for {request.beams.width} beams, and a cloud searches with at most {MAX_BEAMS}: ask for "
+            "fewer, or generate in one program (--channel=none)"
+        )
     early: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
     if request.beams.early_stopping not in early:
         raise UserError(f"early_stopping is '{request.beams.early_stopping}'; choices are {', '.join(early)}")

@@ -3,7 +3,7 @@
 Shape letters: M positions of a message, P taps, D width.
 """
 
-from typing import Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,19 @@ from google.protobuf.message import DecodeError, Message
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from spa_jax.choices import CODECS, REPLIES, Codec, ReplyMode
 from spa_jax.errors import UserError
 from spa_jax.models.llama import Entry
 from spa_jax.split.messages_pb2 import Tensor
 
 Parsed = TypeVar("Parsed", bound=Message)
 
-VERSION = 4
+VERSION = 6
 """The version of the protocol; either side refuses another one by name."""
 
-Codec = Literal["float32", "bfloat16", "float16", "int8"]
-CODECS: tuple[Codec, ...] = get_args(Codec)
-ReplyMode = Literal["correction", "token"]
-REPLIES: tuple[ReplyMode, ...] = get_args(ReplyMode)
-"""The contents of a reply: g, as in the paper, or the id of the token that the device chose itself."""
+CHUNK_POSITIONS = 64
+"""Most positions of a prompt in one message."""
+
 DTYPES = {
     "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16), "int8": np.dtype(np.int8),
@@ -41,29 +40,29 @@ class WireError(UserError):
 class Encoded(NamedTuple):
     """Vectors encoded by a codec."""
 
-    values: Array
+    values: Array | np.ndarray
     """`[..., D]` in the codec's dtype."""
-    scales: Float[Array, "..."] | None
+    scales: Float[Array | np.ndarray, "..."] | None
     """float32, one for each vector; `int8` only."""
 
 
-def encode(codec: Codec, x: Float[Array | np.ndarray, "... D"]) -> Encoded:
-    """Encodes vectors: `int8` rounds to the 255 steps between minus and plus the largest magnitude of each vector, and
-    `float16` clips at 65504."""
-    x = jnp.asarray(x)
+def encode(codec: Codec, x: Any) -> Encoded:
+    """Encodes vectors `[...,D]`, in NumPy what is NumPy's: `int8` rounds to the 255 steps between minus and plus the
+    largest magnitude of each vector, and `float16` clips at 65504."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
     if codec == "float16":
-        x = jnp.clip(x, -LARGEST_FLOAT16, LARGEST_FLOAT16)
+        x = xp.clip(x, -LARGEST_FLOAT16, LARGEST_FLOAT16)
     if codec != "int8":
         return Encoded(x.astype(DTYPES[codec]), None)
-    x = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(x), axis=-1) / 127
-    steps = x / jnp.where(scales > 0, scales, 1)[..., None]
-    return Encoded(jnp.round(steps).astype(jnp.int8), scales)
+    x = x.astype(xp.float32)
+    scales = xp.max(xp.abs(x), axis=-1) / xp.float32(127)
+    steps = x / xp.where(scales > 0, scales, xp.float32(1))[..., None]
+    return Encoded(xp.round(steps).astype(xp.int8), scales)
 
 
-def decode(encoded: Encoded, dtype: DTypeLike) -> Float[Array, "... D"]:
-    """Restores what `encode` was given, as nearly as the codec can."""
-    x = jnp.asarray(encoded.values, dtype if encoded.scales is None else jnp.float32)
+def decode(encoded: Encoded, dtype: DTypeLike) -> Any:
+    """Restores `[...,D]` of what `encode` was given, as nearly as the codec can."""
+    x = encoded.values.astype(dtype if encoded.scales is None else jnp.float32)
     return x if encoded.scales is None else (x * encoded.scales[..., None]).astype(dtype)
 
 
@@ -89,12 +88,18 @@ def unpack(codec: Codec, tensor: Tensor, shape: tuple[int, ...]) -> Encoded:
         )
     values = np.frombuffer(tensor.values, dtype).reshape(shape)
     scales = np.frombuffer(tensor.scales, "<f4").reshape(shape[:-1]) if codec == "int8" else None
-    floats = 127 * scales.astype(np.float64) if scales is not None else values
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(floats.astype(np.float32)).all()
-    if not finite:
+    encoded = Encoded(cast(Array, values), cast(Array, scales))
+    if not is_finite(encoded):
         raise WireError("an array came with numbers that are not finite")
-    return Encoded(cast(Array, values), cast(Array, scales))
+    return encoded
+
+
+def is_finite(encoded: Encoded) -> bool:
+    """Tells whether all numbers of arrays on the host are finite when they are decoded."""
+    values, scales = encoded
+    floats = values if scales is None else 127 * np.asarray(scales, np.float64)
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.asarray(floats).astype(np.float32)).all())
 
 
 def check_codec(codec: str) -> Codec:

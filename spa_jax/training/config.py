@@ -20,6 +20,9 @@ from spa_jax.training.optimizer import OptimizerConfig
 from spa_jax.training.processes import DistributedConfig
 from spa_jax.training.sharding import MeshConfig
 
+LARGEST = 2**31 - 1
+"""The largest whole number that a key may have: what programs count with is int32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SideOptions:
@@ -296,7 +299,9 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         return value
     if hint is str and type(value) is int:  # the index of a block, or a number of rows
         return str(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(f"config key {name} is larger than {LARGEST}")
+    if hint is float and type(value) is int:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"config key {name} is {value!r}, but must be of type {hint.__name__}")

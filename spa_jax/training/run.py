@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spa_jax.data.pipeline import plan_batches
+from spa_jax.data.pipeline import padded_shapes, plan_batches
+from spa_jax.data.row_formats import write_pairs
 from spa_jax.files import write_json
 from spa_jax.models.llama import Params
 from spa_jax.models.plugin import count_params
@@ -71,6 +72,8 @@ def _train(config: RunConfig, workdir: Path, trackers: Sequence[str]) -> dict[st
     model, frozen = recipe.model(backbone), backbone.params
     source, scoring_source = recipe.sources(backbone, model, config.tap_cache, options.batch_size, examples + held_out)
     open_workdir(workdir, config, backbone, (examples, held_out))
+    if is_main_process() and not (config.data.task or config.data.eval):
+        write_pairs(workdir / "held_out.jsonl", pairs[1])
     passes = {"data/backbone_passes": len(source.missing(examples + held_out))} if source.cached else {}
     source.fill(examples + held_out)
     if scoring_source is not source:
@@ -96,6 +99,8 @@ def _train(config: RunConfig, workdir: Path, trackers: Sequence[str]) -> dict[st
         if start:
             log.info("resuming at step %d of %d", start, steps)
         if start < steps:
+            shapes = len(set(padded_shapes(examples, options.batch_size)))
+            log.info("%d steps in batches of %d shapes, for each of which a program is compiled first", steps, shapes)
             writers: list[MetricWriter] = [MetricsFile(workdir / "metrics.jsonl", start)]
             if is_main_process():
                 writers += open_trackers(trackers, workdir, config, start)

@@ -214,7 +214,8 @@ class MeshPartitioner(Partitioner):
         axis = LETTERS.get(letter)
         return self.batch_parts if axis == BATCH_AXES else self.mesh.shape[axis] if axis else 1
 
-    def _spec(self, x: jax.Array, axes: str) -> PartitionSpec:
+    def spec(self, x: jax.Array | jax.ShapeDtypeStruct, axes: str) -> PartitionSpec:
+        """Returns which mesh axes split an array whose axes are named as for `constrain`."""
         divides = (size % self.axis_size(letter) == 0 for letter, size in zip(axes, x.shape))
         return P(*(LETTERS.get(letter) if whole else None for letter, whole in zip(axes, divides)))
 
@@ -223,7 +224,7 @@ class MeshPartitioner(Partitioner):
             return part
 
         def call(*xs: jax.Array) -> jax.Array:
-            specs = tuple(self._spec(x, axes) for x, axes in zip(xs, arguments, strict=True))
+            specs = tuple(self.spec(x, axes) for x, axes in zip(xs, arguments, strict=True))
             return jax.shard_map(part, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*xs)
 
         return call
@@ -231,7 +232,7 @@ class MeshPartitioner(Partitioner):
     def constrain(self, x: jax.Array, axes: str) -> jax.Array:
         if self.mesh.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self._spec(x, axes)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(x, axes)))
 
     def constrain_params(self, tree: Tree) -> Tree:
         return tree if self.mesh.size == 1 else jax.lax.with_sharding_constraint(tree, self.param_shardings(tree))

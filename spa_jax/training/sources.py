@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from spa_jax.data.encoding import Example
-from spa_jax.data.pipeline import Batch, collate, padded_shape, plan_batches, prefetched
+from spa_jax.data.pipeline import Batch, collate, padded_shapes, plan_batches, prefetched
 from spa_jax.errors import UserError
 from spa_jax.models.llama import Llama, Params
 from spa_jax.models.partitioner import Partitioner
@@ -175,9 +175,11 @@ def load_batches(
         examples: all of them.
     """
 
+    shapes = padded_shapes(examples, len(batches[0])) if len(batches) else []
+
     def load(rows: Int[np.ndarray, " B"]) -> tuple[np.ndarray, Any]:
         local = rows[partitioner.local_rows(len(rows))]
-        return local, source(examples, local, padded_shape(examples[rows[0]]))
+        return local, source(examples, local, shapes[rows[0]])
 
     return prefetched(batches.map(load))
 

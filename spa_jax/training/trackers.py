@@ -2,14 +2,13 @@
 
 import dataclasses
 import importlib.util
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from spa_jax.errors import UserError
-from spa_jax.files import is_remote, write_json
+from spa_jax.files import is_remote, read_json, write_json
 
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """Name of a tracker -> the library that it needs."""
@@ -40,12 +39,18 @@ class TensorBoard:
         Args:
             workdir: of the run.
             resumed_at: step from which the run goes on.
+
+        Raises:
+            UserError: the directory cannot be written.
         """
         from tensorboardX import SummaryWriter
 
         # Files are named by the second, and one of the same second would be overwritten.
         name = {"logdir": str(workdir / "tensorboard"), "filename_suffix": f".{resumed_at:08d}"}
-        self._writer = SummaryWriter(**name, purge_step=resumed_at + 1)
+        try:
+            self._writer = SummaryWriter(**name, purge_step=resumed_at + 1)
+        except OSError as error:
+            raise UserError(f"cannot write '{workdir / 'tensorboard'}': {error.strerror or error}") from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step."""
@@ -75,16 +80,18 @@ class WeightsAndBiases:
             config: dataclass that is shown as the run's config.
 
         Raises:
-            UserError: wandb refuses, for instance since nobody is logged in.
+            UserError: wandb refuses, for instance since nobody is logged in, or wandb.json is damaged.
         """
         import wandb
 
         kept = workdir / "wandb.json"
-        if kept.exists():
-            run_id = json.loads(kept.read_text(encoding="utf-8"))["id"]
-        else:
+        try:
+            run_id = str(read_json(kept)["id"])
+        except FileNotFoundError:
             run_id = uuid.uuid4().hex[:8]
             write_json(kept, {"id": run_id})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{kept}' is damaged ({error}): delete it, and the run gets a new id") from error
         try:
             self._run = wandb.init(
                 project=wandb.setup().settings.project or WANDB_PROJECT,
@@ -94,8 +101,9 @@ class WeightsAndBiases:
                 config=dataclasses.asdict(config),
                 resume="allow",
             )
-        except wandb.Error as error:
-            raise UserError(f"wandb: {error}; log in with `wandb login`, or set WANDB_MODE=offline") from error
+        except (wandb.Error, OSError, ValueError) as error:  # ValueError: an environment variable that is none of its
+            reason = " ".join(str(error).split())
+            raise UserError(f"wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step; of one that the run has had before it keeps the older ones, which are equal."""
@@ -138,7 +146,7 @@ def open_trackers(names: Sequence[str], workdir: Path, config: Any, resumed_at: 
         resumed_at: step from which the run goes on.
 
     Raises:
-        UserError: wandb refuses.
+        UserError: wandb refuses, or a file cannot be written.
     """
     opened: list[MetricWriter] = []
     for name in dict.fromkeys(names):

@@ -16,7 +16,7 @@ import jax
 from spa_jax.chat import DATE
 from spa_jax.data.encoding import Example
 from spa_jax.errors import UserError
-from spa_jax.files import is_remote, write_json
+from spa_jax.files import is_remote, read_json, write_json
 from spa_jax.training.config import RunConfig
 from spa_jax.training.processes import barrier, is_main_process
 from spa_jax.weights.backbone import Backbone
@@ -40,8 +40,12 @@ def check_writable(workdir: Path) -> None:
     Raises:
         UserError: it cannot.
     """
-    if not is_remote(workdir) and workdir.exists() and not (workdir.is_dir() and os.access(workdir, os.W_OK)):
-        raise UserError(f"cannot write the workdir '{workdir}'")
+    try:
+        if is_remote(workdir) or not workdir.exists() or (workdir.is_dir() and os.access(workdir, os.W_OK)):
+            return
+    except OSError as error:  # a name that is too long, or in a directory that cannot be read
+        raise UserError(f"cannot write the workdir '{workdir}': {error.strerror}") from error
+    raise UserError(f"cannot write the workdir '{workdir}'")
 
 
 def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: Sequence[list[Example]]) -> None:
@@ -59,10 +63,10 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
         resolved["side"]["edits"] = "targets"  # the only ones there, whatever the config says
     if path.exists():
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = read_json(path)
             before, fingerprint, data_before = old["config"], old["backbone_fingerprint"], old["data_fingerprint"]
             before = _with_later_keys(before)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{path}' is damaged ({error}): choose another --workdir") from error
         if fingerprint != backbone.fingerprint:
             raise UserError(f"'{workdir}' holds a run on another backbone ({fingerprint}): choose another --workdir")
@@ -96,9 +100,9 @@ def open_workdir(workdir: Path, config: RunConfig, backbone: Backbone, splits: S
 def read_timing(workdir: Path) -> dict[str, float]:
     """Reads the timing in summary.json, for a run that has nothing left to do; empty where there is none."""
     try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(workdir / "summary.json")
         return {name: summary[name] for name in TIMING if name in summary}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

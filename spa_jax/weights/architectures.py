@@ -1,9 +1,7 @@
 """Backbone architectures without weights, for programs that are only compiled."""
 
-import json
-from pathlib import Path
-
 from spa_jax.errors import UserError
+from spa_jax.files import named_path, read_json
 from spa_jax.models.block import LlamaConfig, RopeScaling
 from spa_jax.weights.hf_config import llama_config_from_hf
 
@@ -43,7 +41,7 @@ def architecture(name: str) -> LlamaConfig:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     try:
-        return llama_config_from_hf(json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8")))
+        return llama_config_from_hf(read_json(named_path(name) / "config.json"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no architecture '{name}': give a directory with a config.json, or one of "

@@ -22,6 +22,7 @@ from spa_jax.models.compute import Weights
 from spa_jax.weights.backbone import Backbone, check_vocabulary
 from spa_jax.weights.gguf_file import GGUFFile
 from spa_jax.weights.gguf_tokenizer import eos_ids, tokenizer_from_metadata
+from spa_jax.weights.hf_config import MOST
 from spa_jax.weights.mapping import Shardings, convert
 
 log = logging.getLogger(__name__)
@@ -238,8 +239,8 @@ class _Metadata:
         value = self.get(key, default)
         if isinstance(value, list) and value == value[:1] * len(value) != []:  # one value per block
             value = value[0]
-        if type(value) is not int or value <= 0:
-            self.refuse(key, value, "one positive whole number")
+        if type(value) is not int or not 0 < value <= MOST:
+            self.refuse(key, value, f"one positive whole number up to {MOST}")
         return value
 
     def decimal(self, key: str, default: Any = _NO_DEFAULT) -> float:

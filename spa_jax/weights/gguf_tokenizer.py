@@ -95,7 +95,6 @@ def _build(metadata: Mapping[str, Any], path: pathlib.Path) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
         clean_up_tokenization_spaces=False,
         **special,
     )

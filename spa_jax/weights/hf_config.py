@@ -3,12 +3,16 @@
 Every key is used, known not to change the computation, or refused.
 """
 
-import math
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+import numpy as np
+
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig, RopeScaling
+
+log = logging.getLogger(__name__)
 
 IGNORED_KEYS = frozenset({
     # where it comes from and what software does with it
@@ -63,6 +67,9 @@ _ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 _NO_DEFAULT = object()
+_SMALLEST, _LARGEST = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+MOST = 2**31 - 1
+"""The largest size or number of positions, which are int32."""
 
 
 def llama_config_from_hf(described: Mapping[str, Any]) -> LlamaConfig:
@@ -124,7 +131,10 @@ def _context(keys: "_Keys", kind: str) -> int:
     elif kind in ("qwen2", "qwen3"):
         keys.get("max_window_layers", None)
         window, slides = keys.get("sliding_window", None), keys.flag("use_sliding_window")
-        slides |= "sliding_attention" in keys.get("layer_types", ())
+        kinds = keys.get("layer_types", [])
+        if not isinstance(kinds, list):
+            raise _unsupported("layer_types", kinds, "a list of each block's kind of attention")
+        slides |= "sliding_attention" in kinds
         window = window if slides else None
     else:
         window = None
@@ -132,6 +142,8 @@ def _context(keys: "_Keys", kind: str) -> int:
         return positions
     if not isinstance(window, int) or isinstance(window, bool) or window <= 0:
         raise _unsupported("sliding_window", window, "a positive whole number or null")
+    if window < positions:
+        log.info("the context is the sliding window's %d tokens, not the backbone's %d", window, positions)
     return min(positions, window)
 
 
@@ -195,7 +207,8 @@ def _rope_theta(key: str, described: Mapping[str, Any] | None) -> float | None:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Tells whether the value is a number that float32, in which a backbone computes, holds and keeps above 0."""
+    return type(value) in (int, float) and _SMALLEST <= value <= _LARGEST
 
 
 def _disagree(first: str, first_value: Any, second: str, second_value: Any) -> UserError:
@@ -228,8 +241,8 @@ class _Keys:
 
     def number(self, key: str, default: Any = _NO_DEFAULT) -> int:
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise _unsupported(key, value, "a positive whole number")
+        if type(value) is not int or not 0 < value <= MOST:
+            raise _unsupported(key, value, f"a positive whole number up to {MOST}")
         return value
 
     def decimal(self, key: str, default: Any = _NO_DEFAULT) -> Any:

@@ -1,13 +1,16 @@
 """Plugins on the Hugging Face hub: read by name, and published with a model card."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from spa_jax.errors import UserError
-from spa_jax.files import is_remote, write_bytes
+from spa_jax.files import is_remote, named_path, write_bytes
 from spa_jax.models.plugin import count_params
 from spa_jax.weights.huggingface import HubUnavailable, download_snapshot, is_hub_name
 from spa_jax.weights.peft import load_trained
@@ -27,8 +30,8 @@ def plugin_directory(name: str) -> Path:
     Raises:
         UserError: it looks like a hub name, and there is neither such a directory nor such a plugin on the hub.
     """
-    directory = Path(name).expanduser()
-    if directory.exists() or not is_hub_name(name):
+    directory = named_path(name)
+    if os.path.exists(directory) or not is_hub_name(name):
         return directory
     try:
         return download_snapshot(name)
@@ -44,6 +47,10 @@ def check_push(name: str, workdir: Path) -> None:
     """
     if is_remote(workdir):
         raise UserError(f"a plugin is published from a local directory, and '{workdir}' is none: leave --push out")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push={name} is no name on the hub: write org/name ({error})") from error
     if not is_hub_name(name):
         raise UserError(f"--push={name} is no name on the hub: write org/name")
     if huggingface_hub.get_token() is None:
@@ -67,7 +74,7 @@ def push_plugin(directory: Path, name: str, summary: Mapping[str, Any], public: 
         UserError: the hub cannot be reached, or refuses.
     """
     card = model_card(load_trained(directory), name, summary)
-    write_bytes(directory / CARD, str(card).encode())
+    write_bytes(directory / CARD, str(card).encode(errors="backslashreplace"))  # the backbone may be any directory
     api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(name, private=not public, exist_ok=True)

@@ -14,8 +14,10 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from spa_jax.errors import UserError
+from spa_jax.files import read_json
 from spa_jax.models.compute import Weights
 from spa_jax.weights.backbone import Backbone, check_vocabulary
 from spa_jax.weights.hf_config import llama_config_from_hf
@@ -57,7 +59,8 @@ def load_directory(
     tokenizer = load_tokenizer(path)
     eos = _eos_ids(path, described, tokenizer)
     check_vocabulary(path, config, tokenizer, eos)
-    log.info("%s: LLaMA with %d blocks of width %d", path, config.num_layers, config.hidden_size)
+    kind = described["model_type"]
+    log.info("%s: %s with %d blocks of width %d", path, kind, config.num_layers, config.hidden_size)
     source = SafetensorsSource(path)
     params, fingerprint = convert(config, source, dtype, shardings, weights) if read_weights else ({}, "")
     return Backbone(str(path), config, params, tokenizer, eos, fingerprint)
@@ -75,7 +78,10 @@ def load_tokenizer(directory: pathlib.Path) -> PreTrainedTokenizerFast:
             f"AutoTokenizer.from_pretrained(...).save_pretrained({str(directory)!r})."
         )
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, clean_up_tokenization_spaces=False)
+        # How long a text may be is the config's to say, and data.max_length's.
+        return PreTrainedTokenizerFast.from_pretrained(
+            directory, clean_up_tokenization_spaces=False, model_max_length=VERY_LARGE_INTEGER
+        )
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{directory}/tokenizer.json cannot be read ({error}); fetch the checkpoint again.") from error
 
@@ -186,7 +192,7 @@ def download_snapshot(name: str) -> pathlib.Path:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; give a directory written by save_pretrained.") from None
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from spa_jax.choices import DTYPES
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig
 from spa_jax.models.compute import Weights
@@ -25,8 +26,6 @@ from spa_jax.models.quantized import Matrix, quantize
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 """Sharding of a parameter by its slash-separated path and its shape; None for the default device."""
-
-DTYPES = ("float32", "bfloat16")
 
 TABLE = {
     "model.embed_tokens.weight": ("embed/embedding", "V,D -> V,D"),

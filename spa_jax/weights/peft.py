@@ -5,9 +5,9 @@ same backbone can be read without our `plugin_config.json`. An Adapter, which PE
 `plugin.safetensors`.
 """
 
-import json
-import math
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spa_jax.errors import UserError
-from spa_jax.files import replaced_directory, write_json
+from spa_jax.files import read_json, replaced_directory, write_json
 from spa_jax.models.llama import Params
 from spa_jax.models.peft import TARGETS, PeftConfig, init_peft
 from spa_jax.weights.backbone import Backbone
@@ -111,10 +111,10 @@ def load_trained(directory: Path) -> Plugin | PeftPlugin:
         UserError: nothing of that kind there, another format version, or a damaged file.
     """
     try:
-        setting = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["config"]["setting"]
+        setting = read_json(directory / CONFIG)["config"]["setting"]
     except (OSError, ValueError, KeyError, TypeError):
         setting = None  # whatever is wrong, the reader says it
-    if setting == "lora" or (directory / PEFT_CONFIG).is_file():
+    if setting == "lora" or os.path.isfile(directory / PEFT_CONFIG):
         return load_lora(directory)
     return load_adapter(directory) if setting == "adapter" else load_plugin(directory)
 
@@ -149,13 +149,13 @@ def load_lora(directory: Path) -> PeftPlugin:
     """
     path = directory / PEFT_CONFIG
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_json(path)
         kind, rank, alpha = described["peft_type"], described["r"], described["lora_alpha"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is damaged: {error!r}") from error
     if kind != "LORA" or type(rank) is not int or rank < 1:
         raise UserError(f"'{path}' is of kind {kind!r} and rank {rank!r}; what can be read is a LORA of rank 1 or more")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not -sys.float_info.max <= alpha <= sys.float_info.max:
         raise UserError(f"'{path}' is damaged: lora_alpha is {alpha!r}, and must be a finite number")
     unsupported = {
         name: value
@@ -201,6 +201,14 @@ def _from_peft(path: Path) -> Params:
     ]
     if missing:
         raise UserError(f"'{path}' lacks {', '.join(missing)}: a LoRA must be on all blocks")
+    uneven = [
+        f"{MODULES[name]}.{_FACTORS[factor]}"
+        for name, factors in found.items()
+        for factor, of_layer in factors.items()
+        if len({matrix.shape for matrix in of_layer.values()}) > 1
+    ]
+    if uneven:
+        raise UserError(f"'{path}': {', '.join(uneven)} is not of one shape in all blocks: train a LoRA of one rank")
     return {
         name: {
             factor: jnp.asarray(np.stack([of_layer[layer] for layer in layers]), jnp.float32)

@@ -2,10 +2,12 @@
 
 import abc
 import dataclasses
-import json
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -13,13 +15,14 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from spa_jax.errors import UserError
-from spa_jax.files import replaced_directory, write_json
+from spa_jax.files import read_json, replaced_directory, write_json
 from spa_jax.models.combine import Edits
 from spa_jax.models.llama import Params
 from spa_jax.models.peft import PEFT_SETTINGS, PeftConfig
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig, SideKind
 from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.hf_config import MOST
 
 FORMAT_VERSION = 4
 READABLE = (2, 3, 4)
@@ -89,6 +92,11 @@ class Trained(abc.ABC, Generic[Config]):
 class Plugin(Trained[PluginConfig]):
     """A trained side network and router: its parameters are `{"side": ..., "router": ...}`."""
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits that identify its parameters."""
+        return digest_of(self.params)
+
     def check(self, backbone: Backbone) -> None:
         super().check(backbone)
         entry, blocks = self.config.entry, backbone.config.num_layers
@@ -102,6 +110,13 @@ class Plugin(Trained[PluginConfig]):
         with replaced_directory(directory) as new:
             safetensors.numpy.save_file(arrays, new / WEIGHTS)
             write_json(new / CONFIG, description)
+
+
+def digest_of(params: Params) -> str:
+    """Returns 16 hex digits that identify trained parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    parts = [jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes() for path, leaf in leaves]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def load_plugin(directory: Path) -> Plugin:
@@ -145,7 +160,7 @@ def read_description(path: Path, pattern: dict[str, Any]) -> dict[str, Any]:
         UserError: it is missing or damaged, of another format version, or not of this pattern.
     """
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path)
     except OSError as error:
         raise UserError(f"no plugin at '{path.parent}': cannot read {CONFIG} ({error.strerror})") from error
     except ValueError as error:
@@ -180,8 +195,8 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     """
     side = config["side"]
     sizes = {"hidden_size": config["hidden_size"], "side.width": side["width"], "side.heads": side["heads"]}
-    if wrong := [name for name, size in sizes.items() if size < 1]:
-        raise UserError(f"'{path}' is damaged: {', '.join(wrong)} must be at least 1")
+    if wrong := [name for name, size in sizes.items() if not 1 <= size <= MOST]:
+        raise UserError(f"'{path}' is damaged: {', '.join(wrong)} must be at least 1 and at most {MOST}")
     if side["kind"] == "transformer" and side["width"] % (2 * side["heads"]):
         raise UserError(f"'{path}' is damaged: side.width does not give each of {side['heads']} heads an even width")
     if not 0 <= config["threshold"] <= 1:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from spa_jax.errors import UserError
+from spa_jax.files import named_path
 from spa_jax.models.compute import AUTOMATIC, Compute
 from spa_jax.models.partitioner import SINGLE_DEVICE, Partitioner
 from spa_jax.models.quantized import keep_as_bits
@@ -93,9 +94,9 @@ def cache_directory() -> pathlib.Path:
 
 
 def _local(name: str) -> pathlib.Path | None:
-    path = pathlib.Path(name).expanduser()
+    path = named_path(name)
     is_gguf = path.suffix.lower() == ".gguf"
-    if path.is_dir() or (path.is_file() and is_gguf):
+    if os.path.isdir(path) or (os.path.isfile(path) and is_gguf):
         return path
     if is_gguf:
         raise UserError(f"There is no file {path}; give the path of an existing GGUF file.")

@@ -18,6 +18,7 @@ import pytest
 import rich
 from absl import flags
 
+from spa_jax import compilation_cache
 from spa_jax.command import run as run_command
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
@@ -96,8 +97,8 @@ def take_flags() -> list[tuple[str, flags.Flag]]:
     of its module."""
     # A module that is run has its path for a name, and keys of configs are defined by the last one.
     ours = ("spa_jax.", "experiments.", "ml_collections.", str(ROOT), "absl.flags._flag")
-    defined = flags.FLAGS.flags_by_module_dict().items()
-    taken = [(module, flag) for module, some in defined if module.startswith(ours) for flag in some]
+    defined, shared = flags.FLAGS.flags_by_module_dict().items(), compilation_cache.__name__
+    taken = [(module, flag) for module, some in defined if module.startswith(ours) for flag in some if module != shared]
     for name in {flag.name for _, flag in taken}:
         delattr(flags.FLAGS, name)
     return taken

@@ -56,10 +56,14 @@ def test_it_counts_what_is_learnt_and_marks_the_targets_of_a_row(check, files, t
     assert result.out.splitlines()[-1] == (
         "<system>Be brief.<user>What is my cat called?<assistant>Miso</s><user>And [my] dog?<assistant>[Rex</s>]"
     )
+    last = check(train, f"--eval={held_out}", "--row=3").out
+    assert f"{train}, line 3 in the template" in last
+    assert last.splitlines()[-1].endswith("<assistant>[x</s>]")
+    assert check(train, "--row=4").status == 2
     for line in (
         f"cut at its end: {train}, line 3",
-        f"asks the same: {held_out}, line 1 and {train}, line 1",
-        f"asks nearly the same: {held_out}, line 2 and {train}, line 2",
+        f"asks the same: held-out {held_out}, line 1 and training {train}, line 1",
+        f"asks nearly the same: held-out {held_out}, line 2 and training {train}, line 2",
     ):
         assert line in result.out.splitlines()
 

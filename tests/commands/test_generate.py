@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from spa_jax.data.encoding import Encoder
+from spa_jax.data.text import visible
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.models.peft import PeftConfig, init_peft
@@ -151,7 +152,7 @@ def test_a_last_character_that_is_not_complete_is_printed_as_the_whole_text_has_
     result = command_here(GENERATE, *random, PROMPT, f"--output={tmp_path}/answer.json")
     text = json.loads((tmp_path / "answer.json").read_text())["text"]
     assert text.endswith("\N{REPLACEMENT CHARACTER}")
-    assert result.out.startswith(f"{text}\n6 tokens in "), result.err
+    assert result.out.startswith(f"{visible(text)}\n6 tokens in "), result.err
 
 
 def test_a_backbone_alone_answers(command, tiny_backbone_directory, environment):
@@ -162,14 +163,14 @@ def test_a_backbone_alone_answers(command, tiny_backbone_directory, environment)
     assert "consulted share 0.00" in done.stdout
 
 
-def test_interactive_answers_each_line_on_its_own(command, plugin):
-    lines = "What is thing 1?\n\n  \nWhat is thing 0?\n"
+def test_interactive_holds_a_conversation(command, plugin):
+    lines = "What is thing 1?\n\n  \nWhat is thing 0?\n/new\nWhat is thing 0?\n"
     result = command(GENERATE, f"--plugin={plugin}", "--interactive", "--max_new_tokens=12", stdin=lines)
     assert result.status == 0, result.err
-    assert result.out.count("consulted share") == 2
-    first, second = result.out.replace("[", "").replace("]", "").split("tokens in", 1)
+    assert result.out.count("consulted share") == 3
+    first, _, third, _ = result.out.replace("[", "").replace("]", "").split("tokens in")
     assert "a cat\n" in first
-    assert "red\n" in second
+    assert "red\n" in third
 
 
 def test_a_prompt_too_long_or_not_text_does_not_end_an_interactive_session(command, plugin):
@@ -182,6 +183,7 @@ def test_a_prompt_too_long_or_not_text_does_not_end_an_interactive_session(comma
     assert result.out.count("consulted share") == 1
 
 
+GRPC = ["--channel=grpc", "--cloud=127.0.0.1:9"]
 REFUSED = {
     "beams and heat": (["--plugin=PLUGIN", PROMPT, "--beams=2", "--temperature=1"], "--beams searches"),
     "negative beams": (["--plugin=PLUGIN", PROMPT, "--beams=-1"], "--beams is -1"),
@@ -204,10 +206,9 @@ REFUSED = {
     "temperature": (["--plugin=PLUGIN", PROMPT, "--temperature=-1"], "temperature is -1.0, but must be"),
     "no number": (["--plugin=PLUGIN", PROMPT, "--temperature=hot"], "flag --temperature=hot"),
     "top p": (["--plugin=PLUGIN", PROMPT, "--top_p=0"], "top_p is 0.0, but must be"),
-    "nothing new": (
-        ["--plugin=PLUGIN", PROMPT, "--max_new_tokens=0"],
-        "do not fit the backbone's context of 128",
-    ),
+    "nothing new": (["--plugin=PLUGIN", PROMPT, "--max_new_tokens=0"], "--max_new_tokens is 0, but must be 1 or more"),
+    "no authorities": (["--plugin=PLUGIN", PROMPT, *GRPC, "--ca=gone"], "cannot read 'gone'"),
+    "no token": (["--plugin=PLUGIN", PROMPT, *GRPC, "--token_file=gone"], "cannot read 'gone'"),
     "too much": (
         ["--plugin=PLUGIN", PROMPT, "--max_new_tokens=128"],
         "do not fit the backbone's context of 128",
@@ -228,6 +229,18 @@ def test_what_cannot_be_answered_is_refused_in_one_line(
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
     command_here(GENERATE, *arguments).assert_refused(message)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--threshold=1.5"], ["--setting=s3"], ["--channel=simulated", "--loss=2"], ["--channel=in-process",
+     "--reply=token", "--beams=2"], [*GRPC, "--ca=gone"], ["--beams=2", "--temperature=1"], ["--top_p=0"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_flags_are_checked_before_a_backbone_is_looked_for(arguments, command_here, plugin):
+    result = command_here(GENERATE, f"--plugin={plugin}", PROMPT, "--backbone=no/such/place", *arguments)
+    assert result.status == 2
+    assert "no/such/place" not in result.err
 
 
 @pytest.mark.parametrize("config", [PeftConfig("lora", 2, 4.0), PeftConfig("adapter", 3)], ids=["lora", "adapter"])

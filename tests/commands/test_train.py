@@ -98,7 +98,7 @@ def test_an_interruption_is_no_error_and_keeps_the_checkpoint(start, training, t
     os.kill(running.pid, signal.SIGINT)
     result = running.wait()
     assert result.status == 130
-    assert result.err.splitlines()[-1] == "interrupted"
+    assert result.err.splitlines()[-1] == "interrupted: the same command goes on"
     assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
     assert not (tmp_path / "plugin").exists()
 

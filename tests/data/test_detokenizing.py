@@ -1,12 +1,14 @@
 """Texts of single tokens against the text of all of them, which the tokenizer itself decodes."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spa_jax.data.detokenizing import StreamingDetokenizer, token_texts
+from spa_jax.data.detokenizing import AnswerText, StreamingDetokenizer, token_texts
 
 REPLACE, BYTES, FUSE, STRIP = (
     decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
@@ -77,3 +79,31 @@ def test_the_texts_of_all_tokens_are_the_text_of_all(kind, data):
     shown = [text for token in tokens for text in stream.add(token)]
     assert shown == token_texts(tokenizer, tokens, ended=False) == texts[: len(shown)]
     assert shown + stream.finish() == texts
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_an_answer_ends_in_front_of_the_first_text_that_ends_it(kind, data):
+    tokenizer = TOKENIZERS[kind]
+    tokens = data.draw(st.lists(st.sampled_from(PARTS[kind]), max_size=9))
+    stop = data.draw(st.lists(st.text("aword \U0001f600", min_size=1, max_size=3), max_size=3))
+    whole, texts = tokenizer.decode(tokens, skip_special_tokens=True), token_texts(tokenizer, tokens)
+    ends = sorted((whole.find(each) + len(each), whole.find(each)) for each in stop if each in whole)
+    answer, shown = AnswerText(tokenizer, stop), [""]
+    for count in range(1, len(tokens) + 1):
+        answer.read(tokens[:count])
+        shown.append("".join(answer.pieces))
+    answer.read(tokens, is_last=True)
+    shown.append("".join(answer.pieces))
+    assert shown[-1] == (whole[: ends[0][1]] if ends else whole)  # the first that is complete
+    assert answer.is_stopped == bool(ends)
+    assert all(after.startswith(before) for before, after in itertools.pairwise(shown))  # nothing is taken back
+    count = answer.num_tokens(len(tokens))
+    if not answer.is_stopped:
+        assert answer.pieces == texts
+        assert count == len(tokens)
+    else:
+        assert count == len(answer.pieces)
+        assert answer.pieces[:-1] == texts[: max(count - 1, 0)]
+        assert texts[count - 1].startswith(answer.pieces[-1]) if count else True

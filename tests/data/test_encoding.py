@@ -256,6 +256,23 @@ def test_a_template_without_system_turns_is_refused_where_a_row_has_one(case, ti
         encoder.encode(dataclasses.replace(TALK, context=(SYSTEM,)))
 
 
+QUESTIONLESS = {
+    "parts": "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}",
+    "constant": "Answer the question.",
+    "capitals": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+    "first turn": "{{ messages[0].content }}",
+}
+
+
+@pytest.mark.parametrize("case", QUESTIONLESS)
+def test_a_template_that_does_not_write_the_question_is_refused(case, tiny_backbone_directory):
+    odd = load_tokenizer(tiny_backbone_directory)
+    odd.chat_template = QUESTIONLESS[case]
+    context = (SYSTEM,) if case == "first turn" else ()
+    with pytest.raises(UserError, match=r"does not write a question as it is: set data\.template=plain"):
+        Encoder(odd, "chat", 60).prompt("Who?", context)
+
+
 def test_no_chat_template_or_no_eos_or_an_unknown_template_is_refused(tiny_backbone_directory):
     bare = load_tokenizer(tiny_backbone_directory)
     bare.chat_template = None

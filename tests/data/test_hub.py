@@ -60,6 +60,16 @@ def test_of_several_configurations_one_is_to_be_named(hub):
         read_hub(f"{hub}:other", COLUMNS)
 
 
+@pytest.mark.parametrize("name", ["json", "csv:default", ":default", "squad"])
+def test_what_is_neither_a_name_nor_a_directory_is_not_looked_for(name, hub, monkeypatch):
+    """By the name `json`, a loader of `datasets`, whatever lies in the directory would be read."""
+    monkeypatch.chdir(hub / "json")
+    with pytest.raises(UserError, match=f"data.hub is '{name}': write org/name, org/name:CONFIG, or a directory"):
+        read_hub(name, COLUMNS)
+    monkeypatch.chdir(hub)
+    assert len(read_hub("parquet", COLUMNS)[0]) == 2
+
+
 def test_there_must_be_a_split_to_train_on(hub):
     with pytest.raises(UserError, match=r":csv' has no split 'train', but test: download it"):
         read_hub(f"{hub}:csv", COLUMNS)

@@ -75,6 +75,6 @@ def test_the_warning_counts_and_names_the_first(caplog):
     assert not caplog.messages
     warn_of_overlap(train, rows("Who am I?", "Where did I go to school?", "What is my cat called please?"))
     assert caplog.messages == [
-        "1 of 3 held-out rows ask what a training row asks too, and 1 nearly (row 2 is like row 2): their loss says "
-        "little of other questions"
+        "of 3 held-out rows, 1 ask the same and 1 ask nearly the same as a training row (row 2 is like row 2): their "
+        "loss says little of other questions"
     ]

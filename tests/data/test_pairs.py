@@ -85,6 +85,18 @@ def test_what_is_nested_too_deeply_is_named_by_number(value, write):
         read_pairs(write(f'{GOOD}\n{{"source": "a", "target": "b", "id": {value}'))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"source": "a", "target": "b", "target": "c"}',
+        '{"source": "a", "target": "b", "id": {"target": 1, "target": 2}}',
+    ],
+)
+def test_a_name_that_has_two_values_is_refused(row, write):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 names 'target' twice in one object"):
+        read_pairs(write(f"{GOOD}\n{row}\n"))
+
+
 @pytest.mark.parametrize("content", [GOOD, f"\n{GOOD}\n", f"[{GOOD}]", f"\n[\n{GOOD}\n]\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_a_byte_order_mark_is_no_part_of_the_first_row_nor_an_arrays_brackets(mark, content, write):
@@ -123,3 +135,10 @@ def test_the_embedded_persona_gives_pairs_whose_targets_hold_their_answers():
     assert answered
     assert all(pair.answer.lower() in pair.target.lower() for pair in answered)
     assert all(pair.origin.startswith("persona '") for pair in train + held_out)
+
+
+def test_a_list_of_turns_that_is_written_as_json_has_no_name_twice_either(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('messages\n"[{""role"": ""user"", ""role"": ""assistant"", ""content"": ""x""}]"\n')
+    with pytest.raises(UserError, match=r"rows\.csv, line 2: column 'messages' is neither .*'role' twice"):
+        read_pairs(str(path))

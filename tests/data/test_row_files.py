@@ -75,6 +75,32 @@ def test_a_field_may_be_long(tmp_path):
     assert len(row["b"]) == 300_000
 
 
+def test_columns_that_are_not_text_may_be_there(tmp_path):
+    when = pyarrow.array([2**40], pyarrow.timestamp("us"))
+    table = pyarrow.table(
+        {"a": ["b"], "when": when, "map": pyarrow.array([[("k", 1)]], pyarrow.map_("string", "int8"))}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((_, row),) = read_rows(str(tmp_path / "rows.parquet"))
+    assert (row["a"], row["when"]) == ("b", when[0].as_py())
+
+
+@pytest.mark.parametrize("kind", [pyarrow.timestamp("us"), pyarrow.duration("s")], ids=str)
+def test_a_column_whose_values_python_does_not_have_is_named(kind, tmp_path):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"a": ["b"], "when": pyarrow.array([2**62], kind)}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet: column 'when' cannot be read \(.*\): leave it out"):
+        list(read_rows(str(tmp_path / "a.parquet")))
+
+
+def test_a_column_of_parquet_that_is_there_twice_is_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["a", "a"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet names a column twice: a, a"):
+        list(read_rows(str(tmp_path / "a.parquet")))
+
+
 BAD = {
     "more.csv": (b"a,b\n1,2\n1,2,3\n", r"more\.csv, line 3 has 3 fields, and the header has 2: put text with commas"),
     "fewer.csv": (b"a,b\n1\n", r"line 2 has 1 fields, and the header has 2"),
@@ -84,6 +110,7 @@ BAD = {
     "twice.csv": (b"a,b,a\n1,2,3\n", r"line 1 names a column twice: a, b, a"),
     "latin.csv": ("a,b\n1,2\n3,é\n".encode("latin-1"), r"latin\.csv', line 3: 'utf-8' codec .*; write it as UTF-8"),
     "wide.csv": ("a,b\n1,2\n".encode("utf-16"), r"wide\.csv', line 1: 'utf-8' codec .*; write it as UTF-8"),
+    "table.xlsx": (b"PK\x03\x04\x9f", r"table\.xlsx', line 1: .* as JSON, CSV \(\.csv, \.tsv\) or Parquet"),
     "no.parquet": (b'{"a": "b"}', r"no\.parquet' as Parquet: "),
     "empty.parquet": (b"", r"empty\.parquet' as Parquet: "),
     "cut.jsonl.gz": (gzip.compress(b'{"a": "b"}\n' * 100)[:-9], r"cannot read the data file '.*cut\.jsonl\.gz': "),

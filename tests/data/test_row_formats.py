@@ -10,7 +10,7 @@ import pandas
 import pytest
 
 from spa_jax.data.pairs import Pair, Turn
-from spa_jax.data.row_formats import FORMATS, parse_columns, read_pairs, recognise
+from spa_jax.data.row_formats import FORMATS, parse_columns, read_pairs, recognise, write_pairs
 from spa_jax.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -154,13 +154,13 @@ REFUSED = {
     "completion": ({"prompt": CHAT[:1], "completion": "b"}, "column 'completion' is neither a list of turns nor"),
     "unknown": (
         {"question": "a", "reply": "b"},
-        r"line 1: the columns question, reply are of no format that can be read, which are source and target; messages;"
-        r" .*data\.columns=source=\.\.\.,target=\.\.\.",
+        r"line 1: the columns question, reply are of no format that can be read \(source and target; messages;"
+        r" .*data\.columns=source=\.\.\.,target=\.\.\. \(of check and evaluate: --columns=",
     ),
     "none": ({}, "the columns of no name are of no format"),
     "ambiguous": (
         {"messages": CHAT, "instruction": "a", "output": "b"},
-        "instruction, messages, output are messages and instruction and output: name those to read, by "
+        "instruction, messages, output can be read as messages or as instruction and output: say which, such as by "
         "data.columns=messages=messages$",
     ),
 }
@@ -203,3 +203,11 @@ def test_every_example_of_the_documentation_is_of_its_format(tmp_path):
     assert [recognise(row, "") for row in examples] == list(FORMATS)
     for row in examples:
         read(row, tmp_path)
+
+
+def test_pairs_that_are_written_are_read_again(tmp_path):
+    context = (*BRIEF, Turn("assistant", "Hello?"))
+    pairs = [Pair("a\u2028\nb", "\u65e5"), talk(True, True, context=context), talk(False, True)]
+    write_pairs(tmp_path / "rows.jsonl", pairs)
+    found = read_pairs(str(tmp_path / "rows.jsonl"))
+    assert [nameless(pair) for pair in found] == pairs

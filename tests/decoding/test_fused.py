@@ -9,13 +9,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from spa_jax.choices import SETTINGS
 from spa_jax.decoding import fused_programs
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.errors import UserError
 from spa_jax.models.block import PADDING
-from spa_jax.models.combine import SETTINGS
 from spa_jax.models.llama import Llama
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin
 from spa_jax.models.side import SideConfig

@@ -33,7 +33,7 @@ def filtered():
     compiled = jax.jit(filter_logits)
 
     def run(logits, top_k, top_p):
-        out = np.asarray(compiled(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p)))
+        out = np.asarray(compiled(jnp.asarray(logits, jnp.float32), jnp.int32([top_k]), jnp.float32([top_p])))
         np.testing.assert_array_equal(out[np.isfinite(out)], np.float32(logits)[np.isfinite(out)])
         return [set(np.flatnonzero(row > -np.inf).tolist()) for row in out]
 
@@ -121,3 +121,13 @@ def test_a_value_out_of_range_is_refused_by_name(sampling, name):
     with pytest.raises(UserError, match=f"^{name} is "):
         sampling.check()
     assert Sampling(0.7, 40, 0.9).check() == Sampling(0.7, 40, 0.9)
+
+
+def test_each_row_is_sampled_in_its_own_way():
+    """As it is alone, greedy ones too."""
+    logits = jnp.asarray(np.float32(np.random.default_rng(3).standard_normal((4, 50))))
+    keys = jax.random.split(jax.random.key(1), 4)
+    each = [Sampling(), Sampling(1.0, 5, 0.8), Sampling(3.0), Sampling(0.7, 0, 0.5)]
+    together = sample(keys, logits, Sampling(*(jnp.asarray(leaf) for leaf in zip(*each))))
+    alone = [sample(keys[at : at + 1], logits[at : at + 1], each[at])[0] for at in range(4)]
+    assert together.tolist() == jnp.stack(alone).tolist()

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from spa_jax.choices import SETTINGS
 from spa_jax.decoding.settings import resolve_setting, stop_tokens
 from spa_jax.errors import UserError
-from spa_jax.models.combine import SETTINGS
 from spa_jax.models.peft import PeftConfig
 from spa_jax.models.plugin import PluginConfig
 from spa_jax.models.side import SideConfig

@@ -5,8 +5,9 @@ import gzip
 import json
 
 import pytest
+from flax.core import FrozenDict
 
-from experiments.paper.cells import plugin_training, table2_training
+from experiments.paper.cells import plugin_training, short_training
 from experiments.paper.scales import MINI, SIZES
 from experiments.paper.store import CellStore
 from spa_jax.scoring.predictions import Prediction
@@ -70,12 +71,12 @@ def tiny_store(make_backbone_directory, tmp_path_factory, keep_record):
         MINI,
         config={**config, "tap_cache.directory": str(root / "taps")},
         sizes={task: dict.fromkeys(SIZES, "full") for task in rows},
-        table2_epochs={"xsum": 1},
-        table2_config={"data.max_length": 64},
-        table2_tuned_on=None,
+        table2=("xsum",),
+        short={"xsum": FrozenDict({"data.max_length": 64, "train.epochs": 1})},
+        short_tuned_on=None,
         ablations={"sciq": {"data.max_length": 64, "train.epochs": 1}},
     )
     store = CellStore(scale, str(root / "data"), root / "runs", root / "results")
-    for training in (plugin_training(scale, "xsum"), table2_training(scale, "xsum", "spa")):
+    for training in (plugin_training(scale, "xsum"), short_training(scale, "xsum", "spa")):
         keep_record(store, "rates", training.tuned_on.label, {"held_out_loss": {"0.001": 1.0}})
     return store

@@ -7,11 +7,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from spa_jax.split.grpc_channel import PREFIX_HEADER
 
 ROOT = Path(__file__).parents[2]
 CLOUD = ROOT / "experiments" / "cloud"
 PLACE = {"PROJECT": "p", "ZONE": "us-west4-a", "REGION": "us-west4", "BUCKET": "b", "DRY_RUN": "1"}
 SCRIPTS = sorted(path.name for path in CLOUD.iterdir() if path.suffix in (".sh", ".sbatch"))
+
+MANIFESTS = [
+    manifest
+    for path in sorted((CLOUD / "kubernetes").iterdir())
+    for manifest in yaml.safe_load_all(path.read_text(encoding="utf-8"))
+]
+
+
+def name_of(manifest):
+    return f"{manifest['kind']} {manifest['metadata']['name']}"
 
 
 def dry(script, *arguments, **variables):
@@ -84,23 +97,87 @@ def test_a_cluster_is_made_and_taken_down():
     assert [line.split()[0] for line in lines("gke.sh", "image")] == ["gcloud", "docker", "docker"]
 
 
-def test_the_job_is_what_kubernetes_expects():
-    yaml = pytest.importorskip("yaml")
+@pytest.fixture
+def job_set():
+    """What `gke.sh train` applies."""
     if shutil.which("envsubst") is None:
         pytest.skip("envsubst is not installed")
     told = dry("gke.sh", "train")
     assert told.returncode == 0, told.stderr
-    job_set = yaml.safe_load(told.stdout.rsplit("kubectl apply", 1)[0])
+    assert "${" not in told.stdout
+    return yaml.safe_load(told.stdout.rsplit("kubectl apply", 1)[0])
+
+
+def test_the_job_is_one_slice_and_trains_into_the_bucket(job_set):
     assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (replicated,) = job_set["spec"]["replicatedJobs"]
     assert replicated.keys() == {"name", "replicas", "template"}
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **replicated["template"]}
-    assert job["spec"]["parallelism"] == job["spec"]["completions"] == 4
-    validate = pytest.importorskip("kubernetes_validate")
-    validate.validate(job, validate.latest_version(), strict=True)
-    (container,) = job["spec"]["template"]["spec"]["containers"]
+    job = replicated["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4
+    (container,) = job["template"]["spec"]["containers"]
     assert "--workdir=gs://b/runs/xsum" in container["command"][-1]
-    assert "${" not in told.stdout
+
+
+@pytest.mark.slow  # the schemas are 100 MB, and installed with what slow tests need
+def test_the_job_fits_the_schema_of_kubernetes(job_set):
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    check_schema({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **replicated["template"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=name_of)
+def test_a_manifest_fits_the_schema_of_kubernetes(manifest):
+    check_schema(manifest)
+
+
+def check_schema(manifest):
+    import kubernetes_validate as schemas
+
+    for version in (schemas.latest_version(), "1.31.0"):  # the newest, and one that clusters may still have
+        schemas.validate(manifest, version, strict=True)
+
+
+def test_manifests_fit_together():
+    """Names that one manifest has from another, times, and numbers."""
+    found = {name_of(manifest): manifest for manifest in MANIFESTS}
+    assert {manifest["metadata"]["namespace"] for manifest in MANIFESTS} == {"spa"}
+    labels = {}
+    for name in ("Deployment spa-cloud", "Deployment spa-proxy"):
+        spec = found[name]["spec"]
+        labels[name] = spec["template"]["metadata"]["labels"]
+        assert spec["selector"]["matchLabels"] == labels[name]
+        pod = spec["template"]["spec"]
+        assert {mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]} == {
+            volume["name"] for volume in pod["volumes"]
+        }
+    cloud, proxy = labels["Deployment spa-cloud"], labels["Deployment spa-proxy"]
+    assert found["Service spa-cloud"]["spec"]["selector"] == cloud
+    assert found["Service spa-proxy"]["spec"]["selector"] == proxy
+    assert found["PodDisruptionBudget spa-cloud"]["spec"]["selector"]["matchLabels"] == cloud
+    policy = found["NetworkPolicy spa-cloud"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == cloud
+    assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": proxy}}]
+    scaler = found["HorizontalPodAutoscaler spa-cloud"]["spec"]
+    assert f"{scaler['scaleTargetRef']['kind']} {scaler['scaleTargetRef']['name']}" in found
+
+    pod = found["Deployment spa-cloud"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    flags = dict(each.removeprefix("--").split("=") for each in container["args"] if "=" in each)
+    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][-1])
+    assert pod["terminationGracePeriodSeconds"] > pause + int(flags["drain"])
+    assert {port["containerPort"] for port in container["ports"]} == {int(flags["port"]), int(flags["metrics_port"])}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    claim = volumes["cache"]["persistentVolumeClaim"]["claimName"]
+    assert f"PersistentVolumeClaim {claim}" in found
+    sessions = scaler["metrics"][0]["pods"]
+    assert sessions["metric"]["name"] == "spa_sessions"
+    assert 0 < int(sessions["target"]["averageValue"]) < int(flags["sessions"])
+
+    haproxy = found["ConfigMap spa-proxy"]["data"]["haproxy.cfg"]
+    (places, address) = re.search(r"server-template cloud- (\d+) (\S+)", haproxy).groups()
+    assert int(places) == scaler["maxReplicas"]
+    assert address == f"spa-cloud.spa.svc.cluster.local:{flags['port']}"
+    assert f"hdr({PREFIX_HEADER})" in haproxy
 
 
 def test_slurm_starts_a_process_for_each_gpu_and_requeues_what_was_preempted(tmp_path):

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spa_jax.choices import SETTINGS
 from spa_jax.errors import UserError
 from spa_jax.models.block import LlamaConfig
-from spa_jax.models.combine import ADDED, ROUTED, SETTINGS, combine
+from spa_jax.models.combine import ADDED, ROUTED, combine
 from spa_jax.models.llama import Llama, init_params, normalize_taps
 from spa_jax.models.plugin import (
     PluginConfig,

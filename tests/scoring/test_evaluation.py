@@ -390,4 +390,5 @@ def test_own_rows_are_evaluated_as_a_task_of_the_same_rows_is(data, backbone, pl
     assert "".join(predictions[0].pieces) == backbone.tokenizer.decode(one.tokens, skip_special_tokens=True)
     assert {"score/exact_match", "score/f1", "score/rougeL"} <= found.keys()
     page = (tmp_path / "own" / "report.html").read_text()
+    assert "5 rows say little" in page
     assert all(row["correct_answer"] in page and row["question"] in page for row in SCIQ)

@@ -48,17 +48,19 @@ class Reading:
             for part in session.prompt_messages():
                 device.receive(part)
             question = session.next_question()
-            self.pairs.append((session, device, question, device.receive(question)))
+            asked = [group.asked for group in session._groups]
+            self.pairs.append((session, asked, device, question, device.receive(question)))
 
     def seeds(self) -> list[bytes]:
         """Honest inputs."""
         seeds = [bytes([0]) + request.SerializeToString() for request in self.requests.values()]
-        for number, (_, _, question, reply) in enumerate(self.pairs):
+        for number, (*_, question, reply) in enumerate(self.pairs):
             seeds.append(bytes([1 + 2 * number]) + question.SerializeToString())
             if not question.prompt:
                 seeds.append(bytes([2 + 2 * number]) + reply.SerializeToString())
-        opened = client.FromCloud(opened={"session": "s", "version": wire.VERSION, "lengths": [3, 4, 5, 6]})
-        progress = client.FromCloud(progress={"generated": [{"tokens": [1], "pieces": ["a"], "consulted": [True]}]})
+        opened = client.FromCloud(opened={"session": "s", "version": wire.VERSION, "lengths": map(len, PROMPTS)})
+        one = {"tokens": [1], "pieces": ["a"], "consulted": [True]}
+        progress = client.FromCloud(progress={"generated": [one] * len(PROMPTS)})
         return [*seeds, *(bytes([9]) + message.SerializeToString() for message in (opened, progress))]
 
     def read(self, data: bytes) -> None:
@@ -67,14 +69,18 @@ class Reading:
         if who == 0:
             self.cloud.plan(wire.parse(Open, data)).bytes  # noqa: B018
         elif who <= 8:
-            session, device, question, _ = self.pairs[(who - 1) // 2]
+            session, asked, device, question, _ = self.pairs[(who - 1) // 2]
             if who % 2 or question.prompt:  # a reply about a prompt, once read, changes the session
                 device.receive(wire.parse(Taps, data))
             else:
-                session.read_reply(wire.parse(Reply, data))
+                session.apply_reply(wire.parse(Reply, data))
+                for group, columns in zip(session._groups, asked):  # they wait for it again
+                    group.settle(columns, 0)
         elif who == 9:
             request = self.requests["tokenwise", "correction"]
-            client.DeviceClient(self.plugins["tokenwise"], request, None, None, None).handle_message(data)
+            where = client.Connection("")
+            device = client.DeviceClient(self.plugins["tokenwise"], request, None, None, None, where)
+            device.handle_message(data)
         else:
             wire.parse(FromDevice, data)
 

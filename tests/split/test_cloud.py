@@ -6,8 +6,9 @@ from tiny_split import CONTEXT, FINGERPRINT, NEW, generate_and_record, make_plug
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.sampling import Sampling
+from spa_jax.engine.programs import pick_taps, run_prompts, run_steps
+from spa_jax.engine.schedule import Pace
 from spa_jax.errors import UserError
-from spa_jax.split import session as session_module
 from spa_jax.split import wire
 from spa_jax.split.generation import generate
 from spa_jax.split.messages_pb2 import Open, Reply
@@ -16,23 +17,9 @@ from spa_jax.split.request import open_message
 PROMPTS = make_prompts(8)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the cloud's loop was entered."""
-    advance, entered = session_module.advance, []
-
-    def counted(*args):
-        entered.append(args)
-        return advance(*args)
-
-    monkeypatch.setattr(session_module, "advance", counted)
-    return entered
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])
-def test_between_two_exchanges_the_cloud_stays_in_one_loop(threshold, cloud, calls):
+def test_the_device_is_asked_no_more_often_than_there_are_tokens_that_need_it(threshold, cloud):
     result = generate(cloud, make_plugin("spa"), open_message(make_plugin("spa"), PROMPTS, NEW, threshold=threshold))
-    assert len(calls) == result.traffic.exchanges + 1
     asked = [flag for generation in result.generations for flag in generation.consulted]
     assert any(asked) == (threshold < 1)
     assert all(asked) == (threshold == 0)
@@ -46,14 +33,19 @@ def test_the_base_setting_sends_the_device_nothing(cloud):
     assert (channel.sent, channel.exchanged) == ([], [])
 
 
-def test_programs_compile_once_whoever_asks_for_what(cloud):
+def test_programs_compile_once_whoever_asks_for_what(cloud, monkeypatch):
+    """Setting, taps, threshold, router, length, sampling and entry are arguments."""
+    monkeypatch.setattr(Pace, "part_tokens", lambda *_: 512)
+    programs = (run_steps, run_prompts, pick_taps)
     generate(cloud, make_plugin("spa"), open_message(make_plugin("spa"), PROMPTS, NEW))
-    programs = (session_module.prefill, session_module.advance, session_module.gather_taps)
+    for program in programs:
+        program.clear_cache()
+    generate(cloud, make_plugin("spa"), open_message(make_plugin("spa"), PROMPTS, NEW, threshold=0.0))
     before = [program._cache_size() for program in programs]
-    for seed in (1, 2):
-        plugin = make_plugin("spa", seed=seed)
-        how = {"threshold": 0.1 + seed / 4, "sampling": Sampling(seed / 2, seed, 0.9), "seed": seed}
-        generate(cloud, plugin, open_message(plugin, make_prompts(seed), NEW, **how))
+    for seed, setting, entry in ((1, "spa", "head"), (2, "s2", 2), (3, "s1", 0)):
+        plugin = make_plugin(setting, seed=seed, entry=entry)
+        how = {"sampling": Sampling(seed / 2, seed, 0.9), "seed": seed, "threshold": 0.0, "codec": "int8"}
+        generate(cloud, plugin, open_message(plugin, PROMPTS, NEW - seed, **how))
     assert [program._cache_size() for program in programs] == before
 
 
@@ -126,6 +118,7 @@ def test_a_cloud_needs_no_plugin(cloud, request_of):
         ({"edits": "all", "entry": 2, "taps": [2]}, "edits 'all' need .* at the entry 2 with an offset"),
         ({"reply": "token", "entry": 2, "taps": [2]}, "in front of block 2, .* cannot choose tokens"),
         ({"beams": {"width": 0, "early_stopping": "false"}}, "beams is 0"),
+        ({"beams": {"width": 9, "early_stopping": "false"}}, "asks for 9 beams, and a cloud searches with at most 8"),
         ({"beams": {"width": 2, "early_stopping": "soon"}}, "early_stopping is 'soon'; choices are true, false, never"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -37,8 +37,9 @@ def messages(kind, arrays):
         else:
             one = {
                 descriptor.TYPE_UINT32: SMALL, descriptor.TYPE_INT32: st.integers(-3, 2**31 - 1),
-                descriptor.TYPE_DOUBLE: FRACTIONS, descriptor.TYPE_BOOL: st.booleans(),
-                descriptor.TYPE_STRING: TEXTS, descriptor.TYPE_BYTES: arrays,
+                descriptor.TYPE_DOUBLE: FRACTIONS, descriptor.TYPE_FLOAT: st.floats(width=32),
+                descriptor.TYPE_BOOL: st.booleans(), descriptor.TYPE_STRING: TEXTS,
+                descriptor.TYPE_BYTES: arrays,
             }[descriptor.type]  # fmt: skip
         return st.lists(one, max_size=5) if descriptor.is_repeated else one
 
@@ -117,7 +118,7 @@ def test_no_question_upsets_a_device(pair):
             except wire.WireError:
                 continue
             assert reply is None or reply.step == taps.step
-        if not session.config.attends:  # that kind keeps what it receives, and a lie may be valid
+        if not session.plan.task.attends:  # that kind keeps what it receives, and a lie may be valid
             assert device.receive(question) == honest
 
     check()
@@ -135,7 +136,7 @@ def test_no_reply_upsets_a_session(pair):
             session.apply_reply(message)
         wrong = Reply(step=question.step, g=message.g, tokens=message.tokens)
         asked = len(question.rows) if question.prompt else len(set(question.rows))
-        fits = len(wrong.tokens) == asked if session.config.reply == "token" else len(wrong.g.values) == asked * 128
+        fits = len(wrong.tokens) == asked if session.plan.reply == "token" else len(wrong.g.values) == asked * 128
         if not fits:
             with pytest.raises(wire.WireError):
                 session.apply_reply(wrong)

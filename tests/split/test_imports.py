@@ -13,9 +13,9 @@ FORBIDDEN = {
         ("spa_jax.training", "spa_jax.scoring", "spa_jax.decoding.fused"),
     ),
     "spa_jax.split.client": (
-        {"spa_jax.split.cloud", "spa_jax.split.session", "spa_jax.split.server", "spa_jax.weights.registry"},
-        ("spa_jax.training", "spa_jax.scoring", "spa_jax.decoding.fused", "spa_jax.data.encoding", "transformers",
-         "tokenizers", "grain", "prometheus_client"),
+        {"spa_jax.split.session", "spa_jax.split.server", "spa_jax.weights.registry"},
+        ("spa_jax.training", "spa_jax.scoring", "spa_jax.engine", "spa_jax.decoding.fused", "spa_jax.data.encoding",
+         "transformers", "tokenizers", "grain", "prometheus_client"),
     ),
 }  # fmt: skip
 """Entry point -> modules, and the beginnings of modules, that it must not load."""

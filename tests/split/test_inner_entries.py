@@ -140,7 +140,9 @@ PROMPTS = make_prompts(19)
 
 def _opening(kind, width, seed=7, **how):
     plugin = make_plugin("spa", kind, seed, 2, "all")
-    return plugin, open_message(plugin, PROMPTS, NEW, beams=Beams(width) if width else None, **how)
+    request = open_message(plugin, PROMPTS, NEW, beams=Beams(width) if width else None, **how)
+    request.own = b""  # all of the prompt is corrected, whatever was before
+    return plugin, request
 
 
 def _judged(backbone, plugin, width, lost=frozenset(), **how):

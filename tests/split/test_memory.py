@@ -14,7 +14,8 @@ from spa_jax.split.messages_pb2 import FromCloud, FromDevice
 from spa_jax.split.request import open_message
 from spa_jax.weights.registry import load_backbone
 
-AT_ONCE, FEW, SOME, MANY = 10, 50, 200, 500
+AT_ONCE = 10
+COUNTS = (500, 1000, 1500)  # by the first, all programs are compiled and the allocator has what it needs
 
 
 async def _open_and_drop(channel, request):
@@ -32,7 +33,7 @@ async def _open_and_drop(channel, request):
 
 
 @pytest.mark.slow
-def test_five_hundred_dropped_sessions_leave_nothing_behind(tiny_backbone_directory, tmp_path):
+def test_dropped_sessions_leave_nothing_behind(tiny_backbone_directory, tmp_path):
     backbone = load_backbone(str(tiny_backbone_directory))
     request = open_message(random_plugin(backbone, "s1"), ["What is thing 1?"], 4)
     log = tmp_path / "log"
@@ -49,9 +50,9 @@ def test_five_hundred_dropped_sessions_leave_nothing_behind(tiny_backbone_direct
 
     with cloud_process(backbone.name, "--deadline=0.05", "--first_deadline=0.05", "--linger=0.05", log=log) as cloud:
         process, sizes = psutil.Process(cloud.process.pid), []
-        for count in (FEW, SOME, MANY):
+        for count in COUNTS:
             asyncio.run(drop_until(count, cloud.port))
             sizes.append(process.memory_info().rss)
-        assert over() == MANY
-    print(f"MiB after {FEW}, {SOME} and {MANY} sessions: {[round(size / 2**20, 1) for size in sizes]}")
-    assert sizes[2] < 1.05 * min(sizes[:2]), sizes  # what compiling took may be given back in between
+        assert over() == COUNTS[-1]
+    print(f"MiB after {COUNTS} sessions: {[round(size / 2**20, 1) for size in sizes]}")
+    assert sizes[2] < 1.02 * sizes[1], sizes  # 16 KiB a session

@@ -51,6 +51,8 @@ def changed(**keys):
         ({"data__date": "yesterday"}, "data.date is 'yesterday': write a date such as 2024-07-26"),
         ({"data__date": 20240726}, "data.date is '20240726'"),
         ({"seed": 1.5}, "config key seed is 1.5, but must be of type int"),
+        ({"train__epochs": 10**30}, "config key train.epochs is larger than 2147483647"),
+        ({"peft__alpha": 10**400}, "config key peft.alpha is larger than 2147483647"),
         ({"seed": True}, "config key seed is True, but must be of type int"),
         (
             {"optimizer__learning_rate": "fast"},

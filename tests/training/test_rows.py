@@ -61,7 +61,7 @@ def test_own_rows_may_be_anywhere_and_those_that_are_held_out_but_trained_on_are
     assert "".join(pair.source for pair in train) == "abcdefghia"
     assert "".join(pair.source for pair in held_out) == "xa"
     (warning,) = [message for message in caplog.messages if "held-out" in message]
-    assert warning.startswith("1 of 2 held-out rows ask what a training row asks too, and 0 nearly (")
+    assert warning.startswith("of 2 held-out rows, 1 ask the same as a training row (")
 
 
 def test_without_a_validation_split_a_part_of_the_training_rows_is_held_out(directory):

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from spa_jax.data import pipeline
 from spa_jax.errors import UserError
 from spa_jax.models.plugin import init_plugin
 from spa_jax.training import plugin_recipe, run
@@ -167,6 +168,7 @@ def test_the_step_compiles_once_per_bucket(make_config, tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = {"data.train": str(path), "data.eval": str(path), "train.epochs": 3, "train.batch_size": 2}
+    monkeypatch.setattr(pipeline, "WORTH_COMPILING", 0)
     spy, before = Spy(monkeypatch), train_step._cache_size()
     run.train(make_config(keys), tmp_path / "run")
     assert len(spy.shapes) == 2
@@ -224,6 +226,11 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_file(case, make_config,
     with pytest.raises(UserError, match=message):
         run.train(make_config({"tap_cache.directory": str(tmp_path / "taps"), **keys}), tmp_path / "run")
     assert files_below(tmp_path) == []
+
+
+def test_a_workdir_of_an_impossible_name_is_refused_before_anything_is_read(make_config, tmp_path):
+    with pytest.raises(UserError, match=r"cannot write the workdir 'n.*': File name too long"):
+        run.train(make_config({"data.train": "nowhere"}), Path("n" * 300))
 
 
 def refused_untouched(config: run.RunConfig, workdir: Path) -> str:

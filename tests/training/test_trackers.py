@@ -2,6 +2,7 @@
 
 import json
 import time
+from unittest import mock
 
 import pytest
 
@@ -74,12 +75,27 @@ def test_a_tracker_that_cannot_be_opened_is_named_before_the_run(tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000])
+def test_a_damaged_id_of_weights_and_biases_is_named(content, tmp_path):
+    pytest.importorskip("wandb")
+    (tmp_path / "wandb.json").write_text(content)
+    with pytest.raises(UserError, match=r"wandb\.json' is damaged \(.*\): delete it"):
+        trackers.WeightsAndBiases(tmp_path, RunConfig())
+
+
+def test_a_file_in_place_of_a_trackers_directory_is_named(tmp_path):
+    pytest.importorskip("tensorboardX")
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match=r"cannot write '.*tensorboard': Not a directory"):
+        trackers.open_trackers(["tensorboard"], tmp_path, RunConfig(), 0)
+
+
 def test_a_refusal_of_weights_and_biases_says_what_to_do(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
-    def refuse(**_):
-        raise wandb.errors.UsageError("No API key configured")
-
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match="No API key configured; log in with `wandb login`, or set WANDB_MODE=offline"):
-        trackers.WeightsAndBiases(tmp_path, RunConfig())
+    # What it raises without a key, of WANDB_MODE=sometimes, and where its directory is a file.
+    refusals = (wandb.errors.UsageError("No\nkey"), ValueError("No\nkey"), NotADirectoryError("No key"))
+    for refusal in refusals:
+        monkeypatch.setattr(wandb, "init", mock.Mock(side_effect=refusal))
+        with pytest.raises(UserError, match="wandb: No key; log in with `wandb login`, or set WANDB_MODE=offline"):
+            trackers.WeightsAndBiases(tmp_path, RunConfig())

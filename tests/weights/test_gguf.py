@@ -279,6 +279,7 @@ def test_fingerprint_does_not_depend_on_the_dtype(make_model, write_gguf) -> Non
         (lambda w: w.add_rope_dimension_count(4), "llama.rope.dimension_count"),
         (lambda w: w.add_tokenizer_pre("tekken"), "tokenizer.ggml.pre = 'tekken'"),
         (lambda w: w.add_tokenizer_model("t5"), "tokenizer.ggml.model = 't5'"),
+        (lambda w: w.add_uint64("llama.context_length", 2**40), "llama.context_length = 1099511627776"),
     ],
 )
 def test_unsupported_metadata_is_refused_by_name(change, named, make_model, write_gguf) -> None:

@@ -123,6 +123,12 @@ def test_rope_in_both_forms(rope: dict, theta: float, scaling: RopeScaling | Non
         ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "rope_scaling.rope_type = ['linear']"),
         ({"rope_scaling": {"rope_type": "linear", "type": ["linear"], "factor": 2.0}}, "disagrees"),
         ({"rope_parameters": {"rope_type": {}, "factor": 2.0}}, "rope_parameters.rope_type"),
+        ({"vocab_size": 2**31}, "vocab_size"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings"),
+        *(({"rope_theta": value}, "rope_theta") for value in (10**400, 1e39, 1e-39)),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_parameters.rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "rope_scaling.factor"),
     ],
 )
 def test_refused_by_name(change: dict, named: str) -> None:
@@ -143,13 +149,24 @@ def test_refused_by_name(change: dict, named: str) -> None:
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 100}, 100),
     ],
 )
-def test_no_sequence_is_longer_than_a_sliding_window(kind: str, windows: dict, context: int) -> None:
+def test_no_sequence_is_longer_than_a_sliding_window(
+    kind: str, windows: dict, context: int, caplog: pytest.LogCaptureFixture
+) -> None:
     classes = {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     described = {key: value for key, value in BASE.items() if key not in ("attention_bias", "mlp_bias")}
     described |= {"model_type": kind, "architectures": [classes[kind]], "max_position_embeddings": 32768}
-    config = llama_config_from_hf({**described, "num_key_value_heads": 2, "head_dim": 16, **windows})
+    with caplog.at_level("INFO", "spa_jax"):
+        config = llama_config_from_hf({**described, "num_key_value_heads": 2, "head_dim": 16, **windows})
     assert config.max_position_embeddings == context
+    assert (f"sliding window's {context} tokens" in caplog.text) == (context < 32768)
     assert (config.qkv_bias, config.qk_norm) == (kind == "qwen2", kind == "qwen3")
+
+
+@pytest.mark.parametrize("kinds", [7, True, "sliding_attention", {"0": "full_attention"}], ids=str)
+def test_kinds_of_attention_that_are_no_list_are_refused(kinds) -> None:
+    described = {**BASE, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 99}
+    with pytest.raises(UserError, match=r"layer_types = .* is not supported, only a list"):
+        llama_config_from_hf({**described, "num_key_value_heads": 2, "head_dim": 16, "layer_types": kinds})
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "max_position_embeddings", "head_dim"])

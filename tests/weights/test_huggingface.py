@@ -292,10 +292,11 @@ def test_missing_file_is_named(name, save_model) -> None:
         load_directory(directory)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_broken_json_is_named(name, save_model) -> None:
+@pytest.mark.parametrize("content", ["{", '{"a": ' * 100_000], ids=["open", "deep"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_broken_json_is_named(name, content, save_model) -> None:
     _, directory = save_model()
-    (directory / name).write_text("{")
+    (directory / name).write_text(content)
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         load_directory(directory)
 
@@ -309,6 +310,16 @@ def test_tokenizer_does_exactly_what_its_file_says(save_model) -> None:
     for text in ("Hello  world 123", " naïve\n\n\tcafé", "a</s>b", ""):
         assert tokenizer(text)["input_ids"] == reference.encode(text).ids
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("length", [3, "many", [], None])
+def test_a_text_may_be_longer_than_its_tokenizers_file_says(length, save_model, caplog) -> None:
+    _, directory = save_model()
+    described = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**described, "model_max_length": length}))
+    tokenizer = load_directory(directory, read_weights=False).tokenizer
+    assert len(tokenizer("a" * 99)["input_ids"]) == 99
+    assert not [message for message in caplog.messages if "longer" in message]
 
 
 def test_an_unreachable_hub_is_a_user_error(monkeypatch) -> None:

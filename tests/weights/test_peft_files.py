@@ -240,6 +240,13 @@ SPOILED = {
     "start": (LORA, rewrite(LORA_FILE, init_lora_weights="pissa"), "asks for init_lora_weights='pissa'"),
     "new key": (LORA, rewrite(LORA_FILE, use_novelty=2), "asks for use_novelty=2"),
     "alpha": (LORA, rewrite(LORA_FILE, lora_alpha=float("nan")), "lora_alpha is nan, and must be a finite number"),
+    "alpha huge": (LORA, rewrite(LORA_FILE, lora_alpha=10**400), "and must be a finite number"),
+    "deep": (LORA, lambda d: (d / LORA_FILE).write_text("[" * 100_000), "adapter_config.json' is damaged: .*too deep"),
+    "ranks of blocks": (
+        LORA,
+        reweigh(lambda arrays: arrays.update({KEY: arrays[KEY][:-1]})),
+        r"layers\.\{\}\.self_attn\.q_proj\.lora_A\.weight is not of one shape in all blocks",
+    ),
     "alpha type": (LORA, rewrite(LORA_FILE, lora_alpha="8"), "lora_alpha is '8'"),
     "NaN": (LORA, reweigh(lambda a: a[KEY].__setitem__((0, 0), np.nan)), f"values of {KEY} are NaN or infinite"),
     "infinite": (ADAPTER, reweigh(lambda a: a["mlp.b_bias"].__setitem__((0, 0), np.inf)), "values of mlp.b_bias are"),

@@ -139,6 +139,12 @@ SPOILED = {
     "no JSON": (lambda d: (d / "plugin_config.json").write_text("{"), "plugin_config.json' is damaged"),
     "no text": (lambda d: (d / "plugin_config.json").write_bytes(b"\xff\xfe"), "plugin_config.json' is damaged"),
     "no object": (lambda d: (d / "plugin_config.json").write_text("[]"), "has plugin format None"),
+    "deep": (lambda d: (d / "plugin_config.json").write_text("[" * 100_000), "is damaged: it is nested too deeply"),
+    "wide": (
+        described("config", "side", "width", value=10**400),
+        "side.width must be at least 1 and at most 2147483647",
+    ),
+    "large": (described("config", "hidden_size", value=2**31), "hidden_size must be at least 1 and at most"),
     "format": (described("format_version", value=1), "has plugin format 1, this spa_jax reads format 2 and 3"),
     "no entry": (lambda d: rewrite(d, lambda j: j["config"].pop("entry")), "plugin_config.json' is damaged"),
     "entry": (described("config", "entry", value="tail"), "plugin_config.json' is damaged"),

@@ -81,7 +81,8 @@ def test_a_directory_is_taken_as_it_is_and_a_name_is_looked_at_before_the_run(di
     assert hub.plugin_directory(str(directory)) == directory
     assert hub.plugin_directory("a/b/c") == Path("a/b/c")
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(UserError, match="--push=mine is no name on the hub: write org/name"):
-        hub.check_push("mine", tmp_path)
+    for name in ("mine", "a/b/c", "someone/..", "someone/my--plugin", "someone/mine-", "a/" + "n" * 99):
+        with pytest.raises(UserError, match=f"--push={name} is no name on the hub: write org/name"):
+            hub.check_push(name, tmp_path)
     with pytest.raises(UserError, match="needs a token"):
         hub.check_push("someone/mine", tmp_path)

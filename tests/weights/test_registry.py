@@ -14,7 +14,10 @@ import pytest
 
 from spa_jax.errors import UserError
 from spa_jax.weights import pypi, registry
+from spa_jax.weights.architectures import architecture
+from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.huggingface import HubUnavailable
+from spa_jax.weights.peft import load_trained
 from spa_jax.weights.registry import load_backbone
 
 NAME = "smollm2-135m-instruct"
@@ -102,6 +105,19 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         load_backbone("gpt-5")
     with pytest.raises(UserError, match=r"no/such/file\.gguf"):
         load_backbone("/no/such/file.gguf")
+
+
+@pytest.mark.parametrize(
+    "name", ["~nobody-of-this-name/model", "n" * 300, "n/" * 2500, "~nobody/x.gguf", "n" * 300 + ".gguf"]
+)
+def test_what_can_be_no_path_is_no_backbone_and_no_plugin(name) -> None:
+    """Too long for a path, or in the home of nobody."""
+    with pytest.raises(UserError, match=r"There is no (backbone|file)"):
+        load_backbone(name)
+    with pytest.raises(UserError, match="no plugin at "):
+        load_trained(plugin_directory(name))
+    with pytest.raises(UserError, match="there is no architecture"):
+        architecture(name)
 
 
 def test_hub_names_go_to_the_hub(no_hub) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.benchmarks import wire_bytes
-from spa_jax.split.wire import CODECS
+from spa_jax.choices import CODECS
 
 
 def test_fewer_bytes_lose_little_and_float32_nothing(tiny_store):

@@ -1,7 +1,7 @@
 """Descriptions of trainings and cells: what shares a training, and labels that no two different ones share."""
 
 from experiments.paper import run, tables
-from experiments.paper.cells import cell_of, one_shot, plugin_training, spa_cell, table2_training, transformer_training
+from experiments.paper.cells import cell_of, one_shot, plugin_training, short_training, spa_cell, transformer_training
 from experiments.paper.scales import MINI, PAPER, SCALES
 
 
@@ -20,13 +20,13 @@ def test_labels_are_those_of_the_kept_results():
     assert cell_of(plugin_training(MINI, "xsum"), "s1").label == "xsum-full-spa-as-s1"
     assert cell_of(plugin_training(MINI, "sciq", offset=True), budget=0.62).label == "sciq-full-spa-offset-at-0.62"
     assert cell_of(plugin_training(MINI, "sciq", "s2", epochs=4), "s3").label == "sciq-full-s2-4epochs-as-s3"
-    assert table2_training(MINI, "xsum", "spa").label == "xsum-full-spa-short-3epochs"
+    assert short_training(MINI, "xsum", "spa").label == "xsum-full-spa-short-3epochs"
 
 
 def test_settings_that_share_a_side_network_share_a_training():
     for scale in (MINI, PAPER):
         three = tables.settings(scale, "xsum")
-        assert three["S1"].training == three["SPA"].training == tables.sizes(scale, "xsum")["SPA full"].training
+        assert three["S1"].training == three["SPA"].training == spa_cell(scale, "xsum").training
         assert three["S2"].training == three["S3"].training == tables.methods(scale, "xsum")["LST"].training
 
 
@@ -39,7 +39,7 @@ def test_a_training_is_what_it_changes():
     assert plugin_training(MINI, "xsum", size="small", epochs=4, offset=True).changes == {
         "setting": "spa", "data.size": "60", "router.offset": True, "train.epochs": 4,
     }  # fmt: skip
-    beside, lora = table2_training(MINI, "xsum", "spa"), table2_training(MINI, "xsum", "lora")
+    beside, lora = short_training(MINI, "xsum", "spa"), short_training(MINI, "xsum", "lora")
     common = {"data.size": "full", "train.epochs": 3, "data.max_length": 256}
     assert beside.changes == {"setting": "spa", **common}
     assert lora.changes == {"setting": "lora", **common, "peft.remat": "dots", "train.eval_every": 40}
@@ -52,7 +52,7 @@ def test_the_learning_rate_is_chosen_on_the_medium_size_without_an_offset():
     assert plugin_training(MINI, "sciq", epochs=1).tuned_on == medium
     assert plugin_training(MINI, "sciq", offset=True).tuned_on == medium
     assert medium.changes == {"setting": "spa", "data.size": "250"}
-    on = table2_training(MINI, "xsum", "lora").tuned_on
+    on = short_training(MINI, "xsum", "lora").tuned_on
     assert (on.task, on.changes["data.size"], on.changes["train.epochs"]) == ("sciq", "60", 12)
-    on = table2_training(PAPER, "coqa", "lora").tuned_on
+    on = short_training(PAPER, "coqa", "lora").tuned_on
     assert (on.task, on.changes["data.size"], on.changes["train.epochs"]) == ("coqa", "medium", 15)

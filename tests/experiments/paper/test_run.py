@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from experiments.paper import run
-from experiments.paper.cells import Cell, cell_of, one_shot, plugin_training, table2_training
+from experiments.paper.cells import Cell, cell_of, one_shot, plugin_training, short_training
 from experiments.paper.scales import MINI
 from spa_jax.errors import UserError
 
@@ -46,7 +46,7 @@ def test_the_time_that_is_left_is_judged_by_what_was_measured_of_the_same_kind(s
 
 def test_backbone_passes_are_counted_once_a_run_and_without_those_that_train_through(store, keep_record):
     """The run at the chosen learning rate has two records."""
-    full, lora = plugin_training(MINI, "sciq"), table2_training(MINI, "sciq", "lora")
+    full, lora = plugin_training(MINI, "sciq"), short_training(MINI, "sciq", "lora")
     summary = {"epochs": 15, "data/train_examples": 100, "data/held_out_examples": 10, "data/backbone_passes": 110}
     for label, training in ((full.label, full), (f"{full.label}-0.0005", full), (lora.label, lora)):
         run_name = f"{training.label}-0.0005"

@@ -17,8 +17,8 @@ def test_scales_are_found_by_name():
 def test_a_scale_has_every_size_of_every_task_and_of_the_tasks_it_names(scale):
     assert set(TASKS) <= scale.sizes.keys()
     assert all(tuple(sizes) == SIZES for sizes in scale.sizes.values())
-    named = {*scale.transformer, *scale.table2_epochs, *scale.ablations}
+    named = {*scale.transformer, *scale.table2, *scale.replacing, *scale.beside_lora, *scale.ablations}
     assert named <= scale.sizes.keys()
-    if scale.table2_tuned_on:
-        task, size, _ = scale.table2_tuned_on
+    if scale.short_tuned_on:
+        task, size, _ = scale.short_tuned_on
         assert size in scale.sizes[task]

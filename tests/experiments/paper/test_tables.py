@@ -36,13 +36,15 @@ def test_a_table_needs_no_model_and_shows_what_is_not_done(store, keep_cell, mon
 
 def test_shares_are_of_generated_tokens_and_their_mean_waits_for_all_four(store, keep_cell):
     for task in ("xsum", "cnn_dailymail", "coqa"):
-        keep_cell(store, spa_cell(MINI, task), [1.0, 2.0], sources="ddcc")
+        for cell in (spa_cell(MINI, task), tables.sizes(MINI, task)["SPA full"]):
+            keep_cell(store, cell, [1.0, 2.0], sources="ddcc")
         record = json.loads((store.results / "cells" / f"{task}-full-spa.json").read_text())
         assert "consulted_share" not in record  # it is counted from the predictions
     rows = rows_of_table(store, "table7")["SPA full"]
     assert rows["XSum"]["ours"] == 50
     assert rows["mean of the four"] == {"ours": None, "interval": None, "paper": 61.8}
-    keep_cell(store, spa_cell(MINI, "sciq"), [1.0, 2.0], sources="ddddc")
+    for cell in (spa_cell(MINI, "sciq"), tables.sizes(MINI, "sciq")["SPA full"]):
+        keep_cell(store, cell, [1.0, 2.0], sources="ddddc")
     assert rows_of_table(store, "table7")["SPA full"]["mean of the four"]["ours"] == pytest.approx((50 * 3 + 80) / 4)
     rows = rows_of_table(store, "table3")
     assert rows["SPA"]["XSum share"]["ours"] == 0.5
@@ -58,9 +60,26 @@ def test_what_a_training_says_of_itself_stands_beside_its_cell(store, keep_cell,
     rows = rows_of_table(store, "table4")
     assert rows["paper (LLaMA-7B)"]["M"] == {"ours": None, "interval": None, "paper": 0.62}
     assert (rows["XSum"]["% param"]["ours"], rows["XSum"]["M"]["ours"]) == (0.25, None)
+    largest = tables.sizes(MINI, "xsum")["SPA full"].training
+    keep_record(store, "trainings", largest.label, {"description": largest.description, **summary})
     rows = rows_of_table(store, "table5")
     assert rows["SPA full"]["XSum"] == {"ours": 525, "interval": None, "paper": 227_000}
     assert rows["SPA small"]["SciQ"]["paper"] == 5_000
+
+
+def test_entries_show_the_loss_of_each_cells_own_setting_and_are_of_one_protocol(store, keep_cell):
+    found = tables.entries(MINI, "sciq")
+    keep_cell(store, found["SPA at 0.62, inner"], [1.0, 2.0], sources="ddcc")
+    cell = store.results / "cells" / f"{found['SPA at 0.62, inner'].label}.json"
+    cell.write_text(json.dumps({**json.loads(cell.read_text()), "loss/spa": 1.5, "loss/s1": 0.5}))
+    rows = rows_of_table(store, "entries_sciq")
+    assert rows["SPA at 0.62, inner"]["nats"]["ours"] == 1.5
+    assert rows["SPA at 0.62, inner"]["share"]["ours"] == 0.5
+    same = ("data.size", "data.max_length", "train.epochs")
+    trainings = [cell.training.changes for row, cell in found.items() if row != "one-shot"]
+    assert len({tuple(changes[key] for key in same) for changes in trainings}) == 1
+    seeds = [found[row].training.changes.get("seed", 0) for row in found if row.startswith(tables.AT_INNER)]
+    assert seeds == [0, 1, 2]
 
 
 def test_figure_4_has_a_point_for_every_number_of_epochs(store, keep_cell):

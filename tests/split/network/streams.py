@@ -4,15 +4,15 @@ import asyncio
 import contextlib
 
 import grpc
-from prometheus_client import REGISTRY
 
-from spa_jax.split.client import merge_progress
+from spa_jax.split import metrics
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress
 from spa_jax.split.request import device_for
 from spa_jax.split.server import Limits, serving
+from spa_jax.split.trust import merge_progress
 
-metric = REGISTRY.get_sample_value
+metric = metrics.REGISTRY.get_sample_value
 """Name of a sample -> its value."""
 
 
@@ -36,6 +36,7 @@ class Stream:
         self.outbox = asyncio.Queue()
         self.send(first)
         self.call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(self._drain(), metadata=metadata)
+        self.call.add_done_callback(lambda _: self.outbox.put_nowait(None))
 
     def send(self, message):
         self.outbox.put_nowait(message if isinstance(message, bytes) else message.SerializeToString())
@@ -45,8 +46,8 @@ class Stream:
         return None if data is grpc.aio.EOF else FromCloud.FromString(data)
 
     async def _drain(self):
-        while True:
-            yield await self.outbox.get()
+        while (message := await self.outbox.get()) is not None:
+            yield message
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import gc
 import time
 
 import jax
@@ -11,19 +12,23 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from streams import Stream, by_hand, connected, metric, run, tokens_of
 from tiny_split import make_plugin, random_plugin
 
+from spa_jax.conversation import Conversation
 from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.beam import Beams
+from spa_jax.engine.extents import UNIT
 from spa_jax.errors import UserError
 from spa_jax.split import wire
-from spa_jax.split.client import Connection, generate, merge_progress
+from spa_jax.split.client import Connection, generate
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import SERVICE, ServerSecurity
+from spa_jax.split.memory import kept_bytes
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Opened, Progress, Reopen, Taps, Tensor
 from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.server_session import Outbox
 from spa_jax.split.session import Cloud
+from spa_jax.split.trust import merge_progress
 
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
 
@@ -156,6 +161,25 @@ def test_cancelling_ends_the_session(cloud, plugin, request_of):
     assert run(cloud, scenario).refusal.kind == "unknown-session"
 
 
+def test_a_cancellation_that_comes_with_an_answer_is_not_lost(cloud, plugin, request_of):
+    async def scenario(port):
+        before = metric("spa_sessions")
+        async with connected(port) as channel:
+            request = request_of()
+            streams = [Stream(channel, FromDevice(open=request)) for _ in range(16)]
+            for stream in streams:
+                device = device_for(plugin, request, list((await stream.receive()).opened.lengths))
+                while not (message := await stream.receive()).HasField("taps"):
+                    pass
+                stream.send(FromDevice(reply=device.receive(message.taps)))
+                stream.send(FromDevice(cancel=Cancel()))
+            async with asyncio.timeout(10):
+                while metric("spa_sessions") > before:
+                    await asyncio.sleep(0.01)
+
+    run(cloud, scenario, Limits(deadline=60))
+
+
 def test_more_sessions_than_there_is_room_for_are_refused_by_kind(cloud, plugin, request_of):
     async def scenario(port):
         async with connected(port) as channel:
@@ -165,7 +189,7 @@ def test_more_sessions_than_there_is_room_for_are_refused_by_kind(cloud, plugin,
             first.send(FromDevice(cancel=Cancel()))
             return second
 
-    assert run(cloud, scenario, Limits(sessions=1, deadline=30)).refusal.kind == "overloaded"
+    assert run(cloud, scenario, Limits(sessions=1, deadline=30, queue=0)).refusal.kind == "overloaded"
 
 
 def test_a_health_check_finds_the_service(cloud):
@@ -177,11 +201,13 @@ def test_a_health_check_finds_the_service(cloud):
     assert run(cloud, scenario).status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_a_second_stream_of_a_session_takes_the_place_of_the_first(cloud, request_of):
+def test_a_second_stream_of_a_session_takes_the_place_of_the_first(cloud, backbone, request_of):
     async def scenario(port):
         async with connected(port) as channel:
             first = Stream(channel, FromDevice(open=request_of()))
-            session = (await first.receive()).opened.session
+            opened = (await first.receive()).opened
+            assert (opened.version, opened.backbone) == (wire.VERSION, backbone.fingerprint)
+            session = opened.session
             second = Stream(channel, FromDevice(reopen=Reopen(session=session)))
             assert (await second.receive()).opened.session == session
             while await first.receive() is not None:
@@ -200,11 +226,11 @@ def test_memory_is_bounded_and_one_generation_that_needs_more_is_told_so(cloud, 
             first = Stream(channel, FromDevice(open=request_of()))
             assert (await first.receive()).HasField("opened")
             second = await Stream(channel, FromDevice(open=request_of())).receive()
-            large = await Stream(channel, FromDevice(open=request_of(Beams(4)))).receive()
+            large = await Stream(channel, FromDevice(open=request_of(Beams(8)))).receive()
             first.send(FromDevice(cancel=Cancel()))
             return second.refusal, large.refusal
 
-    second, large = run(cloud, scenario, Limits(memory=int(1.5 * need), deadline=30))
+    second, large = run(cloud, scenario, Limits(memory=int(1.5 * need), deadline=30, queue=0))
     assert (second.kind, "taken by other sessions" in second.reason) == ("overloaded", True)
     assert (large.kind, "ask for fewer" in large.reason) == ("refused", True)
 
@@ -216,9 +242,21 @@ def test_the_memory_that_is_planned_is_the_memory_that_is_taken(cloud, plugin):
             request = open_message(make_plugin("s1", kind), PROMPTS, 40, beams=beams)
             request.backbone = plugin.fingerprint
             plan = cloud.plan(request)
-            state = cloud.begin(plan)._state
-            taken = sum(leaf.nbytes for leaf in jax.tree.leaves((state.cache, state.taps, state.router, state.states)))
-            assert 0.5 < taken / plan.bytes <= 1.1
+            generation, most = cloud.begin(plan), 0
+            cache = sum(len(group.extent) for group in generation._groups) // UNIT * cloud.engine.slots.unit_bytes
+            while generation.next_question() is not None:
+                groups = generation._groups
+                unsent = [each.unsent for group in groups for each in group.hypotheses]
+                kept = jax.tree.leaves([(group.prompt_taps, group.state, group.task.kernel) for group in groups])
+                kept += jax.tree.leaves(unsent)
+                most = max(most, sum({id(leaf): getattr(leaf, "nbytes", 8) for leaf in kept}.values()))
+                generation.apply_reply(None)
+            taken = cache + most
+            kept = kept_bytes(
+                cloud._backbone.config, plan.task, plan.lengths.tolist(), plan.codec, cloud.engine.slots.unit_bytes
+            )
+            assert 0.5 < taken / kept <= 1.1
+            assert taken < plan.bytes
 
 
 def test_a_token_has_its_share_of_sessions(cloud, request_of, tmp_path):
@@ -232,7 +270,7 @@ def test_a_token_has_its_share_of_sessions(cloud, request_of, tmp_path):
                 kinds.append((await stream.receive()).WhichOneof("message"))
         return kinds
 
-    limits = Limits(sessions_per_token=1, deadline=30)
+    limits = Limits(sessions_per_token=1, deadline=30, queue=0)
     assert run(cloud, scenario, limits, ServerSecurity(tokens=str(tmp_path / "tokens"))) == [
         "opened", "refusal", "opened",
     ]  # fmt: skip
@@ -338,3 +376,78 @@ def test_the_cloud_writes_the_date_that_the_plugin_was_trained_with(backbone, pl
     request.date = "a day"
     with pytest.raises(UserError, match="'a day': write a date such as 2024-07-26"):
         cloud.plan(request)
+
+
+@pytest.mark.parametrize("setting", ["s1", "base"])
+def test_an_answer_ends_in_front_of_a_text_that_ends_it(setting, plugin, cloud):
+    def scenario_of(**how):
+        seen = []
+
+        async def scenario(port):
+            request = open_message(plugin, PROMPTS, 40, setting=setting, scored=True, **how)
+            return await generate(Connection(f"127.0.0.1:{port}"), plugin, request, seen.append)
+
+        return run(cloud, scenario), seen
+
+    whole, _ = scenario_of()
+    stop = whole.texts[0][7:10]
+    result, seen = scenario_of(stop=[stop, "never said"])
+    at = whole.texts[0].index(stop)
+    assert result.texts[0] == whole.texts[0][:at]
+    assert [each.generated[0].stopped for each in seen][-1]
+    for text, other, each, before in zip(result.texts, whole.texts, result.generations, whole.generations):
+        assert text == other[: other.find(stop)] if stop in other else text == other
+        assert len(each.tokens) == len(each.logprobs) <= len(before.tokens)
+        assert each.tokens == before.tokens[: len(each.tokens)]
+    assert len(result.generations[0].tokens) < len(whole.generations[0].tokens)
+    shown = ["".join(each.generated[0].pieces) for each in seen]
+    assert all(result.texts[0].startswith(text) for text in shown)
+
+
+def test_in_one_process_an_answer_ends_there_too(plugin, cloud, backbone):
+    whole = in_process(cloud, plugin, open_message(plugin, PROMPTS[:1], 40)).generations[0]
+    text = backbone.tokenizer.decode(whole.tokens, skip_special_tokens=True)
+    stopped = in_process(cloud, plugin, open_message(plugin, PROMPTS[:1], 40, stop=[text[7:10]])).generations[0]
+    assert 0 < len(stopped.tokens) < len(whole.tokens)
+    assert stopped.tokens == whole.tokens[: len(stopped.tokens)]
+    assert text[: text.index(text[7:10])].startswith(backbone.tokenizer.decode(stopped.tokens[:-1]))
+
+
+@pytest.mark.parametrize("stop", [[""], ["a"] * 17, ["a" * 1025]], ids=["empty", "many", "long"])
+def test_texts_that_end_answers_are_few_and_short(stop, plugin, cloud):
+    with pytest.raises(UserError, match="an answer may be ended by at most 16 texts of 1024 characters together"):
+        cloud.plan(open_message(plugin, PROMPTS, NEW, stop=stop))
+
+
+def test_a_conversation_is_written_by_the_cloud(plugin, cloud, backbone):
+    encoder = Encoder(backbone.tokenizer, "chat", 256)
+    talk = Conversation().told("Be </s> brief.").asked("Who?").answered("I", encoder.target("I")).asked("<user>?")
+    (prompt,) = cloud.plan(open_message(plugin, [talk], NEW)).prompts
+    assert prompt == encoder.conversation(talk.turns)
+    assert prompt.count(encoder.end) == 1
+    (read,) = cloud.plan(open_message(plugin, [talk], NEW, reads_special=True)).prompts
+    assert read.count(encoder.end) == 2
+    with pytest.raises(UserError, match="a conversation ends in the user's turn that is to be answered"):
+        cloud.plan(open_message(plugin, [talk.answered("x")], NEW))
+    request = open_message(plugin, [talk], NEW)
+    request.prompts[0].messages[0].role = "tool"
+    with pytest.raises(UserError, match="a message has an unknown role: choices are system, user, assistant"):
+        cloud.plan(request)
+    request = open_message(plugin, [Conversation().asked("x" * 2**18)], NEW)
+    with pytest.raises(UserError, match="are more than the cloud takes at once"):
+        cloud.plan(request)
+
+
+def test_a_generation_leaves_no_task_behind(plugin, cloud, request_of, caplog):
+    async def scenario(port):
+        for _ in range(3):
+            await generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
+        unwanted = asyncio.create_task(generate(Connection(f"127.0.0.1:{port}"), plugin, request_of(new=60)))
+        await asyncio.sleep(0.2)
+        unwanted.cancel()
+        await asyncio.gather(unwanted, return_exceptions=True)
+        gc.collect()
+        await asyncio.sleep(0.1)
+
+    run(cloud, scenario)
+    assert [line for line in caplog.messages if "Task" in line] == []

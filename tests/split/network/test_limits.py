@@ -9,16 +9,16 @@ from streams import Stream, connected, metric, run, tokens_of
 from tiny_split import generate_and_record, make_plugin, random_plugin
 
 from spa_jax.errors import UserError
-from spa_jax.split import cloud as programs
 from spa_jax.split import session
-from spa_jax.split.client import Connection, generate, read_token
+from spa_jax.split.client import Connection, generate
+from spa_jax.split.connection import read_token
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
 from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
 from spa_jax.split.request import open_message
-from spa_jax.split.server import Limits, Server, serving
-from spa_jax.split.session import Cloud
+from spa_jax.split.server import Limits, serving
+from spa_jax.split.sessions import Sessions
 
 PROMPTS, NEW = ["What is thing 1?"], 4
 
@@ -41,7 +41,7 @@ def test_sessions_that_are_opened_at_once_count_for_their_token(cloud, request_,
             return firsts
 
     firsts = run(
-        cloud, scenario, Limits(sessions_per_token=2, deadline=30), ServerSecurity(tokens=f"{tmp_path}/tokens")
+        cloud, scenario, Limits(sessions_per_token=2, deadline=30, queue=0), ServerSecurity(tokens=f"{tmp_path}/tokens")
     )
     assert sorted(first.WhichOneof("message") for first in firsts) == 2 * ["opened"] + 4 * ["refusal"]
     assert {first.refusal.kind for first in firsts if first.HasField("refusal")} == {"overloaded"}
@@ -131,7 +131,7 @@ def test_a_device_too_slow_for_an_opening_gets_what_an_uncorrected_prompt_gives(
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)
-    monkeypatch.setattr(Server, "_await_reply", impatient(Server._await_reply))
+    monkeypatch.setattr(Sessions, "_await_reply", impatient(Sessions._await_reply))
     there = run(cloud, lambda port: generate(Connection(f"127.0.0.1:{port}"), plugin, asked), Limits(deadline=60))
     assert there.generations == lost.generations
     assert (there.uncorrected_prompts, there.degraded) == (len(PROMPTS), 0)
@@ -139,7 +139,7 @@ def test_a_device_too_slow_for_an_opening_gets_what_an_uncorrected_prompt_gives(
 
 
 def impatient(await_reply):
-    """Makes `Server._await_reply` wait 0.1 s for a part of a prompt."""
+    """Makes `Sessions._await_reply` wait 0.1 s for a part of a prompt."""
 
     async def wait(self, session, *arguments):
         limits = self._limits
@@ -164,27 +164,6 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
     for request in (many, long):
         with pytest.raises(UserError, match="more than the cloud takes at once"):
             cloud.plan(request)
-
-
-@pytest.mark.slow
-def test_compiled_programs_are_bounded_and_sessions_outlive_them(backbone, plugin, request_, monkeypatch):
-    cloud = Cloud(backbone)
-    here = in_process(cloud, plugin, request_)
-    monkeypatch.setattr(session, "MAX_COMPILED", 2)
-    programs.prefill.clear_cache()
-    cloud = Cloud(backbone)
-    open_one, sizes = cloud.open(request_), []
-    for new in (5, 6, 7):
-        cloud.open(open_message(plugin, PROMPTS, new))
-        sizes.append(programs.prefill._cache_size())
-    assert sizes == [2, 1, 2]
-    rest = open_one.next_question()
-    assert rest.step == 1
-    while open_one.next_question() is not None:
-        open_one.apply_reply(None)
-    base = in_process(cloud, plugin, open_message(plugin, PROMPTS, NEW, setting="base"))
-    assert [g.tokens for g in open_one.result()] == [g.tokens for g in base.generations]
-    assert here.generations != base.generations
 
 
 def test_a_generation_without_a_question_has_its_first_token_counted(cloud, plugin):

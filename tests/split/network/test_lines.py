@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 
+import grpc
 import pytest
 from streams import Stream, connected, metric, run
 from tiny_split import random_plugin
@@ -171,25 +172,23 @@ def test_an_error_of_the_side_network_is_the_users_to_see(cloud, plugin, monkeyp
         run(cloud, lambda port: generate(Connection(f"127.0.0.1:{port}"), plugin, open_message(plugin, PROMPTS, NEW)))
 
 
-def test_a_cloud_without_a_free_stream_is_overloaded(cloud, plugin):
-    async def scenario(port):
-        async with connected(port) as channel:
-            idle = [channel.stream_stream(grpc_path())(nothing()) for _ in range(5)]
-            while not any(call.done() for call in idle):  # there is room for four
-                await asyncio.sleep(0.01)
-            with pytest.raises(UserError) as refused:
-                await generate(Connection(f"127.0.0.1:{port}"), plugin, open_message(plugin, PROMPTS, 1))
-            return refused.value
+def test_something_before_the_cloud_without_a_free_stream_is_overloaded(plugin):
+    async def busy(requests, context):
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no stream is free")
 
-    async def nothing():
-        await asyncio.sleep(600)
-        yield b""
+    async def main():
+        proxy = grpc.aio.server()
+        handlers = {grpc_channel.METHOD: grpc.stream_stream_rpc_method_handler(busy)}
+        proxy.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(grpc_channel.SERVICE, handlers),))
+        port = proxy.add_insecure_port("127.0.0.1:0")
+        await proxy.start()
+        try:
+            await generate(Connection(f"127.0.0.1:{port}"), plugin, open_message(plugin, PROMPTS, 1))
+        finally:
+            await proxy.stop(0)
 
-    assert str(run(cloud, scenario, Limits(sessions=1))).startswith("the cloud refuses (overloaded): ")
-
-
-def grpc_path():
-    return f"/{grpc_channel.SERVICE}/{grpc_channel.METHOD}"
+    with pytest.raises(UserError, match=r"the cloud refuses \(overloaded\): no stream is free"):
+        asyncio.run(main())
 
 
 def test_a_cloud_that_does_not_speak_tls_is_told_from_one_that_is_gone(cloud, plugin):

@@ -1,0 +1,125 @@
+"""Tokens per second of many devices at one cloud, against one batched program of as many prompts.
+
+    python -m experiments.benchmarks.engine
+
+SmolLM2 in float32 with a random plugin that is always asked, or the backbone alone. The cloud is a process of its own
+and the devices are tasks of this one, which share a compiled side network. Each number of devices is run once to
+compile, then `REPEATS` times in turn with the fused program, and the medians count: the rate of all devices together,
+the time to the first token, and that between two messages with tokens.
+"""
+
+import asyncio
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from absl import flags
+
+from experiments.benchmarks.output import write_result
+from experiments.benchmarks.timing import BACKBONE, make_plugin
+from experiments.record import print_table
+from spa_jax import command
+from spa_jax.decoding.fused import FusedModel
+from spa_jax.models.combine import Setting
+from spa_jax.models.llama import Entry
+from spa_jax.split.client import Connection, generate
+from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.messages_pb2 import Open, Progress
+from spa_jax.split.request import open_message
+from spa_jax.weights.backbone import Backbone
+from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.registry import load_backbone
+
+DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8", "16", "32"], "Numbers of devices.")
+REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each that count.", lower_bound=1)
+LENGTH, NEW = 64, 32
+ENTRIES: tuple[Entry, ...] = ("head", 18)
+
+
+@dataclasses.dataclass
+class Device:
+    """What one device saw: when it opened, and when tokens came."""
+
+    opened_at: float = dataclasses.field(default_factory=time.perf_counter)
+    came_at: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+
+    def see(self, progress: Progress) -> None:
+        """Takes note of a message with tokens."""
+        count = sum(len(generated.tokens) for generated in progress.generated)
+        if count > self.tokens:
+            self.came_at.append(time.perf_counter())
+        self.tokens = count
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Returns median and 95th percentile."""
+    return {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
+
+
+def measure(backbone: Backbone, plugin: Plugin, setting: Setting, address: str) -> Iterator[dict[str, object]]:
+    """Measures every number of devices."""
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(100, 40_000, (max(map(int, DEVICES.value)), LENGTH)).tolist()
+    requests = [open_message(plugin, [each], NEW, setting=setting, threshold=0.0) for each in prompts]
+    model = FusedModel(backbone, plugin, setting, 0.0)
+
+    async def together(count: int) -> list[Device]:
+        async def one(request: Open) -> Device:
+            device = Device()
+            await generate(Connection(address), plugin, request, device.see)
+            return device
+
+        return await asyncio.gather(*(one(request) for request in requests[:count]))
+
+    for count in map(int, DEVICES.value):
+        rates: dict[str, list[float]] = {"devices": [], "fused": []}
+        first, between, seen = [], [], []
+        for repeat in range(REPEATS.value + 1):
+            began = time.perf_counter()
+            seen = asyncio.run(together(count))
+            middle = time.perf_counter()
+            fused = model.generate(prompts[:count], NEW)
+            ended = time.perf_counter()
+            if not repeat:
+                continue
+            rates["devices"].append(sum(device.tokens for device in seen) / (middle - began))
+            rates["fused"].append(sum(len(each.tokens) for each in fused) / (ended - middle))
+            first += [device.came_at[0] - device.opened_at for device in seen]
+            between += [float(gap) for device in seen for gap in np.diff(device.came_at)]
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        yield {
+            "devices": count,
+            "tokens_per_second": medians["devices"],
+            "fused_tokens_per_second": medians["fused"],
+            "share_of_fused": medians["devices"] / medians["fused"],
+            "seconds_to_first_token": percentiles(first),
+            "seconds_between_tokens": percentiles(between),
+        }
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name} {number:.3f}" for name, number in value.items())
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    backbone = load_backbone(BACKBONE)
+    found: dict[str, list[dict[str, object]]] = {}
+    with cloud_process(backbone.name, "--deadline=30", "--first_deadline=60", f"--warm={2 * LENGTH}") as cloud:
+        for entry in ENTRIES:
+            plugin = make_plugin(backbone, entry)
+            settings: tuple[Setting, ...] = ("base", "spa") if entry == "head" else ("spa",)
+            for setting in settings:
+                name = f"{setting} at {entry}"
+                found[name] = list(measure(backbone, plugin, setting, cloud.address))
+                rows = [tuple(map(_shown, each.values())) for each in found[name]]
+                print_table((name, "tokens/s", "fused", "share", "s to first token", "s between"), rows)
+    write_result("engine", {"length": LENGTH, "new": NEW, "measured": found})
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,72 @@
+"""Seconds to the first token of devices whose prompts begin alike, with and without sharing what these begin with.
+
+    python -m experiments.benchmarks.prefixes
+
+As `experiments.benchmarks.engine`: SmolLM2 in float32 with a random plugin at `head` that is always asked, the cloud in
+a process of its own, the devices tasks of this one, which all open at once. In every run the prompts begin with another
+prefix, which nobody has sent before. One run compiles, `REPEATS` count.
+"""
+
+import asyncio
+import itertools
+import statistics
+
+import numpy as np
+from absl import flags
+
+from experiments.benchmarks.engine import Device, make_plugin, percentiles
+from experiments.benchmarks.output import write_result
+from experiments.benchmarks.timing import BACKBONE
+from experiments.record import print_table
+from spa_jax import command
+from spa_jax.split.client import Connection, generate
+from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.grpc_channel import SharePrefixes
+from spa_jax.split.messages_pb2 import Open
+from spa_jax.split.request import open_message
+from spa_jax.weights.plugin import Plugin
+from spa_jax.weights.registry import load_backbone
+
+DEVICES = flags.DEFINE_integer("devices", 16, "Devices that open at once.", lower_bound=1)
+PREFIX = flags.DEFINE_integer("prefix", 512, "Tokens that all prompts of a run begin with.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 3, "Runs that count.", lower_bound=1)
+OWN, NEW = 16, 8
+
+
+def measure(plugin: Plugin, address: str) -> list[float]:
+    """Returns the seconds to the first token of every device of every run."""
+    rng, found = np.random.default_rng(0), []
+
+    async def one(request: Open) -> float:
+        device = Device()
+        await generate(Connection(address, queue_seconds=600.0), plugin, request, device.see)
+        return device.came_at[0] - device.opened_at
+
+    async def together(requests: list[Open]) -> list[float]:
+        return await asyncio.gather(*map(one, requests))
+
+    for repeat in range(REPEATS.value + 1):
+        prefix = rng.integers(100, 40_000, PREFIX.value).tolist()
+        own = rng.integers(100, 40_000, (DEVICES.value, OWN)).tolist()
+        requests = [open_message(plugin, [[*prefix, *each]], NEW, threshold=0.0) for each in own]
+        seconds = asyncio.run(together(requests))
+        found.append(seconds if repeat else [])
+    return list(itertools.chain(*found))
+
+
+def main() -> None:
+    backbone = load_backbone(BACKBONE)
+    plugin, measured = make_plugin(backbone, "head"), {}
+    choices: tuple[SharePrefixes, ...] = ("all", "none")
+    for share in choices:
+        deadlines = "--deadline=30", "--first_deadline=120"
+        with cloud_process(backbone.name, *deadlines, f"--share_prefixes={share}", "--queue_seconds=600") as cloud:
+            seconds = measure(plugin, cloud.address)
+        measured[share] = {"mean": statistics.mean(seconds), **percentiles(seconds)}
+    rows = [(share, *(f"{value:.2f}" for value in found.values())) for share, found in measured.items()]
+    print_table(("share_prefixes", "mean s to first token", "p50", "p95"), rows)
+    write_result("prefixes", {"prefix": PREFIX.value, "devices": DEVICES.value, "seconds_to_first_token": measured})
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,47 @@
+"""After the engine is warm, no session of the lengths it was warmed for compiles a program."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_split import EOS, FINGERPRINT, make_plugin
+
+from spa_jax.engine import calls, schedule, warm
+from spa_jax.engine.extents import UNIT
+from spa_jax.split.generation import generate
+from spa_jax.split.request import open_message
+from spa_jax.split.session import Cloud
+from spa_jax.weights.backbone import Backbone
+
+PROGRAMS = ("run_prompts", "finish_prompts", "run_steps")
+
+
+@pytest.fixture
+def backbone(tiny_config, tiny_params):
+    config = dataclasses.replace(tiny_config, max_position_embeddings=2 * UNIT)
+    return Backbone("tiny", config, tiny_params, None, EOS, FINGERPRINT)
+
+
+def compiled() -> dict[str, int]:
+    return {name: getattr(calls, name)._cache_size() for name in PROGRAMS}
+
+
+def test_sessions_compile_nothing_that_was_warmed(backbone, monkeypatch):
+    for module in (schedule, warm):
+        monkeypatch.setattr(module, "MAX_ROWS", 2)
+        monkeypatch.setattr(module, "MAX_PART_TOKENS", UNIT)
+    cold, cloud = Cloud(backbone), Cloud(backbone)
+    cloud.engine.slots.bound(20 * UNIT * cloud.engine.slots.unit_bytes // UNIT)
+    left = list(cloud.engine.warm(UNIT))
+    assert left == list(range(len(left), 0, -1))
+    known = compiled()
+    assert sum(known.values()) >= len(left)
+    rng = np.random.default_rng(0)
+    said = []
+    for lengths in ([3], [30, 40], [50], [9, 20]):
+        prompts = [rng.integers(1, 97, length).tolist() for length in lengths]
+        for plugin in (make_plugin("spa", "tokenwise"), make_plugin("spa", "tokenwise", 7, 2, "all")):
+            said.append((plugin, open_message(plugin, prompts, 8, threshold=0.3)))
+    warmed = [generate(cloud, *each).generations for each in said]
+    assert compiled() == known
+    assert warmed == [generate(cold, *each).generations for each in said]

@@ -1,0 +1,171 @@
+"""Whoever leaves takes no more than a call of the engine with it: a cancelled generation, or a cloud that stops."""
+
+import asyncio
+import gc
+import time
+
+import pytest
+from streams import Stream, connected, metric, run
+
+from spa_jax.engine.group import Group
+from spa_jax.engine.schedule import Pace
+from spa_jax.split.grpc_channel import ServerSecurity
+from spa_jax.split.messages_pb2 import Cancel, FromDevice
+from spa_jax.split.request import open_message
+from spa_jax.split.server import Limits, serving
+from spa_jax.split.server_session import ServerSession
+from spa_jax.split.session import Session
+
+SECONDS, NEW = 0.1, 60
+"""Of a call of the engine, as with a large backbone; and tokens, each of which is one call."""
+MOST = 6
+"""Most calls that may follow: less than a second."""
+
+
+@pytest.fixture
+def calls(cloud, monkeypatch):
+    """The times of the engine's calls, each of one step."""
+    turn, found = cloud.engine.turn, []
+
+    def slow():
+        if turn():
+            found.append(time.monotonic())
+            time.sleep(SECONDS)
+            return True
+        return False
+
+    monkeypatch.setattr(Pace, "step", lambda *_: 1.0)
+    monkeypatch.setattr(cloud.engine, "turn", slow)
+    return found
+
+
+@pytest.fixture
+def long_request(plugin):
+    return open_message(plugin, ["What is thing 1?"], NEW, setting="base")
+
+
+async def begin(channel, request):
+    """Opens a generation, which has said something when this returns."""
+    stream = Stream(channel, FromDevice(open=request))
+    while not (await stream.receive()).HasField("progress"):
+        pass
+    return stream
+
+
+def test_a_cancelled_generation_ends_at_once(cloud, calls, long_request):
+    async def scenario(port):
+        before = metric("spa_sessions")
+        async with connected(port) as channel:
+            stream = await begin(channel, long_request)
+            stream.send(FromDevice(cancel=Cancel()))
+            count = len(calls)
+            while metric("spa_sessions") >= before + 1:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(3 * SECONDS)
+        return len(calls) - count
+
+    assert run(cloud, scenario) <= MOST
+    assert len(calls) < NEW // 2
+
+
+def test_a_cloud_that_stops_waits_for_no_generation(cloud, calls, long_request):
+    async def scenario(port):
+        async with connected(port) as channel:
+            await begin(channel, long_request)
+            return len(calls)
+
+    count = run(cloud, scenario)
+    assert len(calls) - count <= MOST + 1 / SECONDS  # gRPC lets streams end for a second
+    assert len(calls) < NEW // 2
+
+
+def test_a_generation_whose_device_is_gone_ends(cloud, calls, long_request):
+    abandoned = 0.3
+
+    async def scenario(port):
+        before = metric("spa_sessions")
+        async with connected(port) as channel:
+            stream = await begin(channel, long_request)
+            stream.call.cancel()
+            count = len(calls)
+            while metric("spa_sessions") > before:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(3 * SECONDS)
+        return len(calls) - count
+
+    assert run(cloud, scenario, Limits(deadline=30, abandoned=abandoned)) <= MOST + abandoned / SECONDS
+    assert len(calls) < NEW // 2
+
+
+def test_a_newcomer_has_its_first_token_soon(cloud, calls, long_request, plugin):
+    """A newcomer takes effect within a few calls, too."""
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            stream, count = await begin(channel, long_request), len(calls)
+            other = await begin(channel, open_message(plugin, ["And thing 2?"], 2, setting="base"))
+            joined = len(calls) - count
+            for each in (stream, other):
+                each.send(FromDevice(cancel=Cancel()))
+        return joined
+
+    assert run(cloud, scenario, Limits(deadline=30)) <= MOST
+
+
+@pytest.mark.parametrize("seconds", [60, 3 * SECONDS])
+def test_a_cloud_that_drains_begins_nothing_and_lets_end_what_ends_in_time(seconds, cloud, calls, plugin):
+    new = 12
+
+    async def main():
+        async with (
+            serving(cloud, "127.0.0.1:0", Limits(deadline=30), ServerSecurity()) as (service, port),
+            connected(port) as channel,
+        ):
+            stream = await begin(channel, open_message(plugin, ["What is thing 1?"], new, setting="base"))
+            draining = asyncio.create_task(service.drain(seconds))
+            await asyncio.sleep(0)
+            late = await Stream(channel, FromDevice(open=open_message(plugin, ["Hi"], 1))).receive()
+            await draining
+            last, ended = None, len(calls)
+            while seconds == 60 and (message := await stream.receive()) is not None:
+                last = message
+            return late.refusal, last, ended
+
+    refusal, last, ended = asyncio.run(main())
+    assert (refusal.kind, "the cloud stops" in refusal.reason) == ("overloaded", True)
+    if seconds == 60:
+        assert last.progress.done
+    else:
+        assert ended < new
+
+
+def test_nothing_is_kept_of_sessions_whose_devices_are_gone(cloud, plugin):
+    request, count = open_message(plugin, ["What is thing 1?"], 4), 4
+
+    def alive():
+        gc.collect()
+        return [kept for kept in gc.get_objects() if isinstance(kept, Session | ServerSession | Group)]
+
+    others = alive()  # of other tests
+
+    def ours():
+        return [type(kept).__name__ for kept in alive() if not any(kept is other for other in others)]
+
+    async def scenario(port):
+        before = metric("spa_sessions")
+        async with connected(port) as channel:
+            streams = [Stream(channel, FromDevice(open=request)) for _ in range(count)]
+            for stream in streams:
+                assert (await stream.receive()).HasField("opened")
+            assert ours().count("Session") == count
+            for stream in streams:
+                stream.call.cancel()
+            while metric("spa_sessions") > before:
+                await asyncio.sleep(0.05)
+            for _ in range(20):
+                if not ours():
+                    break
+                await asyncio.sleep(0.1)
+            return ours()
+
+    assert run(cloud, scenario, Limits(deadline=0.2, first_deadline=5.0, linger=0.2)) == []
