@@ -87,6 +87,7 @@ class Engine:
         left = programs(self._calls, self.slots, self._model, longest)
         while left:
             yield len(left)
+            self.slots.grow()  # a call that failed in between may have lost it
             left.pop()()
 
     def add(self, task: Task, prompts: Sequence[Sequence[int]], namespace: str | None = None) -> list[Group]:
@@ -100,7 +101,7 @@ class Engine:
         Raises:
             NoRoom: the cache cannot hold them; none is added.
         """
-        self._drop_finished()
+        self.drop_finished()
         entry = task.entry
         if not task.asks and not task.offset.any() and self._groups:  # then the entry changes nothing: join the most
             entry = Counter(group.entry for group in self._groups).most_common(1)[0][0]
@@ -123,7 +124,7 @@ class Engine:
 
     def turn(self) -> bool:
         """Runs one call; false where nothing is due."""
-        self._drop_finished()
+        self.drop_finished()
         self._clock += 1
         self._held_since = None
         prompts, ready = self._due()
@@ -184,7 +185,8 @@ class Engine:
         self.slots.reset()
         self.prefixes.reset()
 
-    def _drop_finished(self) -> None:
+    def drop_finished(self) -> None:
+        """Frees the slots of groups that are over or left; every turn begins so."""
         for group in [group for group in self._groups if group.phase is Phase.OVER or group.is_left]:
             if group.shares_all and group.generated:
                 self.prefixes.keep(group, [*group.prompt, *group.hypotheses[0].tokens[:-1]])

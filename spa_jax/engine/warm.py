@@ -1,4 +1,4 @@
-"""Compiles the engine's programs before anybody needs them, by running each once on groups that belong to nobody."""
+"""Compiles the engine's programs before anybody needs them, by running each once on groups that have no slots."""
 
 import functools
 import itertools
@@ -8,21 +8,22 @@ import numpy as np
 
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.engine.calls import Calls
-from spa_jax.engine.extents import UNIT, count_units
+from spa_jax.engine.extents import UNIT
 from spa_jax.engine.group import Group, Task
 from spa_jax.engine.schedule import MAX_PART_TOKENS, MAX_ROWS, PART, part_length
 from spa_jax.engine.slots import Slots
+from spa_jax.models.block import PADDING
 from spa_jax.models.llama import Llama
 
 TAPS = 6
 """How many hidden states the device reads; another number compiles one small program more."""
+NOWHERE = range(PADDING, PADDING)
+"""The slots of a group whose keys and values are written nowhere."""
 
 
 def programs(calls: Calls, slots: Slots, model: Llama, longest: int) -> list[Callable[[], object]]:
     """Lists calls that compile, of sampling and greedy choice, all programs for prompts and answers of up to `longest`
-    tokens together.
-
-    The cache must be empty, and as large as it will ever be.
+    tokens together. They change nothing of what the cache holds, which must be as large as it will ever be.
 
     Args:
         calls: runs them.
@@ -43,7 +44,7 @@ def programs(calls: Calls, slots: Slots, model: Llama, longest: int) -> list[Cal
         """Makes groups of prompts of so many tokens, the first ones of which have run."""
         found = []
         for _ in range(count):
-            group = Group(task, 0, [0] * length, task.entry, range(UNIT * count_units(length + 1)))
+            group = Group(task, 0, [0] * length, task.entry, NOWHERE)
             group.first, group.state = first, np.zeros((1, width), model.activation_dtype)
             found.append(group)
         return found

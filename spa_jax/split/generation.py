@@ -82,5 +82,6 @@ def generate(
         except wire.WireError:
             session.apply_reply(None)
     generations = session.result()
+    cloud.engine.drop_finished()
     cloud_seconds = time.perf_counter() - began - channel_seconds
     return SplitResult(generations, channel.traffic, session.degraded, session.uncorrected_prompts, cloud_seconds)

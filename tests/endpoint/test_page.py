@@ -93,6 +93,13 @@ def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page
     assert len(card.find_elements("css selector", ".strip i")) == len(tokens)
 
 
+def test_signs_of_life_between_tokens_are_skipped(page, url, monkeypatch):
+    monkeypatch.setattr("spa_jax.endpoint.app.SIGN_SECONDS", 0.01)
+    page.find_element("css selector", "#network option[value='200']").click()
+    (card,) = ask(page, QUESTION)
+    assert shown(card) == told(url)[0]
+
+
 def test_the_threshold_is_a_slider_that_asks_again(page, url):
     (card,) = ask(page, QUESTION)
     slider = card.find_element("css selector", "input[type=range]")

@@ -55,6 +55,12 @@ def _requests():
     return found
 
 
+def test_a_generation_in_one_process_gives_its_slots_back_at_once(backbone):
+    cloud = Cloud(backbone)
+    generate(cloud, *_requests()[0])
+    assert cloud.engine.slots.taken == UNIT * len(cloud.engine.prefixes._by_use)
+
+
 def test_sessions_of_all_kinds_say_together_what_each_says_alone(backbone, cloud):
     requests, head = _requests(), head_of(backbone)
     alone = [generate(cloud, *each, head=head).generations for each in requests]

@@ -9,7 +9,7 @@ from tiny_split import EOS, FINGERPRINT, make_plugin
 from spa_jax.engine import calls, schedule, warm
 from spa_jax.engine.extents import UNIT
 from spa_jax.split.generation import generate
-from spa_jax.split.request import open_message
+from spa_jax.split.request import device_for, open_message
 from spa_jax.split.session import Cloud
 from spa_jax.weights.backbone import Backbone
 
@@ -45,3 +45,25 @@ def test_sessions_compile_nothing_that_was_warmed(backbone, monkeypatch):
     warmed = [generate(cloud, *each).generations for each in said]
     assert compiled() == known
     assert warmed == [generate(cold, *each).generations for each in said]
+
+
+def test_what_compiles_leaves_sessions_and_kept_prefixes_alone(backbone):
+    cloud = Cloud(backbone)
+    cloud.engine.slots.bound(20 * UNIT * cloud.engine.slots.unit_bytes // UNIT)
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(1, 97, UNIT + 8).tolist()
+    plugin = make_plugin("s1", "tokenwise", 7, 2)
+    request = open_message(plugin, [[*beginning, *rng.integers(1, 97, 9).tolist()]], 20)
+    expected = generate(Cloud(backbone), plugin, request).generations
+
+    generate(cloud, plugin, open_message(plugin, [beginning], 2))  # which is kept
+    device = None
+    session = cloud.open(request)
+    for _ in cloud.engine.warm(UNIT):
+        device = device or device_for(plugin, request, session.lengths)
+        if (question := session.next_question()) is not None:
+            session.apply_reply(device.receive(question))
+    assert cloud.engine.prefixes.reused >= UNIT
+    while (question := session.next_question()) is not None:
+        session.apply_reply(device.receive(question))
+    assert session.result() == expected
