@@ -34,7 +34,7 @@ from spa_jax.scoring.report import Answered, write_report
 from spa_jax.scoring.rouge import TOKENIZERS, is_scoreable
 from spa_jax.scoring.scores import Kind, repetition, score
 from spa_jax.training.methods import recipe_for
-from spa_jax.training.outcomes import threshold_for
+from spa_jax.training.outcomes import threshold_for, token_metrics
 from spa_jax.training.progress import progress_bar
 from spa_jax.training.rows import task_encoder
 from spa_jax.training.scorer import Scorer
@@ -291,16 +291,21 @@ def _check_context(examples: Sequence[Example], most: int, encoder: Encoder) -> 
 
 def _losses(
     backbone: Backbone, plugin: Trained | None, model: FusedModel, examples: Sequence[Example], batch_size: int
-) -> dict[str, float]:
-    """Measures `loss/...` in nats and `router/usage`, per target token."""
+) -> dict[str, Any]:
+    """Measures `loss/...` in nats and `router/usage`, per target token, and `nats`: the loss in the setting that is
+    evaluated, with an interval over rows."""
     if plugin is None:
         features = [one for _, one in run_backbone(backbone.model(), backbone.params, batch_size, examples)]
-        total = sum(float(np.sum(one.base_loss * one.weights)) for one in features)
-        return {"loss/base": total / sum(float(np.sum(one.weights)) for one in features)}
+        rows = [np.asarray(one.base_loss)[np.asarray(one.weights) > 0] for one in features]
+        nats = estimate(np.concatenate(rows), np.repeat(range(len(rows)), [len(row) for row in rows]))
+        return {"loss/base": nats.mean, "nats": list(nats)}
     scorer = Scorer(backbone, recipe_for(plugin.config), examples, batch_size)
     setting = plugin.config.setting if model.setting == "base" else model.setting
     threshold = model.threshold if setting in ROUTED else -1.0  # below every p(consult)
-    return scorer.metrics(scorer.outcomes(plugin.params, threshold), threshold, setting)
+    outcomes = scorer.outcomes(plugin.params, threshold)
+    losses = token_metrics(outcomes, threshold)["base" if model.setting == "base" else "combined"]
+    nats = estimate(np.asarray(losses), scorer.examples_of_tokens())
+    return {**scorer.metrics(outcomes, threshold, setting), "nats": list(nats)}
 
 
 def _threshold(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from spa_jax.data.encoding import Example
 from spa_jax.data.pipeline import plan_batches
@@ -76,6 +76,11 @@ class Scorer:
         method's own."""
         threshold = self._recipe.method.threshold if threshold is None else threshold
         return self.per_token(lambda *args: eval_step(self._recipe, self.model, *args, np.float32(threshold)), params)
+
+    def examples_of_tokens(self) -> Int[np.ndarray, " M"]:
+        """Returns the index of the example of each token of `outcomes`, in their order."""
+        rows = [row for batch in plan_batches(self._examples, self._batch_size) for row in batch if row >= 0]
+        return np.repeat(rows, [len(self._examples[row].targets) for row in rows])
 
     def outcomes_within(self, params: Params, budget: float) -> tuple[Outcomes, float]:
         """Computes the outcomes, and the threshold they are under: the method's own, or with a budget above 0 the one

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from spa_jax.data.encoding import Encoder
+from spa_jax.data.pairs import Pair
 from spa_jax.data.row_formats import read_pairs
 from spa_jax.data.tasks import TASKS, load_split
 from spa_jax.decoding.beam import Beams
@@ -21,10 +22,13 @@ from spa_jax.models.block import PADDING
 from spa_jax.models.llama import Llama, normalize_taps
 from spa_jax.models.plugin import PluginConfig, correction, init_plugin
 from spa_jax.models.side import SideConfig
+from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.effect import alternatives, side_effect
 from spa_jax.scoring.evaluation import EvaluationConfig, Question, evaluate, generate_all
 from spa_jax.scoring.predictions import Prediction, Predictions, read_predictions
 from spa_jax.scoring.rouge import rouge
+from spa_jax.training.methods import recipe_for
+from spa_jax.training.scorer import Scorer
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone
 
@@ -136,6 +140,34 @@ def test_losses_and_generations_are_those_by_hand(backbone, plugin, data, tmp_pa
     assert summary["consulted_share"] == sources.count("d") / len(sources)
     assert summary["score/rougeL"][0] == pytest.approx(np.mean([row.scores["rougeL"] for row in rows]))
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["loss/spa"] == summary["loss/spa"]
+
+
+def test_each_token_is_known_by_its_example_where_batches_are_in_another_order(backbone, plugin, data):
+    encoder, examples = encode(backbone, data)
+    long = encoder.encode(Pair("What is it? " * 20, "a long one"))[0]
+    examples = [long, *examples, *examples]
+    measured = Scorer(backbone, recipe_for(plugin.config), examples, 1)
+    outcomes, owners = measured.outcomes(plugin.params), measured.examples_of_tokens()
+    assert owners[0] != 0
+    for i, example in enumerate(examples):
+        alone = Scorer(backbone, recipe_for(plugin.config), [example], 1).outcomes(plugin.params)
+        np.testing.assert_allclose(outcomes.always[owners == i], alone.always, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["sciq", "coqa"])
+def test_the_interval_of_the_loss_is_that_of_rows_by_themselves(backbone, plugin, data, tmp_path, task):
+    lines = (data / task / "test.jsonl").read_text().splitlines()
+    losses, groups = [], []
+    for i, (line, example) in enumerate(zip(lines, encode(backbone, data, task)[1], strict=True)):
+        (tmp_path / "test.jsonl").write_text(line)
+        alone = evaluate(EvaluationConfig(task, str(tmp_path), limit=1), backbone, plugin, tmp_path / str(i))
+        losses += [alone["loss/spa"]] * len(example.targets)
+        groups += [i] * len(example.targets)
+    expected = estimate(losses, groups)
+    mean, low, high = evaluate(config_of(data, task), backbone, plugin, tmp_path / "out")["nats"]
+    assert mean == pytest.approx(expected.mean, abs=1e-5)
+    assert (low, high) == pytest.approx((expected.low, expected.high), rel=0.01)
+    assert low < mean < high
 
 
 def test_a_killed_evaluation_goes_on_without_repeating_itself(backbone, plugin, data, tmp_path, monkeypatch):
@@ -291,6 +323,8 @@ def test_the_backbone_alone_has_the_loss_that_a_plugin_reports_for_it(backbone, 
     alone = evaluate(config_of(data), backbone, None, tmp_path / "a")
     base = evaluate(config_of(data, setting="base"), backbone, plugin, tmp_path / "b")
     assert alone["loss/base"] == pytest.approx(base["loss/base"], abs=1e-6)
+    assert alone["nats"] == pytest.approx(base["nats"], abs=1e-6)
+    assert alone["nats"][0] == alone["loss/base"]
     first, second = (read_predictions(tmp_path / name / "predictions.jsonl")[1] for name in "ab")
     assert first == second
 
