@@ -30,6 +30,7 @@ class Training:
         same_size: whether the rank of its LoRA, or the width of its Adapter or side network, is chosen such that it has
             as many parameters as the scale's token-wise side network, within 10 %.
         single_questions: whether it is trained on rows of `experiments.paper.single_questions` instead of the task's.
+        more_rows: whether it is trained and tested on those of `experiments.paper.more_rows`.
     """
 
     label: str
@@ -38,12 +39,16 @@ class Training:
     tuned_on: "Training | None" = None
     same_size: bool = False
     single_questions: bool = False
+    more_rows: bool = False
 
     @property
     def description(self) -> dict[str, Any]:
         """Describes all but the label in JSON types, for the record of its run."""
         tuned_on = self.tuned_on and self.tuned_on.label
-        return {**vars(self), "changes": dict(self.changes), "tuned_on": tuned_on}
+        found = {**vars(self), "changes": dict(self.changes), "tuned_on": tuned_on}
+        if not self.more_rows:  # records of before there were more do not have it
+            del found["more_rows"]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +166,20 @@ def inner_training(scale: Scale, task: str, setting: str, seed: int = 0) -> Trai
     return Training("-".join(words), task, FrozenDict(changes))
 
 
+def size_training(scale: Scale, task: str, size: str) -> Training:
+    """Trains the scale's best plugin on a size of Tables 5 to 7.
+
+    Where rows and epochs are those of `inner_training`, it is that training.
+    """
+    whole, more = inner_training(scale, task, "spa"), task in scale.more_rows
+    rows, epochs = scale.by_size[task][size]
+    changes = FrozenDict({**whole.changes, "data.size": rows, "train.epochs": epochs})
+    if changes == whole.changes and not more:
+        return whole
+    words = [task, size, "spa", "inner", *(["more"] if more else [])]
+    return Training("-".join(words), task, changes, more_rows=more)
+
+
 def cell_of(training: Training, setting: str | None = None, budget: float = 0.0, effect: bool = False) -> Cell:
     """Evaluates a training on its task.
 
@@ -177,7 +196,7 @@ def cell_of(training: Training, setting: str | None = None, budget: float = 0.0,
 
 
 def spa_cell(scale: Scale, task: str, size: str = "full") -> Cell:
-    """Evaluates SPA as Tables 1 and 3 to 7 show it."""
+    """Evaluates SPA in front of the LM head, as Tables 1, 3 and 4 show it."""
     return cell_of(plugin_training(scale, task, size=size), effect=size == "full")
 
 

@@ -108,7 +108,7 @@ def verdict(found: Estimate) -> str:
 def report(store: CellStore) -> None:
     title = f"# Claims of the paper at the {store.scale.name} scale"
     hardware = store.hardware()
-    lines = [title, "", f"{hardware}. {store.scale.caption}", ""]
+    lines = [title, "", f"{hardware}. {store.scale.caption}", "", f"Of more data: {store.scale.by_size_caption}", ""]
     lines += ["| claim | data | difference | |", "|---|---|---|---|"]
     records: list[Mapping[str, Any]] = []
     done = []

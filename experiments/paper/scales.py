@@ -39,6 +39,9 @@ class Scale:
         replacing: tasks on which S2 and S3 are trained at an inner entry.
         beside_lora: tasks on which LoRA stands beside the entries.
         plugin: config keys of the best plugin, which `experiments.paper.search` has found.
+        by_size: `data.size` and `train.epochs` of the best plugin in Tables 5 to 7, by task and the names of Table 5.
+        more_rows: tasks whose rows are then those of `experiments.paper.more_rows`.
+        by_size_caption: how these tables differ from the paper, in place of `caption`.
         ablations: config keys that the trainings of the ablation tables change, by task; empty where there are none.
         caption: how the scale differs from the paper, for every table.
     """
@@ -56,6 +59,9 @@ class Scale:
     replacing: tuple[str, ...]
     beside_lora: tuple[str, ...]
     plugin: Mapping[str, Any]
+    by_size: Mapping[str, Mapping[str, tuple[str, int]]]
+    more_rows: tuple[str, ...]
+    by_size_caption: str
     ablations: Mapping[str, Mapping[str, Any]]
     caption: str
 
@@ -76,6 +82,7 @@ def _config(backbone: str, dtype: str, eval_size: int) -> Mapping[str, Any]:
     )
 
 
+PAPER_CAPTION = "LLaMA-2-7B for the paper's LLaMA-7B; full is the whole train split, and the paper counts all splits."
 PAPER = Scale(
     name="paper",
     config=_config("llama-2-7b", "bfloat16", 2_000),
@@ -90,11 +97,14 @@ PAPER = Scale(
     replacing=TASKS,
     beside_lora=TASKS,
     plugin=FrozenDict({"side.entry": "15", "side.edits": "all"}),
+    by_size={task: {size: (size, EPOCHS) for size in SIZES} for task in TASKS},
+    more_rows=(),
+    by_size_caption=PAPER_CAPTION,
     ablations={},
-    caption="LLaMA-2-7B for the paper's LLaMA-7B; full is the whole train split, and the paper counts all splits.",
+    caption=PAPER_CAPTION,
 )
 SHORT_LENGTHS = {"xsum": 256, "cnn_dailymail": 384, "coqa": 640, "sciq": 256}
-"""Most tokens of a row, by task, of the mini scale's trainings beside LoRA."""
+"""Most tokens of a row, by task, of the mini scale's trainings beside LoRA, and of Tables 5 to 7."""
 MINI = Scale(
     name="mini",
     config=_config("smollm2-135m-instruct", "float32", 0),
@@ -121,6 +131,21 @@ MINI = Scale(
             "router.labels": "always",
             "dtype": "bfloat16",
         }
+    ),
+    by_size={
+        "xsum": {"small": ("132", 22), "medium": ("1322", 2), "full": ("3000", 1)},
+        "cnn_dailymail": {"small": ("161", 15), "medium": ("1208", 2), "full": ("2512", 1)},
+        "coqa": {"small": ("133", 88), "medium": ("1329", 9), "full": ("full", 3)},
+        "sciq": {"small": ("1097", 2), "medium": ("2193", 1), "full": ("3000", 1)},
+    },
+    more_rows=("xsum", "cnn_dailymail", "sciq"),
+    by_size_caption=(
+        "SmolLM2-135M-Instruct for LLaMA-7B, on sources cut to 256 tokens (CNN-DM 384, CoQA 640). Training rows are in "
+        "the paper's ratios, from all official splits, and at most 3,000 (XSum has 6,638 and SciQ 11,140), which is "
+        "what two processor cores can do. The paper trains every size for 15 epochs. Here full is seen once (the 265 "
+        "stories of CoQA three times), and a smaller size for as many whole epochs as fit into the rows that full "
+        "sees, so that all take nearly as many steps (SciQ's smaller sizes three quarters of them). The tests of XSum "
+        "and CNN-DM are wider than in other tables, and white space in XSum's articles is collapsed."
     ),
     ablations={
         "sciq": {"data.max_length": 320, "train.epochs": 8},

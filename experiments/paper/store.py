@@ -8,21 +8,22 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.paper import more_rows, single_questions
 from experiments.paper.cells import Cell, Training
 from experiments.paper.scales import BEAMS, BUDGET, CLOSED_BOOK, LEARNING_RATES, Scale
-from experiments.paper.single_questions import write_splits
 from experiments.paper.sizes import trainable_size, with_size
 from experiments.record import hardware
 from spa_jax.data.row_formats import read_pairs
 from spa_jax.decoding.prompt_store import PromptStore
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes, write_json
+from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.evaluation import PREDICTIONS, EvaluationConfig, evaluate, summarize
 from spa_jax.scoring.predictions import Prediction, read_predictions
 from spa_jax.training.config import RunConfig, with_defaults
@@ -80,12 +81,20 @@ class CellStore:
         """
         if cell not in self._results:
             if self.done(cell):
-                self._results[cell] = self.record(cell) | (summarize(self.predictions(cell)) if cell.generates else {})
+                self._results[cell] = self._kept(cell)
             elif self.may_run:
                 self._results[cell] = self._evaluate(cell)
             else:
                 return None
         return self._results[cell]
+
+    def _kept(self, cell: Cell) -> dict[str, Any]:
+        record = self.record(cell)
+        if not cell.generates:
+            return record
+        predictions = self.predictions(cell)
+        before = {"nats": record.get(f"loss/{cell.setting}")}  # of a record that has no interval of it
+        return {**before, **record, **summarize(predictions), "share": consulted_share(predictions)}
 
     def record(self, cell: Cell) -> dict[str, Any]:
         """Returns what is kept of a cell that is done, beside its predictions.
@@ -143,7 +152,8 @@ class CellStore:
             training: what it changes.
             learning_rate: in place of the config's.
         """
-        data: dict[str, Any] = {"data.task": training.task, "data.directory": self.directory(training.task)}
+        directory = self.directory(training.task, training.more_rows)
+        data: dict[str, Any] = {"data.task": training.task, "data.directory": directory}
         if training.single_questions:
             rows = self.single_questions(training.task)
             data = {"data.train": str(rows / "train.jsonl"), "data.eval": str(rows / "validation.jsonl")}
@@ -182,19 +192,22 @@ class CellStore:
         if cell.generates:
             max_length = 0 if cell.training is None else cell.training.changes.get("data.max_length", 0)
             fields = {"beams": BEAMS, "max_length": max_length, **cell.changes}
-            config = EvaluationConfig(cell.task, self.directory(cell.task), **fields)
+            more = cell.training is not None and cell.training.more_rows
+            config = EvaluationConfig(cell.task, self.directory(cell.task, more), **fields)
             backbone, prompts = self._loaded(cell.training)
             found = evaluate(config, backbone, plugin, output, prompts)
+            found["share"] = consulted_share(read_predictions(output / PREDICTIONS)[1])
             packed = gzip.compress((output / PREDICTIONS).read_bytes(), mtime=0)
             write_bytes(self._path("predictions", cell.label, ".jsonl.gz"), packed)
         else:
             found = self._losses(cell, plugin)
+        kept = {key: value for key, value in found.items() if key == "nats" or not isinstance(value, list)}
         record = {
             "cell": cell.label,
             "description": cell.description,
             "hardware": hardware(),
             "time/evaluate_seconds": time.perf_counter() - began,
-            **{key: value for key, value in found.items() if not isinstance(value, list)},  # but those with intervals
+            **kept,  # the other intervals are of the predictions
         }
         write_json(self._path("cells", cell.label), record)
         return record | found
@@ -250,19 +263,37 @@ class CellStore:
         write_json(kept, {**record, **train(config, run)})
         return run
 
-    def directory(self, task: str) -> str:
-        """Returns the directory of the task's splits as JSON lines; empty for the hub."""
-        return str(Path(self._data) / {CLOSED_BOOK: "sciq"}.get(task, task)) if self._data else ""
+    def directory(self, task: str, more: bool = False) -> str:
+        """Returns the directory of the task's splits as JSON lines; empty for the hub.
+
+        Args:
+            task: name of the task.
+            more: whether to add what is there of `experiments.paper.more_rows`.
+        """
+        if not self._data:
+            return ""
+        path, whole = Path(self._data) / {CLOSED_BOOK: "sciq"}.get(task, task), self._workdir / "more_rows" / task
+        if not more:
+            return str(path)
+        if not (whole / "test.jsonl").exists():
+            more_rows.write_splits(task, path, whole)
+        return str(whole)
 
     def single_questions(self, task: str) -> Path:
         """Returns the directory of the task's rows as single questions, after writing them where they are not there."""
         path = self._workdir / "single_questions" / task
         if not (path / "test.jsonl").exists():
-            write_splits(task, self.directory(task), path)
+            single_questions.write_splits(task, self.directory(task), path)
         return path
 
     def _path(self, folder: str, label: str, suffix: str = ".json") -> Path:
         return self.results / folder / f"{label}{suffix}"
+
+
+def consulted_share(predictions: Sequence[Prediction]) -> list[float]:
+    """Returns the per cent of generated tokens for which the device was asked, as `[mean, low, high]`, by rows."""
+    asked = [100.0 * (source == "d") for row in predictions for source in row.sources]
+    return list(estimate(asked, [row.group for row in predictions for _ in row.sources]))
 
 
 def trials(training: Training) -> dict[str, float]:

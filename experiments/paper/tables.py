@@ -1,5 +1,5 @@
-"""The tables that show cells in rows and columns, as data: Tables 1 and 3 to 7, Figure 4, and three that the paper
-does not have: repetition, and ablations on SciQ and CoQA.
+"""The tables that show cells in rows and columns, as data: Tables 1 and 3 to 7, Figure 4, and those that the paper does
+not have: all metrics by training size, repetition, entries, and ablations on SciQ and CoQA.
 
     python -m experiments.paper.tables [table1 figure4 ...] --scale=mini --data=DIR
 
@@ -8,6 +8,7 @@ Table 2, whose times are measured, is `experiments.paper.table2`.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from experiments.paper.cells import (
     one_shot,
     plugin_training,
     short_training,
+    size_training,
     spa_cell,
     transformer_training,
 )
@@ -90,7 +92,7 @@ class Table:
         note: str = "",
         plot: Callable[[Path, str, Rows], None] | None = None,
         folder: str = "",
-        caption: str | None = None,
+        caption: Callable[[Scale], str] | None = None,
     ) -> None:
         """Describes a table.
 
@@ -101,7 +103,7 @@ class Table:
             note: what is said below the table.
             plot: draws the table into a file, from its title and rows; None for no plot.
             folder: with which its cells' labels begin, with a slash, such as `ablations/`; empty for none.
-            caption: what its cells are, in place of the scale's caption.
+            caption: returns what its cells are, in place of the scale's caption.
         """
         self.title, self.grid, self.columns, self.note = title, grid, columns, note
         self.plot, self.folder, self.caption = plot, folder, caption
@@ -121,13 +123,14 @@ class Table:
 
     def write(self, store: CellStore, name: str) -> None:
         """Prints the table and writes its files."""
-        grid = self.grid(store.scale)
+        grid, caption = self.grid(store.scale), self.caption and self.caption(store.scale)
         if not grid:
             return
         rows, notes = self.rows(store), [self.note] if self.note else []
         notes += store.notes((row, cell) for row, groups in grid.items() for cell in groups.values())
-        digits = {column.title: column.digits for column in self.columns}
-        write(store, name, f"tables {name}", self.title, rows, notes, digits, self.folder, self.caption)
+        names = {group for groups in grid.values() for group in groups}
+        digits = {f"{group} {column.title}".strip(): column.digits for column in self.columns for group in names}
+        write(store, name, f"tables {name}", self.title, rows, notes, digits, self.folder, caption)
         if self.plot is not None:
             self.plot(store.results / f"{name}.png", self.title, rows)
 
@@ -178,7 +181,14 @@ def settings(scale: Scale, task: str) -> dict[str, Cell]:
 
 
 def sizes(scale: Scale, task: str) -> dict[str, Cell]:
-    """Returns the cells of Tables 5 to 7."""
+    """Returns the cells of Tables 5 to 7: of the best plugin, but on the closed book."""
+    if task not in scale.by_size:
+        return head_sizes(scale, task)
+    return {f"SPA {size}": cell_of(size_training(scale, task, size)) for size in SIZES}
+
+
+def head_sizes(scale: Scale, task: str) -> dict[str, Cell]:
+    """Returns the same cells of corrections in front of the LM head, on the rows of the other tables."""
     return {f"SPA {size}": spa_cell(scale, task, size) for size in SIZES}
 
 
@@ -235,6 +245,11 @@ def _entries(task: str, scale: Scale) -> Grid:
     return {row: {"": cell} for row, cell in entries(scale, task).items()}
 
 
+def _in_rows(cells: Callable[[Scale, str], Mapping[str, Cell]], scale: Scale) -> Grid:
+    found = {TITLES[task]: cells(scale, task) for task in EVERY_TASK if task in scale.sizes}
+    return {f"{title}, {row}": {"": cell} for title, rows in found.items() for row, cell in rows.items()}
+
+
 def _ablation(task: str, scale: Scale) -> Grid:
     return {row: {"": cell} for row, cell in ablations.cells(scale, task).items()}
 
@@ -255,6 +270,7 @@ def plot_epochs(path: Path, title: str, rows: Rows) -> None:
     plt.close(figure)
 
 
+by_size_caption = operator.attrgetter("by_size_caption")
 PAPER_ROW = "paper (LLaMA-7B)"
 EVERY_TASK = (*TASKS, CLOSED_BOOK)
 LOSSES = ("loss/base", "loss/plugin", "router/usage", f"loss/at {BUDGET}", "loss/always", "loss/oracle", "oracle/usage")
@@ -272,6 +288,20 @@ ENTRIES = (
     Column("score/f1", "F1"),
     Column("consulted_share", "share"),
 )
+BY_SIZE = (
+    Column("data/train_questions", "rows", of_training=True, digits=0),
+    Column("epochs", "epochs", of_training=True, digits=0),
+    Column("loss/base", "nats of the backbone alone", digits=3),
+    Column("nats", "nats", digits=3),
+    Column("score/rougeL", "ROUGE-L"),
+    Column("score/f1", "F1"),
+    Column("share", "share"),
+)
+SIZES_NOTE = (
+    "Nats are of the test split's target tokens, teacher-forced; shares are in per cent of generated tokens, EOS "
+    "included, by beam search, at the router's own threshold. F1 is of short answers."
+)
+HEAD_NOTE = "The closed book is of corrections in front of the LM head, after 15 epochs."
 PAPER_SIZES = {
     f"SPA {size}": [DATA_SETS[task].sizes.get(size, DATA_SETS[task].paper_full) for task in TASKS] for size in SIZES
 }
@@ -318,9 +348,11 @@ TABLES = {
     "table5": Table(
         "Table 5: training sizes",
         by_task(sizes, EVERY_TASK),
-        Column("data/train_questions", of_training=True, paper=paper_by_task(PAPER_SIZES)),
+        Column("data/train_questions", of_training=True, digits=0, paper=paper_by_task(PAPER_SIZES)),
+        Column("epochs", "epochs", of_training=True, digits=0),
         note="Rows of the training split; of CoQA questions. Each size is the first part of one shuffle, so a smaller "
-        "one is part of every larger one.",
+        f"one is part of every larger one. {HEAD_NOTE}",
+        caption=by_size_caption,
     ),
     "table6": Table(
         "Table 6: ROUGE-L of SPA by training size",
@@ -332,20 +364,35 @@ TABLES = {
                 "SPA full": (35.5, 39.2, 37.3, 25.4),
             }
         ),
+        note=HEAD_NOTE,
         plot=plot_bars,
+        caption=by_size_caption,
     ),
     "table7": Table(
         "Table 7: share of tokens the device is asked for, by training size",
         by_task(sizes, EVERY_TASK),
         Column(
-            "consulted_share",
-            factor=100,
+            "share",
             mean="mean of the four",
             paper_means={"SPA small": 82.3, "SPA medium": 71.5, "SPA full": 61.8},
         ),
         note="In per cent of generated tokens, EOS included, by beam search. The mean leaves the closed book out. No "
-        "budget is set: the threshold is the paper's argmax.",
+        f"budget is set: the threshold is the paper's argmax. {HEAD_NOTE}",
         plot=plot_bars,
+        caption=by_size_caption,
+    ),
+    "sizes": Table(
+        "All metrics by training size",
+        functools.partial(_in_rows, sizes),
+        *BY_SIZE,
+        note=f"{SIZES_NOTE} {HEAD_NOTE}",
+        caption=by_size_caption,
+    ),
+    "sizes_head": Table(
+        "All metrics by training size, corrections in front of the LM head",
+        functools.partial(_in_rows, head_sizes),
+        *BY_SIZE,
+        note=SIZES_NOTE,
     ),
     "figure4": Table(
         "Figure 4: ROUGE-L after so many epochs, parallel and sequential", _figure4, rouge_l({}), plot=plot_epochs
@@ -372,7 +419,7 @@ TABLES = {
         functools.partial(_ablation, "sciq"),
         *ABLATION,
         folder=ablations.FOLDER,
-        caption=PROTOCOL.format(
+        caption=lambda _: PROTOCOL.format(
             "930 rows of at most 320 tokens", "384 tokens, 15 epochs and a learning rate chosen on validation"
         ),
     ),
@@ -381,7 +428,7 @@ TABLES = {
         functools.partial(_ablation, "coqa"),
         *ABLATION,
         folder=ablations.FOLDER,
-        caption=PROTOCOL.format(
+        caption=lambda _: PROTOCOL.format(
             "795 rows of at most 512 tokens, three questions of each story as rows of their own",
             "whole conversations of at most 1024 tokens, 15 epochs and a learning rate chosen on validation",
         ),

@@ -1,7 +1,16 @@
 """Descriptions of trainings and cells: what shares a training, and labels that no two different ones share."""
 
 from experiments.paper import run, tables
-from experiments.paper.cells import cell_of, one_shot, plugin_training, short_training, spa_cell, transformer_training
+from experiments.paper.cells import (
+    cell_of,
+    inner_training,
+    one_shot,
+    plugin_training,
+    short_training,
+    size_training,
+    spa_cell,
+    transformer_training,
+)
 from experiments.paper.scales import MINI, PAPER, SCALES
 
 
@@ -45,6 +54,22 @@ def test_a_training_is_what_it_changes():
     assert lora.changes == {"setting": "lora", **common, "peft.remat": "dots", "train.eval_every": 40}
     assert (lora.same_size, beside.same_size) == (True, False)
     assert transformer_training(MINI, "sciq").same_size
+
+
+def test_a_size_is_of_the_best_plugin_and_where_it_is_the_whole_it_is_that_training():
+    small, whole = size_training(MINI, "xsum", "small"), inner_training(MINI, "xsum", "spa")
+    assert small.label == "xsum-small-spa-inner-more"
+    assert small.changes == {**whole.changes, "data.size": "132", "train.epochs": 22}
+    assert (small.more_rows, whole.more_rows) == (True, False)
+    assert size_training(MINI, "coqa", "full") == inner_training(MINI, "coqa", "spa")
+    assert size_training(MINI, "coqa", "medium").label == "coqa-medium-spa-inner"
+    for task in ("xsum", "sciq"):
+        assert size_training(PAPER, task, "full") == inner_training(PAPER, task, "spa")
+
+
+def test_a_record_says_that_there_are_more_rows_only_where_there_are():
+    assert size_training(MINI, "sciq", "full").description["more_rows"] is True
+    assert "more_rows" not in inner_training(MINI, "sciq", "spa").description
 
 
 def test_the_learning_rate_is_chosen_on_the_medium_size_without_an_offset():

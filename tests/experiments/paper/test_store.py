@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 
 from experiments.paper import ablations, run, search
 from experiments.paper import store as store_module
-from experiments.paper.cells import Cell, cell_of, plugin_training, short_training, spa_cell
+from experiments.paper.cells import Cell, cell_of, plugin_training, short_training, size_training, spa_cell
 from experiments.paper.scales import MINI
 from experiments.paper.store import CellStore
 from spa_jax.errors import UserError
@@ -54,12 +54,13 @@ def test_what_a_cell_measured_is_kept_and_found_again(running_store, store, monk
         assert plugin is None
         output.mkdir(parents=True)
         (output / "predictions.jsonl").write_bytes(said)
-        return {"loss/base": 3.0, "score/rougeL": [7.0, -np.inf, np.inf], "consulted_share": 1.0}
+        scores = {"score/rougeL": [7.0, -np.inf, np.inf], "consulted_share": 1.0}
+        return {"loss/base": 3.0, "nats": [3.0, 2.5, 3.5], **scores}
 
     monkeypatch.setattr(store_module, "evaluate", evaluate)
     monkeypatch.setattr(CellStore, "backbone", None)
     found, kept = running_store.result(BASE), store.result(BASE)
-    for key in ("cell", "loss/base", "score/rougeL", "consulted_share", "hardware"):
+    for key in ("cell", "loss/base", "nats", "score/rougeL", "consulted_share", "share", "hardware"):
         assert found[key] == kept[key]
     record = json.loads((store.results / "cells" / "sciq-base.json").read_text())
     assert record["description"] == BASE.description
@@ -142,6 +143,41 @@ def test_a_config_is_the_scales_with_what_the_training_changes(running_store, mo
     assert (config.backbone, config.data.task, config.data.max_length) == ("smollm2-135m-instruct", "xsum", 256)
     assert (config.train.epochs, config.train.batch_size, config.optimizer.learning_rate) == (3, 8, 2e-4)
     assert running_store.config(plugin_training(MINI, "xsum")).train.epochs == 15
+
+
+def test_a_training_on_more_rows_is_tested_on_more_rows_and_others_see_none_of_them(tmp_path, monkeypatch):
+    row = {"question": "What?", "support": "It is so.", "correct_answer": "this"}
+    (tmp_path / "sciq").mkdir()
+    for name in ("train", "train_more", "validation", "test", "test_more"):
+        (tmp_path / "sciq" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    store = CellStore(MINI, str(tmp_path), tmp_path / "runs", tmp_path / "results")
+    read = {}
+
+    def evaluate(config, backbone, plugin, output, prompts):
+        read[Path(config.data)] = [len(config.read(split)) for split in ("train", "validation", "test")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module, "evaluate", evaluate)
+    monkeypatch.setattr(store_module, "load_trained", lambda _: None)
+    monkeypatch.setattr(CellStore, "train", lambda self, training: Path(self.config(training).data.directory))
+    monkeypatch.setattr(CellStore, "_loaded", lambda *_: (None, None))
+    more, own = size_training(MINI, "sciq", "full"), plugin_training(MINI, "sciq")
+    for training in (more, own):
+        with pytest.raises(KeyboardInterrupt):
+            store.result(cell_of(training))
+    assert read == {store.train(more): [2, 1, 2], store.train(own): [1, 1, 1]}
+    assert store.train(own) == tmp_path / "sciq"
+    assert CellStore(MINI, "", tmp_path, tmp_path).directory("sciq", more=True) == ""
+
+
+def test_the_share_has_an_interval_and_the_loss_where_it_was_kept(store, keep_cell, keep_record):
+    keep_cell(store, BASE, [1.0, 2.0, 3.0], sources="dddc")
+    assert store.result(BASE)["share"] == [75, 75, 75]
+    assert store.result(BASE)["nats"] == store.result(BASE)["loss/base"] == 4.0
+    other = dataclasses.replace(BASE, label="other")
+    keep_cell(store, other, [1.0], sources="cc")
+    keep_record(store, "cells", "other", {"description": other.description, "loss/base": 4.0, "nats": [4.0, 3.5, 4.5]})
+    assert store.result(other)["nats"] == [4.0, 3.5, 4.5]
 
 
 def test_machines_are_those_of_the_folder_and_notes_those_of_the_rows(store, keep_record):

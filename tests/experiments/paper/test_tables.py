@@ -7,7 +7,7 @@ import pytest
 from experiments.paper import ablations, tables
 from experiments.paper import store as store_module
 from experiments.paper.cells import spa_cell
-from experiments.paper.scales import MINI, PAPER, TASKS
+from experiments.paper.scales import CLOSED_BOOK, MINI, PAPER, TASKS
 from spa_jax.errors import UserError
 
 
@@ -65,6 +65,28 @@ def test_what_a_training_says_of_itself_stands_beside_its_cell(store, keep_cell,
     rows = rows_of_table(store, "table5")
     assert rows["SPA full"]["XSum"] == {"ours": 525, "interval": None, "paper": 227_000}
     assert rows["SPA small"]["SciQ"]["paper"] == 5_000
+
+
+def test_all_metrics_of_a_size_stand_in_one_row(store, keep_cell, keep_record):
+    cell = tables.sizes(MINI, "sciq")["SPA small"]
+    keep_cell(store, cell, [1.0, 2.0], sources="dc")
+    record = {"description": cell.description, "loss/base": 4.5, "nats": [1.25, 1.0, 1.5]}
+    keep_record(store, "cells", cell.label, record)
+    training = {"description": cell.training.description, "data/train_questions": 1097, "epochs": 2}
+    keep_record(store, "trainings", cell.training.label, training)
+    row = rows_of_table(store, "sizes")["SciQ, SPA small"]
+    assert [entry["ours"] for entry in row.values()] == [1097, 2, 4.5, 1.25, 1.5, None, 50]
+    text = (store.results / "sizes.md").read_text()
+    assert "| SciQ, SPA small | 1097 | 2 | 4.500 | 1.250 [1.000, 1.500] | 1.50 [1.00, 2.00] | - | 50.00 [" in text
+    assert f"\n{MINI.by_size_caption}\n" in text
+    assert "| XSum, SPA small | - | - | - |" in text
+
+
+def test_sizes_of_the_closed_book_and_of_the_other_table_are_in_front_of_the_lm_head():
+    assert tables.sizes(MINI, CLOSED_BOOK) == tables.head_sizes(MINI, CLOSED_BOOK)
+    entries = {cell.training.changes.get("side.entry") for cell in tables.sizes(MINI, "sciq").values()}
+    assert entries == {MINI.plugin["side.entry"]}
+    assert tables.head_sizes(MINI, "sciq")["SPA full"] == spa_cell(MINI, "sciq")
 
 
 def test_entries_show_the_loss_of_each_cells_own_setting_and_are_of_one_protocol(store, keep_cell):
