@@ -4,8 +4,8 @@
 
 SmolLM2 in float32 with a random plugin that is always asked, or the backbone alone. The cloud is a process of its own
 and the devices are tasks of this one, which share a compiled side network. Each number of devices is run once to
-compile, then `REPEATS` times in turn with the fused program, and the medians count: the rate of all devices together,
-the time to the first token, and that between two messages with tokens.
+compile, then `REPEATS` times in turn with the fused program, always with prompts that nobody has asked before, and the
+medians count: the rate of all devices together, the time to the first token, and that between two messages with tokens.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Entry
 from spa_jax.split.client import Connection, generate
 from spa_jax.split.cloud_process import cloud_process
-from spa_jax.split.messages_pb2 import Open, Progress
+from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.request import open_message
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
@@ -59,29 +59,29 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
 
 
-def measure(backbone: Backbone, plugin: Plugin, setting: Setting, address: str) -> Iterator[dict[str, object]]:
+def measure(
+    backbone: Backbone, plugin: Plugin, setting: Setting, address: str, rng: np.random.Generator
+) -> Iterator[dict[str, object]]:
     """Measures every number of devices."""
-    rng = np.random.default_rng(1)
-    prompts = rng.integers(100, 40_000, (max(map(int, DEVICES.value)), LENGTH)).tolist()
-    requests = [open_message(plugin, [each], NEW, setting=setting, threshold=0.0) for each in prompts]
     model = FusedModel(backbone, plugin, setting, 0.0)
 
-    async def together(count: int) -> list[Device]:
-        async def one(request: Open) -> Device:
-            device = Device()
+    async def together(prompts: list[list[int]]) -> list[Device]:
+        async def one(prompt: list[int]) -> Device:
+            device, request = Device(), open_message(plugin, [prompt], NEW, setting=setting, threshold=0.0)
             await generate(Connection(address), plugin, request, device.see)
             return device
 
-        return await asyncio.gather(*(one(request) for request in requests[:count]))
+        return await asyncio.gather(*map(one, prompts))
 
     for count in map(int, DEVICES.value):
         rates: dict[str, list[float]] = {"devices": [], "fused": []}
         first, between, seen = [], [], []
         for repeat in range(REPEATS.value + 1):
+            prompts = rng.integers(100, 40_000, (count, LENGTH)).tolist()
             began = time.perf_counter()
-            seen = asyncio.run(together(count))
+            seen = asyncio.run(together(prompts))
             middle = time.perf_counter()
-            fused = model.generate(prompts[:count], NEW)
+            fused = model.generate(prompts, NEW)
             ended = time.perf_counter()
             if not repeat:
                 continue
@@ -109,13 +109,14 @@ def _shown(value: object) -> str:
 def main() -> None:
     backbone = load_backbone(BACKBONE)
     found: dict[str, list[dict[str, object]]] = {}
+    rng = np.random.default_rng(1)
     with cloud_process(backbone.name, "--deadline=30", "--first_deadline=60", f"--warm={2 * LENGTH}") as cloud:
         for entry in ENTRIES:
             plugin = make_plugin(backbone, entry)
             settings: tuple[Setting, ...] = ("base", "spa") if entry == "head" else ("spa",)
             for setting in settings:
                 name = f"{setting} at {entry}"
-                found[name] = list(measure(backbone, plugin, setting, cloud.address))
+                found[name] = list(measure(backbone, plugin, setting, cloud.address, rng))
                 rows = [tuple(map(_shown, each.values())) for each in found[name]]
                 print_table((name, "tokens/s", "fused", "share", "s to first token", "s between"), rows)
     write_result("engine", {"length": LENGTH, "new": NEW, "measured": found})

@@ -130,7 +130,7 @@ class Engine:
         prompts, ready = self._due()
         began = time.perf_counter()
         if prompts and not (ready and is_step_due(ready, self._prompt_seconds, self.pace)):
-            chosen = self._begin(prompts)
+            chosen = self._begin(prompts, bool(ready))
             run = self._calls.finish_prompts if chosen[0].is_opened else self._calls.run_prompts
             tokens = run(chosen, self._clock)
             seconds = time.perf_counter() - began
@@ -153,12 +153,12 @@ class Engine:
             self._prompt_seconds = 0.0
         return bool(ready or prompts)
 
-    def _begin(self, prompts: Sequence[Group]) -> list[Group]:
+    def _begin(self, prompts: Sequence[Group], others_wait: bool) -> list[Group]:
         """Chooses prompts whose next parts run together, behind what others have run of them."""
         prompts = self.prefixes.left_to_run(prompts)
         for group in prompts:
             self.prefixes.reuse(group)
-        return choose_parts(prompts, self.pace.part_tokens())
+        return choose_parts(prompts, self.pace.part_tokens(others_wait))
 
     def hold(self) -> float:
         """Returns for how many seconds to wait for answers before the next turn, since these are about to come."""

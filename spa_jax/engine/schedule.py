@@ -13,9 +13,10 @@ PART = 64
 """Most tokens of one prompt in one call."""
 MAX_PART_TOKENS = 512
 """Most tokens of all prompts in one call."""
-STEP_SECONDS, PROMPT_SECONDS = 0.25, 0.5
-"""About the longest that a call may take, so that nothing waits long to join or to leave."""
-FRESH_SECONDS = 1.0
+STEP_SECONDS, PROMPT_SECONDS, ONLY_PROMPT_SECONDS = 0.25, 0.5, 1.0
+"""About the longest that a call may take, so that nothing waits long to join or to leave; a call of prompts longer where
+nobody is ready for a step."""
+FRESH_SECONDS = 2.0
 """About the longest that groups without a token are held while other prompts run."""
 
 
@@ -42,11 +43,12 @@ class Pace:
         rows = power_of_two(rows)
         return min(self._steps[min(self._steps, key=lambda known: (abs(math.log2(known / rows)), -known))])
 
-    def part_tokens(self) -> int:
-        """Estimates how many tokens of prompts a call may run."""
+    def part_tokens(self, others_wait: bool) -> int:
+        """Estimates how many tokens of prompts a call may run, where others wait for a step or not."""
         if not self._per_token:
             return PART
-        return int(min(max(PROMPT_SECONDS / min(self._per_token), PART), MAX_PART_TOKENS))
+        seconds = PROMPT_SECONDS if others_wait else ONLY_PROMPT_SECONDS
+        return int(min(max(seconds / min(self._per_token), PART), MAX_PART_TOKENS))
 
 
 def part_length(lengths: Sequence[int]) -> int:

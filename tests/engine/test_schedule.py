@@ -11,6 +11,7 @@ from spa_jax.engine.group import Group, Task
 from spa_jax.engine.programs import MAX_STEPS
 from spa_jax.engine.schedule import (
     FRESH_SECONDS,
+    MAX_PART_TOKENS,
     PART,
     STEP_SECONDS,
     Pace,
@@ -50,12 +51,12 @@ def pace():
 
 def test_a_call_that_compiles_is_not_taken_for_the_usual():
     pace = Pace()
-    assert (pace.step(1), pace.part_tokens()) == (STEP_SECONDS, PART)
+    assert (pace.step(1), pace.part_tokens(False)) == (STEP_SECONDS, PART)
     for seconds in (5.0, 0.1, 0.2):
         pace.took_step(3, seconds)
         pace.took_prompts(100, seconds)
     assert pace.step(4) == pace.step(3) == pace.step(1) == pace.step(32) == 0.1
-    assert pace.part_tokens() == 500
+    assert [pace.part_tokens(others_wait) for others_wait in (True, False)] == [500, MAX_PART_TOKENS]
     pace.took_step(8, 0.4)
     assert [pace.step(rows) for rows in (4, 8, 32)] == [0.1, 0.4, 0.4]
 
