@@ -16,7 +16,7 @@ MAX_PART_TOKENS = 512
 STEP_SECONDS, PROMPT_SECONDS, ONLY_PROMPT_SECONDS = 0.25, 0.5, 1.0
 """About the longest that a call may take, so that nothing waits long to join or to leave; a call of prompts longer where
 nobody is ready for a step."""
-FRESH_SECONDS = 2.0
+FRESH_SECONDS = 1.0
 """About the longest that groups without a token are held while other prompts run."""
 
 
