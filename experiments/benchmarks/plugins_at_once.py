@@ -57,8 +57,7 @@ async def run_block(address: str, plugins: Sequence[Plugin], prompts: Sequence[l
 
 
 def measure(plugin: Plugin, cloud: LocalCloud, vocabulary: int) -> dict[str, dict[str, float]]:
-    """Returns tokens per second (median of blocks), bytes of the cloud before them and after them, and those by which it
-    grew in them, for one plugin and many."""
+    """Returns tokens per second (median of blocks) and the bytes by which the cloud grew, for one plugin and many."""
     rng, process = np.random.default_rng(0), psutil.Process(cloud.process.pid)
     rates: dict[str, list[float]] = {"one": [], "many": []}
     grown = dict.fromkeys(rates, 0)
@@ -86,13 +85,17 @@ def main() -> None:
     plugin = make_plugin(backbone, parse_entry("middle", backbone.config), "all")
     deadlines = "--deadline=30", "--first_deadline=60"
     with cloud_process(backbone.name, *deadlines, f"--warm={2 * (LENGTH + NEW)}") as cloud:
+        process = psutil.Process(cloud.process.pid)
+        before = process.memory_info().rss
         found = measure(plugin, cloud, backbone.config.vocab_size)
-        resident = psutil.Process(cloud.process.pid).memory_info().rss
+        after = process.memory_info().rss
     share = found["many"]["tokens_per_second"] / found["one"]["tokens_per_second"]
     rows = [(kind, *(f"{value:,.1f}" for value in row.values())) for kind, row in found.items()]
     print_table(("plugins", "sessions", "tokens/s", "bytes of cloud a session"), rows)
-    print(f"many plugins have {share:.3f} of one plugin's rate; the cloud has {resident / 2**20:.0f} MiB at the end")
+    print(f"many plugins have {share:.3f} of one plugin's rate")
+    print(f"the cloud has {before / 2**20:.0f} MiB before all sessions, and {after / 2**20:.0f} MiB after them")
     sizes = {"at_once": AT_ONCE.value, "length": LENGTH, "new": NEW, "block": BLOCK.value}
+    resident = {"before": before, "after": after}
     write_result("plugins_at_once", {**sizes, "measured": found, "share_of_rate": share, "resident_bytes": resident})
 
 
