@@ -1,4 +1,4 @@
-"""Tokens per second of many prompts at once: our cloud, `transformers`, and llama.cpp's server, in one run.
+r"""Tokens per second of many prompts at once: our cloud, `transformers`, and llama.cpp's server, in one run.
 
     python -m experiments.benchmarks.against_engines --llama_server=PATH/llama-server
 
@@ -11,11 +11,21 @@ on two threads each. They take turns: one run of each warms up, `REPEATS` count.
 - llama.cpp computes by its own kernels, from a file with the matrices in 16 or 8 bits, for as many HTTP clients; its
   cache of prompts is off
 
-Answers are compared with those of our cloud alone, which shows that the weights are the same ones.
+Answers are compared with those of our cloud alone, which shows that the weights are the same ones. No answer ends
+early: the checkpoint names no end of sequence, and llama.cpp's server, whose file does, is told never to say it, so an
+answer that would end there goes on otherwise.
+
+The source of llama-cpp-python on PyPI has that of the server:
+
+    pip download --no-deps --no-binary :all: llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
+    cmake -S llama_cpp_python-*/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+    cmake --build build --target llama-server
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import shutil
@@ -85,25 +95,26 @@ def ask_pytorch(directory: str, prompts: Prompts) -> list[list[int]]:
     ids = torch.tensor(prompts)
     with torch.inference_mode():
         answers = _pytorch_model(directory).generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
-            pad_token_id=0,
-        )  # fmt: skip
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, pad_token_id=0
+        )
     return answers[:, ids.shape[1] :].tolist()
 
 
 @contextlib.contextmanager
-def engines(backbone: Backbone) -> Iterator[dict[str, Generate]]:
-    """Starts all of them, the first of which is our cloud alone."""
-    plugin = make_plugin(backbone, parse_entry("middle", backbone.config), "all")
+def engines(named: Backbone) -> Iterator[dict[str, Generate]]:
+    """Starts all of them, the first of which is our cloud alone, on the same weights without an end of sequence."""
     ways: dict[str, Generate] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        export(dataclasses.replace(named, eos_ids=()), folder / "model")
+        named.tokenizer.backend_tokenizer.save(str(folder / "model" / "tokenizer.json"))
+        backbone = load_backbone(str(folder / "model"))
+        plugin = make_plugin(backbone, parse_entry("middle", backbone.config), "all")
         deadlines = "--deadline=30", "--first_deadline=60"
         cloud = stack.enter_context(cloud_process(backbone.name, *deadlines, f"--warm={2 * LENGTH}"))
         settings: tuple[Setting, ...] = ("base", "spa")
         for setting in settings:
             ways[f"spa_jax {setting}, float32"] = functools.partial(ask_cloud, cloud.address, plugin, setting)
-        export(backbone, folder / "model")
         pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
         ways["transformers, float32"] = lambda prompts: pool.submit(
             ask_pytorch, str(folder / "model"), prompts
@@ -113,7 +124,7 @@ def engines(backbone: Backbone) -> Iterator[dict[str, Generate]]:
             print(f"llama.cpp is left out: there is no {LLAMA_SERVER.value}; name its server with --llama_server")
         else:
             for kind in KINDS:
-                write_gguf(backbone, folder / f"{kind}.gguf", kind)
+                write_gguf(named, folder / f"{kind}.gguf", kind)
                 server = stack.enter_context(llama_server(program, folder / f"{kind}.gguf", PROMPTS, LENGTH + NEW))
                 ways[f"llama.cpp, {kind}"] = functools.partial(server.generate, new=NEW)
         yield ways

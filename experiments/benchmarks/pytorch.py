@@ -58,7 +58,7 @@ def export(backbone: Backbone, directory: Path) -> None:
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
         rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
-        tie_word_embeddings=c.tie_word_embeddings, eos_token_id=list(backbone.eos_ids), pad_token_id=0,
+        tie_word_embeddings=c.tie_word_embeddings, eos_token_id=list(backbone.eos_ids) or None, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
     model = LlamaForCausalLM(config)
