@@ -27,6 +27,27 @@ def peak_bytes() -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
+def hf_tensors(backbone: Backbone) -> dict[str, np.ndarray]:
+    """Returns the backbone's weights in float32 by their Hugging Face names; tied ones twice."""
+    blocks, d = backbone.params["blocks"], backbone.config.hidden_size
+    tensors = {
+        "model.embed_tokens.weight": backbone.params["embed"]["embedding"],
+        "model.norm.weight": backbone.params["norm"]["scale"],
+    }
+    head = backbone.params.get("lm_head")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] if head is None else head["kernel"].T
+    for i in range(backbone.config.num_layers):
+        layer = f"model.layers.{i}"
+        tensors[f"{layer}.input_layernorm.weight"] = blocks["attention_norm"]["scale"][i]
+        tensors[f"{layer}.post_attention_layernorm.weight"] = blocks["mlp_norm"]["scale"][i]
+        for name in "qkv":
+            tensors[f"{layer}.self_attn.{name}_proj.weight"] = blocks["attention"][name]["kernel"][i].reshape(d, -1).T
+        tensors[f"{layer}.self_attn.o_proj.weight"] = blocks["attention"]["o"]["kernel"][i].reshape(-1, d).T
+        for name in ("gate", "up", "down"):
+            tensors[f"{layer}.mlp.{name}_proj.weight"] = blocks["mlp"][name]["kernel"][i].T
+    return {name: np.array(leaf, np.float32) for name, leaf in tensors.items()}
+
+
 def export(backbone: Backbone, directory: Path) -> None:
     """Writes the backbone as a directory that `transformers` reads."""
     import torch
@@ -37,25 +58,9 @@ def export(backbone: Backbone, directory: Path) -> None:
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
         rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
-        tie_word_embeddings=c.tie_word_embeddings, eos_token_id=list(backbone.eos_ids), pad_token_id=0,
+        tie_word_embeddings=c.tie_word_embeddings, eos_token_id=list(backbone.eos_ids) or None, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    blocks, d = backbone.params["blocks"], c.hidden_size
-    state = {
-        "model.embed_tokens.weight": backbone.params["embed"]["embedding"],
-        "model.norm.weight": backbone.params["norm"]["scale"],
-    }
-    head = backbone.params.get("lm_head")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"] if head is None else head["kernel"].T
-    for i in range(c.num_layers):
-        layer = f"model.layers.{i}"
-        state[f"{layer}.input_layernorm.weight"] = blocks["attention_norm"]["scale"][i]
-        state[f"{layer}.post_attention_layernorm.weight"] = blocks["mlp_norm"]["scale"][i]
-        for name in "qkv":
-            state[f"{layer}.self_attn.{name}_proj.weight"] = blocks["attention"][name]["kernel"][i].reshape(d, -1).T
-        state[f"{layer}.self_attn.o_proj.weight"] = blocks["attention"]["o"]["kernel"][i].reshape(-1, d).T
-        for name in ("gate", "up", "down"):
-            state[f"{layer}.mlp.{name}_proj.weight"] = blocks["mlp"][name]["kernel"][i].T
-    model.load_state_dict({name: torch.from_numpy(np.array(leaf, np.float32)) for name, leaf in state.items()})
+    model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in hf_tensors(backbone).items()})
     model.save_pretrained(directory)

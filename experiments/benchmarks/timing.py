@@ -12,6 +12,7 @@ import numpy as np
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import GREEDY
+from spa_jax.models.combine import Edits
 from spa_jax.models.llama import Entry
 from spa_jax.models.plugin import PluginConfig, init_plugin
 from spa_jax.models.side import SideConfig
@@ -65,11 +66,11 @@ def decode_steps(
     return advance
 
 
-def make_plugin(backbone: Backbone, entry: Entry) -> Plugin:
+def make_plugin(backbone: Backbone, entry: Entry, edits: Edits = "targets") -> Plugin:
     """Makes a random plugin with six taps that changes little."""
     last = backbone.config.num_layers if entry == "head" else entry
     side = SideConfig("tokenwise", 64, tuple(range(last % 3, last + 1, 3))[-6:])
-    config = PluginConfig("spa", side, backbone.config.hidden_size, entry=entry)
+    config = PluginConfig("spa", side, backbone.config.hidden_size, entry=entry, edits=edits)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(np.float32(0.01 * rng.standard_normal(leaf.shape))), init_plugin(config, abstract=True)
