@@ -1,4 +1,5 @@
-"""Seconds to the first token of devices whose prompts begin alike, with and without sharing what these begin with.
+"""Seconds to the first token of devices whose prompts begin alike, with and without sharing what these begin with, and
+the share of all tokens of prompts that were not run, since others had run them.
 
     python -m experiments.benchmarks.prefixes
 
@@ -9,10 +10,13 @@ prefix, which nobody has sent before. One run compiles, `REPEATS` count.
 
 import asyncio
 import itertools
+import socket
 import statistics
+import urllib.request
 
 import numpy as np
 from absl import flags
+from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.benchmarks.engine import Device, make_plugin, percentiles
 from experiments.benchmarks.output import write_result
@@ -54,17 +58,33 @@ def measure(plugin: Plugin, address: str) -> list[float]:
     return list(itertools.chain(*found))
 
 
+def free_port() -> int:
+    """Finds a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def count_reused(port: int) -> float:
+    """Reads from the cloud's metrics how many tokens of prompts others had run."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        families = text_string_to_metric_families(response.read().decode())
+    return next(sample.value for family in families for sample in family.samples if "prefix_tokens" in sample.name)
+
+
 def main() -> None:
     backbone = load_backbone(BACKBONE)
     plugin, measured = make_plugin(backbone, "head"), {}
     choices: tuple[SharePrefixes, ...] = ("all", "none")
     for share in choices:
-        deadlines = "--deadline=30", "--first_deadline=120"
-        with cloud_process(backbone.name, *deadlines, f"--share_prefixes={share}", "--queue_seconds=600") as cloud:
+        port = free_port()
+        how = "--deadline=30", "--first_deadline=120", "--queue_seconds=600", f"--metrics_port={port}"
+        with cloud_process(backbone.name, *how, f"--share_prefixes={share}") as cloud:
             seconds = measure(plugin, cloud.address)
-        measured[share] = {"mean": statistics.mean(seconds), **percentiles(seconds)}
+            reused = count_reused(port) / ((REPEATS.value + 1) * DEVICES.value * (PREFIX.value + OWN))
+        measured[share] = {"mean": statistics.mean(seconds), **percentiles(seconds), "share_reused": reused}
     rows = [(share, *(f"{value:.2f}" for value in found.values())) for share, found in measured.items()]
-    print_table(("share_prefixes", "mean s to first token", "p50", "p95"), rows)
+    print_table(("share_prefixes", "mean s to first token", "p50", "p95", "share of tokens reused"), rows)
     write_result("prefixes", {"prefix": PREFIX.value, "devices": DEVICES.value, "seconds_to_first_token": measured})
 
 
