@@ -56,6 +56,7 @@ def keep_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a second of small programs is one too
 
 
 def _processor() -> str:
