@@ -9,7 +9,6 @@ medians count: the rate of all devices together, the time to the first token, an
 """
 
 import asyncio
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import flags
 
+from experiments.benchmarks.devices import Device, percentiles
 from experiments.benchmarks.output import write_result
 from experiments.benchmarks.timing import BACKBONE, make_plugin
 from experiments.record import print_table
@@ -26,7 +26,6 @@ from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Entry
 from spa_jax.split.client import Connection, generate
 from spa_jax.split.cloud_process import cloud_process
-from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.request import open_message
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin
@@ -36,27 +35,6 @@ DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8", "16", "32"], "Number
 REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each that count.", lower_bound=1)
 LENGTH, NEW = 64, 32
 ENTRIES: tuple[Entry, ...] = ("head", 18)
-
-
-@dataclasses.dataclass
-class Device:
-    """What one device saw: when it opened, and when tokens came."""
-
-    opened_at: float = dataclasses.field(default_factory=time.perf_counter)
-    came_at: list[float] = dataclasses.field(default_factory=list)
-    tokens: int = 0
-
-    def see(self, progress: Progress) -> None:
-        """Takes note of a message with tokens."""
-        count = sum(len(generated.tokens) for generated in progress.generated)
-        if count > self.tokens:
-            self.came_at.append(time.perf_counter())
-        self.tokens = count
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    """Returns median and 95th percentile."""
-    return {"p50": float(np.percentile(values, 50)), "p95": float(np.percentile(values, 95))}
 
 
 def measure(

@@ -18,9 +18,9 @@ import numpy as np
 from absl import flags
 from prometheus_client.parser import text_string_to_metric_families
 
-from experiments.benchmarks.engine import Device, make_plugin, percentiles
+from experiments.benchmarks.devices import Device, percentiles
 from experiments.benchmarks.output import write_result
-from experiments.benchmarks.timing import BACKBONE
+from experiments.benchmarks.timing import BACKBONE, make_plugin
 from experiments.record import print_table
 from spa_jax import command
 from spa_jax.split.client import Connection, generate

@@ -14,8 +14,8 @@ PART = 64
 MAX_PART_TOKENS = 512
 """Most tokens of all prompts in one call."""
 STEP_SECONDS, PROMPT_SECONDS, ONLY_PROMPT_SECONDS = 0.25, 0.5, 1.0
-"""About the longest that a call may take, so that nothing waits long to join or to leave; a call of prompts longer where
-nobody is ready for a step."""
+"""About the longest that a call may take, so that nothing waits long to join or to leave; a call of prompts may take
+longer where nobody is ready for a step."""
 FRESH_SECONDS = 1.0
 """About the longest that groups without a token are held while other prompts run."""
 
