@@ -201,7 +201,7 @@ def test_an_attack_leaves_others_their_room_and_gives_its_own_back(name, cloud, 
     there = asyncio.run(main())
     assert there.generations == here.generations
     assert there.degraded == 0
-    cloud.engine._drop_finished()
+    cloud.engine.drop_finished()
     assert cloud.engine._groups == []
 
 
