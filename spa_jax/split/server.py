@@ -18,8 +18,9 @@ from spa_jax.split.admission import Admission, Limits, Refused
 from spa_jax.split.grpc_channel import CLOUD_OPTIONS, MAX_BYTES_OPEN, METHOD, SERVICE, ServerSecurity
 from spa_jax.split.health import Health
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Opened, Queued, Refusal, Reopen, Working
+from spa_jax.split.plan import GenerationPlan
 from spa_jax.split.server_session import SIGN_EVERY, ServerSession
-from spa_jax.split.session import Cloud, GenerationPlan
+from spa_jax.split.session import Cloud
 from spa_jax.split.sessions import Sessions
 from spa_jax.split.streams import Line, Room, address_of
 from spa_jax.split.tokens import DeviceTokens, Guesses

@@ -21,9 +21,9 @@ from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.health import MAX_CHECKS, MAX_WATCHERS
 from spa_jax.split.messages_pb2 import FromDevice, Reply, Tensor
+from spa_jax.split.plan import MAX_PROMPT_SIZE
 from spa_jax.split.request import open_message
 from spa_jax.split.server import MAX_GUESSES_OF_ONE, MAX_SILENT, Limits, serving
-from spa_jax.split.session import MAX_PROMPT_SIZE
 from spa_jax.split.streams import Room
 
 MANY = 300

@@ -9,7 +9,7 @@ from streams import Stream, connected, metric, run, tokens_of
 from tiny_split import generate_and_record, make_plugin, random_plugin
 
 from spa_jax.errors import UserError
-from spa_jax.split import session
+from spa_jax.split import plan
 from spa_jax.split.client import Connection, generate
 from spa_jax.split.connection import read_token
 from spa_jax.split.device import Device
@@ -157,10 +157,10 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
     def never(*_):
         raise AssertionError("it was read")
 
-    monkeypatch.setattr(session, "Encoder", never)
+    monkeypatch.setattr(plan, "Encoder", never)
     many, long = (open_message(plugin, PROMPTS, NEW) for _ in range(2))
-    many.prompts.extend([Prompt(text="a")] * session.MAX_PROMPTS)
-    long.prompts.extend([Prompt(text="a" * session.MAX_PROMPT_SIZE)])
+    many.prompts.extend([Prompt(text="a")] * plan.MAX_PROMPTS)
+    long.prompts.extend([Prompt(text="a" * plan.MAX_PROMPT_SIZE)])
     for request in (many, long):
         with pytest.raises(UserError, match="more than the cloud takes at once"):
             cloud.plan(request)
