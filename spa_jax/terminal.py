@@ -20,7 +20,8 @@ COMMANDS = """\
 /setting NAME     answers in another setting, such as base; without a name in the plugin's own
 /threshold P      asks the device where p(consult) is above P; without a number above the plugin's own
 /save FILE        adds the conversation to a file of rows that can be trained on
-/help             shows this"""
+/help             shows this
+Ctrl-C stops an answer, and Ctrl-D leaves"""
 
 
 class Mode(NamedTuple):

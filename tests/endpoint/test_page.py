@@ -185,7 +185,7 @@ def test_a_key_that_is_missing_is_asked_for(driver, url):
     assert key.is_displayed()
 
 
-def test_escape_stops_an_answer_and_an_error_is_shown(page):
+def test_escape_stops_an_answer_which_is_forgotten_and_an_error_is_shown(page, url):
     page.find_element("css selector", "#network option[value='1000']").click()
     page.find_element("id", "question").send_keys(QUESTION + "\n")
     wait(lambda: page.find_elements("css selector", ".answer .text span"))
@@ -193,6 +193,8 @@ def test_escape_stops_an_answer_and_an_error_is_shown(page):
     wait(lambda: page.find_elements("css selector", ".answer[aria-busy=false]"))
     assert "stopped" in facts(page.find_element("css selector", ".answer"))
     page.find_element("css selector", "#network option[value='0']").click()
+    (following,) = ask(page, QUESTION)
+    assert shown(following) == told(url)[0]  # as if nothing had been asked before
     page.find_element("id", "limit").send_keys("4000")
     ask(page, "x")
     errors = [line.text for line in page.find_elements("css selector", ".error")]
