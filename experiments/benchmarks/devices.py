@@ -1,4 +1,4 @@
-"""What devices of a benchmark saw of their cloud."""
+"""Times that a benchmark notes on its devices: of opening, and of tokens."""
 
 import dataclasses
 import time
@@ -10,7 +10,7 @@ from spa_jax.split.messages_pb2 import Progress
 
 @dataclasses.dataclass
 class Device:
-    """What one device saw: when it opened, and when tokens came."""
+    """A device of a benchmark: when it opened, and when its tokens came."""
 
     opened_at: float = dataclasses.field(default_factory=time.perf_counter)
     came_at: list[float] = dataclasses.field(default_factory=list)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import gguf
 import httpx2
 import numpy as np
 
+from experiments.benchmarks.ports import free_port
 from experiments.benchmarks.pytorch import hf_tensors
 from experiments.benchmarks.timing import THREADS
 from spa_jax.errors import UserError
@@ -111,9 +111,7 @@ def llama_server(program: str, model: Path, slots: int, length: int) -> Iterator
     Raises:
         UserError: it cannot be run, or does not come up.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         program, f"--model={model}", "--host=127.0.0.1", f"--port={port}", f"--parallel={slots}",
         f"--ctx-size={slots * length}", f"--threads={THREADS}", f"--threads-batch={THREADS}", "--cache-ram=0",

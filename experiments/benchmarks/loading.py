@@ -7,7 +7,6 @@ mapped). The processes find each other as those of a training do.
 
 import json
 import multiprocessing
-import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from experiments.benchmarks.output import write_result
+from experiments.benchmarks.ports import free_port
 from experiments.record import print_table
 from spa_jax import command
 from spa_jax.training.processes import DistributedConfig, init_distributed
@@ -104,9 +104,7 @@ def _watch(process: Any, most: dict[str, int]) -> Any:
 
 def measure(directory: str, count: int) -> dict[str, float]:
     """Returns the memory of the process that took most, in MiB."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
     started = [spawn.Process(target=load, args=(directory, coordinator, count, i, answers)) for i in range(count)]

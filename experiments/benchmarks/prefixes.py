@@ -10,7 +10,6 @@ prefix, which nobody has sent before. One run compiles, `REPEATS` count.
 
 import asyncio
 import itertools
-import socket
 import statistics
 import urllib.request
 
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.benchmarks.devices import Device, percentiles
 from experiments.benchmarks.output import write_result
+from experiments.benchmarks.ports import free_port
 from experiments.benchmarks.timing import BACKBONE, make_plugin
 from experiments.record import print_table
 from spa_jax import command
@@ -56,13 +56,6 @@ def measure(plugin: Plugin, address: str) -> list[float]:
         seconds = asyncio.run(together(requests))
         found.append(seconds if repeat else [])
     return list(itertools.chain(*found))
-
-
-def free_port() -> int:
-    """Finds a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def count_reused(port: int) -> float:

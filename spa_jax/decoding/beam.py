@@ -69,7 +69,7 @@ def searches(beams: Sequence[Beams]) -> Search:
 
 
 class Ranking(NamedTuple):
-    """What one more token makes of each group's hypotheses."""
+    """Continuations of each group's hypotheses by one more token, ranked."""
 
     parents: Int[Array, "G K"]
     """For each hypothesis that goes on, best first, the index within its group of the one it continues."""

@@ -98,7 +98,7 @@ class Request(Fields):
 
     @property
     def prompts(self) -> list[AnyPrompt]:
-        """What is to be gone on with, each once for every choice."""
+        """Prompts to be answered, each once for every choice."""
         raise NotImplementedError
 
     @property

@@ -22,7 +22,7 @@ from spa_jax.engine.extents import power_of_two
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a session asks for.
+    """A session's request, as the engine runs it.
 
     Attributes:
         kernel: the router's `[D,2]`.
@@ -84,7 +84,7 @@ class Task:
 
 
 class Phase(enum.Enum):
-    """What a group needs next."""
+    """The states of a group, by what it needs next."""
 
     PROMPT = "its prompt is run"
     OPENING = "an answer about all of its prompt"

@@ -27,7 +27,7 @@ MAX_STEPS = 8
 
 
 class Wishes(NamedTuple):
-    """What each group asks for."""
+    """The requests of the groups of a call, as arrays."""
 
     kernel: Float[Array, "G D 2"]
     """The router's."""
@@ -49,7 +49,7 @@ class Wishes(NamedTuple):
     """Whether log-probabilities are wanted."""
     seed: Int[Array, " G"]
     number: Int[Array, " G"]
-    """Of the group within its session, which its random key is made of."""
+    """Index of the group within its session, which its random key is made of."""
     search: Search | None
     """None where groups have one hypothesis each, which is sampled."""
 
