@@ -245,7 +245,6 @@ def test_a_token_that_is_nearly_right_is_wrong(given, cloud, plugin, request_, t
 
     async def scenario(port):
         async with connected(port) as channel:
-            call = Stream(channel, FromDevice(open=request_), [("authorization", given)]).call
-            return await call.code()
+            return await Stream(channel, metadata=[("authorization", given)]).call.code()
 
     assert run(cloud, scenario, security=ServerSecurity(tokens=f"{tmp_path}/tokens")).name == "UNAUTHENTICATED"

@@ -96,7 +96,7 @@ def test_guesses_are_slowed_and_a_right_token_from_there_is_not(cloud, plugin, r
         async with connected(port) as channel:
 
             async def code(token):
-                return await Stream(channel, FromDevice(open=request_), bearer(token)).call.code()
+                return await Stream(channel, metadata=bearer(token)).call.code()
 
             async def seconds(token):
                 began = time.monotonic()
@@ -138,7 +138,7 @@ def test_tokens_are_read_again_and_one_taken_away_ends_its_sessions(cloud, plugi
                 while (message := await waits.receive()).HasField("queued"):
                     pass
             assert message.refusal.kind == "unknown-token"
-            again = Stream(channel, FromDevice(reopen=Reopen(session=name)), bearer("two"))
+            again = Stream(channel, metadata=bearer("two"))
             assert await again.call.code() == grpc.StatusCode.UNAUTHENTICATED
             assert metric("spa_sessions") == sessions + 1
             for damaged in (b"", b"\xff\n"):
