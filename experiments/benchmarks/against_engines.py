@@ -48,8 +48,9 @@ from experiments.record import print_table
 from spa_jax import command
 from spa_jax.models.combine import Setting
 from spa_jax.models.plugin import parse_entry
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.request import open_message
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin

@@ -27,8 +27,9 @@ from experiments.record import print_table
 from spa_jax import command
 from spa_jax.conversation import Conversation
 from spa_jax.models.llama import Entry
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.request import open_message
 from spa_jax.weights.plugin import Plugin

@@ -24,8 +24,9 @@ from spa_jax import command
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.models.combine import Setting
 from spa_jax.models.llama import Entry
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.request import open_message
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin

@@ -23,11 +23,13 @@ import trustme
 
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Answer, InProcess
-from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import LocalCloud, cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import MAX_BYTES_UP, METHOD, SERVICE
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Progress, Reopen, Reply, Tensor
+from spa_jax.split.refusals import CloudGone
 from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.session import Cloud

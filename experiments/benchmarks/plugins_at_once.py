@@ -23,8 +23,9 @@ from experiments.benchmarks.timing import BACKBONE, make_plugin
 from experiments.record import print_table
 from spa_jax import command
 from spa_jax.models.plugin import parse_entry
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import LocalCloud, cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.request import open_message
 from spa_jax.weights.plugin import Plugin
 from spa_jax.weights.registry import load_backbone

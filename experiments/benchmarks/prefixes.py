@@ -23,8 +23,9 @@ from experiments.benchmarks.ports import free_port
 from experiments.benchmarks.timing import BACKBONE, make_plugin
 from experiments.record import print_table
 from spa_jax import command
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.grpc_channel import SharePrefixes
 from spa_jax.split.messages_pb2 import Open
 from spa_jax.split.request import open_message

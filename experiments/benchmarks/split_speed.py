@@ -24,8 +24,8 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.split import client
-from spa_jax.split.client import Connection
 from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate
 from spa_jax.split.head import Head, head_of
 from spa_jax.split.request import open_message

@@ -24,8 +24,10 @@ from spa_jax.endpoint.answers import Answers
 from spa_jax.endpoint.requests import Ask, ChatRequest, Defaults, Request, TextRequest, parse, resolve
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Traffic
-from spa_jax.split.client import Busy, Connection, RemoteResult, Unfinished, Unserved, generate
+from spa_jax.split.client import RemoteResult, generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.messages_pb2 import Progress
+from spa_jax.split.refusals import Busy, Unfinished, Unserved
 from spa_jax.split.request import open_message
 from spa_jax.split.wire import WireError
 from spa_jax.weights.plugin import Plugin

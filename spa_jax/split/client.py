@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from http.cookies import CookieError, SimpleCookie
@@ -14,63 +13,28 @@ import grpc
 
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError
-from spa_jax.split import wire
+from spa_jax.split import refusals, wire
 from spa_jax.split.channel import Traffic
 from spa_jax.split.connection import Connection
 from spa_jax.split.device import Device
 from spa_jax.split.grpc_channel import MAX_BYTES_OPEN, METHOD, PREFIX_HEADER, SERVICE
 from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Open, Progress, Reopen, Taps
+from spa_jax.split.refusals import Busy, CloudGone, SessionLost, Unserved
 from spa_jax.split.request import device_for, prefix_digest
 from spa_jax.split.trust import check_opened, check_progress, merge_progress, most_bytes, most_questions, words_of
+from spa_jax.split.waiting import OnWait, Waiting
 from spa_jax.weights.plugin import Plugin
 
-log = logging.getLogger(__name__)
 OnProgress = Callable[[Progress], None]
 """Called with all that is generated so far."""
 Metadata = list[tuple[str, str]]
 Connect = Callable[["asyncio.Queue[bytes | None]", Metadata], Any]
 """(what is to be sent, metadata beside that of every stream) -> a call."""
-OnWait = Callable[[str], None]
-"""Called every `TELL_EVERY` seconds while nothing new comes, with what is waited for."""
 MAX_QUEUED = 16
 """Questions that may wait for the side network; while there are as many, nothing is read from the cloud."""
-MAX_IDLE = 1000
-"""Messages in a row that may bring nothing new."""
-TELL_EVERY = 1.0
-"""Seconds after which a user is told what is waited for, and told again."""
-MAX_SIGNS = 10
-"""For how many times `Connection.silence` a cloud is believed that it works, while it brings nothing new."""
 MAX_COOKIES = 4
 """Cookies that a device keeps during a generation: one of each proxy between it and the cloud."""
-
-
-class Unfinished(UserError):
-    """A generation that nobody can go on with; `generations` holds what was generated until then."""
-
-    def __init__(self, message: str, generations: list[Generation]) -> None:
-        super().__init__(message)
-        self.generations = generations
-
-
-class CloudGone(Unfinished):
-    """The cloud cannot be reached any more."""
-
-
-class Unserved(UserError):
-    """A refusal for a reason that lies in the cloud or in who asks, and not in what was asked for."""
-
-
-class Busy(Unserved):
-    """The cloud has no room now."""
-
-
-class SessionLost(Unfinished):
-    """The cloud does not know the session any more: it was started anew, or another one has taken its place."""
-
-
-REFUSALS = {"refused": UserError, "overloaded": Busy}
-"""Errors by the kinds of refusals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +98,7 @@ async def generate(
                 )
                 if client.progress.done:
                     return client.result()
-                client.check_patience(reason)
+                client.go_on(reason)
                 await asyncio.sleep(0.2)
     finally:
         # One may be compiling, and other generations of this event loop go on meanwhile.
@@ -164,7 +128,7 @@ class DeviceClient:
     ) -> None:
         """`programs` runs one at a time: one that a lost stream has left behind ends before the next begins."""
         self._plugin, self._request, self._on_progress, self._head = plugin, request, on_progress, head
-        self._connection, self._programs, self._on_wait = connection, programs, on_wait
+        self._connection, self._programs = connection, programs
         self._traffic = traffic or Traffic()
         self._traffic.prefill_bytes += request.ByteSize()
         self._device: Device | None = None
@@ -175,12 +139,7 @@ class DeviceClient:
         self.progress = Progress()
         # What has been new so far: the last question, positions of prompts, and tokens that the cloud told of.
         self._newest_step, self._prompt_positions, self._told_tokens = 0, 0, 0
-        self._num_idle, self._is_behind, self._is_answering = 0, False, False
-        # On time.monotonic's clock; None where it has not been.
-        self._began_at = self._new_at = self._heard_at = time.monotonic()
-        self._queued_at: float | None = None
-        self._lost_at: float | None = None
-        self._was_reached = False
+        self._waiting = Waiting(connection, on_wait, self._gone)
 
     async def run_stream(self, connect: Connect) -> str:
         """Opens or reopens the session over a new stream, and answers until all is generated or the stream ends.
@@ -194,13 +153,14 @@ class DeviceClient:
             CloudGone: it says nothing any more.
             SessionLost: it has no such session.
         """
-        self._began_at = self._heard_at = time.monotonic()
-        self._is_behind = self._is_answering = False
+        self._waiting.begin_stream()
         self._questions = asyncio.Queue(MAX_QUEUED)
         outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         outbox.put_nowait(self._first_message().SerializeToString())
         call = connect(outbox, self._cookie_metadata())
-        tasks = [asyncio.create_task(each) for each in (self._listen(call), self._answer(outbox), self._watch())]
+        tasks = [
+            asyncio.create_task(each) for each in (self._listen(call), self._answer(outbox), self._waiting.watch())
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -261,64 +221,27 @@ class DeviceClient:
             raise Unserved(f"the cloud at {address} does not speak TLS") from error
         return reason
 
-    def check_patience(self, reason: str) -> None:
+    def go_on(self, reason: str) -> None:
         """Goes on after a stream has ended.
 
         Raises:
             CloudGone: for too long streams have ended soon, and brought nothing new.
         """
-        now, patience = time.monotonic(), self._connection.patience
-        has_lasted = self._heard_at > self._began_at and now - self._began_at > patience
-        if self._lost_at is None or has_lasted:
-            self._lost_at = now
-        if now - self._lost_at > patience:
-            raise self._gone(reason)
-        if self._on_wait is not None:
-            self._on_wait(f"connecting to the cloud at {self._connection.address}: {now - self._lost_at:.0f} s")
+        self._waiting.go_on_without(reason)
 
     def _gone(self, reason: str) -> CloudGone:
         """Makes the error of a cloud that is not there any more, or never was."""
         address = self._connection.address
-        if not self._was_reached:
+        if not self._waiting.was_reached:
             return CloudGone(f"cannot reach the cloud at {address} ({reason})", [])
-        count = sum(len(generated.tokens) for generated in self.progress.generated)
         return CloudGone(
-            f"the cloud at {address} is gone ({reason}); {count} tokens had been generated", self.result().generations
+            f"the cloud at {address} is gone ({reason}); {self._num_tokens()} tokens had been generated",
+            self.result().generations,
         )
 
-    async def _watch(self) -> None:
-        """Watches the time while a stream lasts.
-
-        Raises:
-            CloudGone: the cloud says nothing, or nothing new, for too long.
-        """
-        silence, now = self._connection.silence, time.monotonic()
-        pause = min(TELL_EVERY, silence / 4)
-        while True:
-            before = now
-            await asyncio.sleep(pause)
-            now = time.monotonic()
-            if now - before > pause + 1:  # this process stood still, as after Ctrl-Z, and not the cloud
-                self._heard_at += now - before
-                self._new_at += now - before
-            if self._is_behind:
-                continue
-            if now - self._heard_at > silence:
-                raise self._gone(f"it has said nothing for {now - self._heard_at:.0f} s")
-            waited = now - self._new_at
-            if waited > MAX_SIGNS * silence:
-                raise self._gone(f"it says that it works, and has brought nothing new for {waited:.0f} s")
-            if self._on_wait is not None and waited >= TELL_EVERY:
-                self._on_wait(f"{self._awaited()}: {waited:.0f} s")
-
-    def _awaited(self) -> str:
-        """Describes what is waited for."""
-        if self._is_answering:
-            return "this device works"
-        if self._heard_at <= self._began_at:
-            return f"connecting to the cloud at {self._connection.address}"
-        count = max(self._told_tokens, sum(len(generated.tokens) for generated in self.progress.generated))
-        return f"the cloud works, {count} tokens so far" if count else "the cloud works, no token yet"
+    def _num_tokens(self) -> int:
+        """Counts the tokens that are here."""
+        return sum(len(generated.tokens) for generated in self.progress.generated)
 
     async def _listen(self, call: Any) -> None:
         """Handles the cloud's messages until all is generated."""
@@ -326,9 +249,10 @@ class DeviceClient:
         async for data in call:
             question = self.handle_message(data)
             if question is not None:
-                self._is_behind = self._questions.full()
+                self._waiting.is_behind = self._questions.full()
                 await self._questions.put(question)
-                self._is_behind, self._heard_at = False, time.monotonic()
+                self._waiting.is_behind = False
+                self._waiting.hear()
             if self.progress.done:
                 return
 
@@ -339,7 +263,7 @@ class DeviceClient:
             SessionLost: the cloud has no such session.
             UserError: it is another refusal, of another protocol version or backbone, or makes no sense.
         """
-        self._heard_at, self._was_reached = time.monotonic(), True
+        self._waiting.hear()
         message = wire.parse(FromCloud, data)
         kind = message.WhichOneof("message")
         is_new = False
@@ -357,19 +281,15 @@ class DeviceClient:
             told = min(message.working.tokens, len(self._request.prompts) * self._request.max_new_tokens)
             is_new, self._told_tokens = told > self._told_tokens, max(told, self._told_tokens)
         elif kind == "queued":
-            self._wait_on(message.queued.place)
+            self._waiting.go_on_at(message.queued.place)
             is_new = True  # for no longer than the queue's own time
         elif kind == "refusal":
             refusal = message.refusal
             reason = f"the cloud refuses ({words_of(refusal.kind)}): {words_of(refusal.reason)}"
             if refusal.kind == "unknown-session":
                 raise SessionLost(reason, self.result().generations)
-            raise REFUSALS.get(refusal.kind, Unserved)(reason)
-        if is_new:
-            self._new_at, self._num_idle, self._lost_at = self._heard_at, 0, None
-        self._num_idle += 1
-        if self._num_idle > MAX_IDLE:
-            raise wire.WireError(f"the cloud sends one message after another, and {MAX_IDLE} of them bring nothing new")
+            raise refusals.BY_KIND.get(refusal.kind, Unserved)(reason)
+        self._waiting.count(is_new, max(self._told_tokens, self._num_tokens()))
         return message.taps if kind == "taps" else None
 
     def _take_progress(self, new: Progress) -> bool:
@@ -400,21 +320,6 @@ class DeviceClient:
         is_new, self._newest_step = taps.step > self._newest_step, taps.step
         return is_new
 
-    def _wait_on(self, place: int) -> None:
-        """Goes on waiting at a place of the cloud's queue.
-
-        Raises:
-            Busy: the user does not want to wait so long.
-        """
-        if self._queued_at is None:
-            self._queued_at = self._heard_at
-            log.warning("the cloud is busy: this is number %d in its queue", place)
-        waited = self._heard_at - self._queued_at
-        if waited >= self._connection.queue_seconds:
-            raise Busy(f"the cloud is busy: after {waited:.0f} s this is still number {place} in its queue")
-        if self._on_wait is not None:
-            self._on_wait(f"number {place} in the cloud's queue: {waited:.0f} s")
-
     async def _answer(self, outbox: "asyncio.Queue[bytes | None]") -> None:
         """Answers questions as long as the stream lasts, but none that is out of date.
 
@@ -428,9 +333,9 @@ class DeviceClient:
                 continue  # the cloud has gone on without an answer, and asks the next
             device, began = self._device, time.perf_counter()
             assert device is not None
-            self._is_answering = True
+            self._waiting.is_answering = True
             reply = await loop.run_in_executor(self._programs, device.receive, taps)
-            self._is_answering = False
+            self._waiting.is_answering = False
             self._traffic.device_seconds += time.perf_counter() - began
             if reply is None:
                 self._traffic.prefill_bytes += taps.ByteSize()

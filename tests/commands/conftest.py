@@ -152,8 +152,9 @@ def command_here(environment, monkeypatch) -> Run:
 
     def run(module: str, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
-        for name in {module, "spa_jax.train"}:  # aot imports the second, which defines flags
-            monkeypatch.delitem(sys.modules, name, raising=False)
+        for name in list(sys.modules):  # whatever defines flags or reads them; aot imports train
+            if name in (module, "spa_jax.train") or name.startswith("spa_jax.serve."):
+                monkeypatch.delitem(sys.modules, name)
         out, err = io.StringIO(), io.StringIO()
         streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
         with fresh_flags(), fresh_logs(), streams[0], streams[1], pytest.raises(SystemExit) as ended:

@@ -135,6 +135,9 @@ def test_a_reader_of_metrics_that_says_nothing_keeps_others_waiting_for_a_while_
     ("arguments", "says"),
     [
         ([], "say which half this is: python -m spa_jax.serve cloud, or python -m spa_jax.serve device"),
+        (["clowd"], "say which half this is: python -m spa_jax.serve cloud, or python -m spa_jax.serve device"),
+        (["cloud", "--plugin=PLUGIN"], "Unknown command line flag 'plugin'"),
+        (["device", "--plugin=PLUGIN", *ASK, "--host=0.0.0.0"], "Unknown command line flag 'host'"),
         (["device"], "name a plugin with --plugin=DIR"),
         (["device", "--plugin=PLUGIN"], "give either --prompt='...' or --interactive"),
         (["device", "--plugin=PLUGIN", "--prompt= "], "the prompt is empty"),

@@ -12,7 +12,7 @@ from tiny_split import random_plugin
 
 from spa_jax.endpoint.app import Endpoint
 from spa_jax.endpoint.requests import Defaults
-from spa_jax.split.client import Connection
+from spa_jax.split.connection import Connection
 from spa_jax.split.session import Cloud
 from spa_jax.weights.registry import load_backbone
 

@@ -21,7 +21,8 @@ from spa_jax.endpoint.listener import listen
 from spa_jax.endpoint.requests import Defaults
 from spa_jax.endpoint.server import load_plugins, serve
 from spa_jax.errors import UserError
-from spa_jax.split.client import Connection, DeviceClient, generate
+from spa_jax.split.client import DeviceClient, generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.device import Device
 from spa_jax.split.grpc_channel import check_free
 from spa_jax.split.messages_pb2 import FromCloud, Refusal

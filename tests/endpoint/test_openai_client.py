@@ -12,7 +12,7 @@ from spa_jax.conversation import Beginning, Conversation
 from spa_jax.decoding.sampling import Penalties, Sampling
 from spa_jax.endpoint.app import Endpoint
 from spa_jax.endpoint.requests import Defaults
-from spa_jax.split.client import Connection
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate
 from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud

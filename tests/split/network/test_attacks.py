@@ -16,7 +16,8 @@ from tiny_split import random_plugin
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.decoding.sampling import Sampling
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.health import MAX_CHECKS, MAX_WATCHERS

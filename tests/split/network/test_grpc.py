@@ -18,7 +18,8 @@ from spa_jax.decoding.beam import Beams
 from spa_jax.engine.extents import UNIT
 from spa_jax.errors import UserError
 from spa_jax.split import wire
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import SERVICE, ServerSecurity

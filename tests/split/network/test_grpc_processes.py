@@ -13,10 +13,12 @@ from streams import tokens_of
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.errors import UserError
-from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import check_address
+from spa_jax.split.refusals import CloudGone
 from spa_jax.split.request import open_message
 
 ROOT = Path(__file__).parents[3]

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from spa_jax.errors import UserError
-from spa_jax.split import client, wire
-from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split import waiting, wire
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Opened, Progress, Queued, Refusal, Taps, Working
+from spa_jax.split.refusals import CloudGone
 from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits, serving
 
@@ -229,7 +231,7 @@ def connect(address):
 
 @pytest.mark.parametrize("case", CASES)
 def test_whatever_a_cloud_says_is_one_line_and_another_device_goes_on(case, good, plugin, request_, here, monkeypatch):
-    monkeypatch.setattr(client, "MAX_SIGNS", 2)
+    monkeypatch.setattr(waiting, "MAX_SIGNS", 2)
     script, message = CASES[case]
     runner, good_address = good
 

@@ -10,8 +10,8 @@ from tiny_split import generate_and_record, make_plugin, random_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import plan
-from spa_jax.split.client import Connection, generate
-from spa_jax.split.connection import read_token
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection, read_token
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots

@@ -12,10 +12,12 @@ from tiny_split import random_plugin
 
 from spa_jax.errors import UserError
 from spa_jax.split import grpc_channel, opening, server
-from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.messages_pb2 import FromDevice
+from spa_jax.split.refusals import CloudGone
 from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.server_session import ServerSession

@@ -4,9 +4,11 @@ import pytest
 from streams import run, tokens_of
 from test_lines import NEW, PROMPTS, Relay
 
-from spa_jax.split.client import Connection, SessionLost, generate
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import PREFIX_HEADER
+from spa_jax.split.refusals import SessionLost
 from spa_jax.split.request import PREFIX_CHARACTERS, PREFIX_TOKENS, open_message, prefix_digest
 from spa_jax.split.server import Server
 

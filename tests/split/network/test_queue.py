@@ -6,7 +6,8 @@ import pytest
 from streams import Stream, connected, metric, run
 
 from spa_jax.errors import UserError
-from spa_jax.split.client import Connection, generate
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.messages_pb2 import Cancel, FromDevice
 from spa_jax.split.request import open_message

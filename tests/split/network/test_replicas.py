@@ -26,12 +26,14 @@ from streams import Stream
 from test_lines import Relay
 
 from spa_jax.decoding.hypotheses import Generation
-from spa_jax.split.client import Connection, SessionLost, generate
+from spa_jax.split.client import generate
 from spa_jax.split.cloud_process import LocalCloud, cloud_process
+from spa_jax.split.connection import Connection
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import PREFIX_HEADER
 from spa_jax.split.messages_pb2 import Cancel, FromDevice, Open
+from spa_jax.split.refusals import SessionLost
 from spa_jax.split.request import PREFIX_TOKENS, open_message, prefix_digest
 
 pytestmark = pytest.mark.slow

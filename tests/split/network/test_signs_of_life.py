@@ -9,9 +9,11 @@ from streams import run
 
 from spa_jax.decoding.beam import Beams
 from spa_jax.engine.programs import MAX_STEPS
-from spa_jax.split import client, server, server_session
-from spa_jax.split.client import CloudGone, Connection, generate
+from spa_jax.split import server, server_session, waiting
+from spa_jax.split.client import generate
+from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
+from spa_jax.split.refusals import CloudGone
 from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 
@@ -81,7 +83,7 @@ def test_a_device_that_stood_still_itself_does_not_blame_the_cloud(backbone, plu
 def test_a_search_tells_how_far_it_is(cloud, plugin, signs, monkeypatch):
     signs(0.05)
     monkeypatch.setattr(cloud.engine, "turn", slow(cloud.engine.turn, 0.1))
-    monkeypatch.setattr(client, "TELL_EVERY", 0.05)
+    monkeypatch.setattr(waiting, "TELL_EVERY", 0.05)
     waits, heard = [], []
     request = open_message(plugin, [PROMPT], 40, setting="base", beams=Beams(2))
     result = ask(cloud, plugin, request, heard.append, waits.append, silence=60.0)
@@ -102,7 +104,7 @@ def test_a_generation_without_a_question_comes_as_its_tokens_come(backbone, plug
 
 
 def test_a_device_says_what_it_waits_for(plugin, monkeypatch):
-    monkeypatch.setattr(client, "TELL_EVERY", 0.1)
+    monkeypatch.setattr(waiting, "TELL_EVERY", 0.1)
     waits = []
     request = open_message(plugin, [PROMPT], 1)
 

@@ -1,0 +1,1 @@
+"""Cloud and device on two machines, as commands."""
