@@ -160,7 +160,7 @@ ABLATION = (
 )
 PROTOCOL = (
     "SmolLM2-135M-Instruct, 8 epochs at a learning rate of 0.001, {}. Losses are in nats per answer token of the test "
-    "rows, teacher-forced; nothing is generated. Tables 1 to 7 have another protocol, {}, and cannot be compared."
+    "rows, teacher-forced; nothing is generated. Tables 1 to 4 have another protocol, {}, and cannot be compared."
 )
 ENTRIES = (
     Column("loss/{setting}", "nats", digits=3),

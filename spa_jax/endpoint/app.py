@@ -24,11 +24,12 @@ from spa_jax.endpoint.answers import Answers
 from spa_jax.endpoint.requests import Ask, ChatRequest, Defaults, Request, TextRequest, parse, resolve
 from spa_jax.errors import UserError
 from spa_jax.split.channel import Traffic
-from spa_jax.split.client import RemoteResult, generate
+from spa_jax.split.client import OnProgress, RemoteResult, generate
 from spa_jax.split.connection import Connection
 from spa_jax.split.messages_pb2 import Progress
 from spa_jax.split.refusals import Busy, Unfinished, Unserved
 from spa_jax.split.request import open_message
+from spa_jax.split.waiting import OnWait
 from spa_jax.split.wire import WireError
 from spa_jax.weights.plugin import Plugin
 
@@ -39,7 +40,7 @@ MAX_BODY = 2**22
 BODY_SECONDS = 30.0
 """How long a request may take to come."""
 SIGN_SECONDS = 5.0
-"""After so long without a token, a stream has a sign of life: a comment, which clients skip."""
+"""After so long without a token, a stream has a sign of life: a comment, which clients skip, and the page shows."""
 STOPS = "the device stops"
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,9 @@ class Endpoint:
                 return EventStream(answering.events(answers), stack.pop_all())
             return JSONResponse(answers.whole(answering.progress, answering.task.result()))
 
-    def run(self, request: Request, ask: Ask, on_progress: Callable[[Progress], None], traffic: Traffic) -> Any:
+    def run(
+        self, request: Request, ask: Ask, on_progress: OnProgress, on_wait: OnWait, traffic: Traffic
+    ) -> Coroutine[Any, Any, RemoteResult]:
         """Begins a generation.
 
         Raises:
@@ -193,7 +196,7 @@ class Endpoint:
             sampling=ask.sampling, seed=ask.seed, penalties=ask.penalties, stop=ask.stop, scored=ask.scored,
         )  # fmt: skip
         connection = dataclasses.replace(self.connection, delay=request.spa.network_ms / 1000)
-        return generate(connection, plugin, message, on_progress, traffic=traffic)
+        return generate(connection, plugin, message, on_progress, on_wait=on_wait, traffic=traffic)
 
 
 class Answering:
@@ -208,11 +211,11 @@ class Answering:
 
     def __init__(self, endpoint: Endpoint, request: Request, ask: Ask) -> None:
         self.progress, self.traffic = Progress(), Traffic()
-        self._moved = asyncio.Event()
+        self._moved, self._awaited = asyncio.Event(), "waiting for the cloud"
         self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._running, self._is_stopped = endpoint.running, False
         self.task: asyncio.Task[RemoteResult] = asyncio.create_task(
-            self._run(endpoint.run(request, ask, self._take, self.traffic))
+            self._run(endpoint.run(request, ask, self._take, self._wait, self.traffic))
         )
         self.task.add_done_callback(lambda _: self._move())
 
@@ -233,6 +236,9 @@ class Answering:
         self.progress = progress
         self._move()
 
+    def _wait(self, what: str) -> None:
+        self._awaited = what
+
     def _move(self) -> None:
         self._moved.set()
         if not self.begun.done():
@@ -245,14 +251,15 @@ class Answering:
         return error
 
     async def events(self, answers: Answers) -> AsyncIterator[str]:
-        """Yields server-sent events, and comments while there are none; an error is the last, behind what was there."""
+        """Yields server-sent events, and while there are none comments that say what is waited for; an error is the
+        last, behind what was there."""
         for part in answers.begin():
             yield _event(part)
         while True:
             try:
                 await asyncio.wait_for(self._moved.wait(), SIGN_SECONDS)
             except TimeoutError:
-                yield ": waiting for the cloud\n\n"
+                yield f": {self._awaited}\n\n"
                 continue
             self._moved.clear()
             is_done = self.task.done()

@@ -22,7 +22,15 @@ from spa_jax.split.head import Head
 from spa_jax.split.messages_pb2 import Cancel, FromCloud, FromDevice, Open, Progress, Reopen, Taps
 from spa_jax.split.refusals import Busy, CloudGone, SessionLost, Unserved
 from spa_jax.split.request import device_for, prefix_digest
-from spa_jax.split.trust import check_opened, check_progress, merge_progress, most_bytes, most_questions, words_of
+from spa_jax.split.trust import (
+    cause_of,
+    check_opened,
+    check_progress,
+    merge_progress,
+    most_bytes,
+    most_questions,
+    words_of,
+)
 from spa_jax.split.waiting import OnWait, Waiting
 from spa_jax.weights.plugin import Plugin
 
@@ -219,7 +227,7 @@ class DeviceClient:
             ) from error
         if "WRONG_VERSION_NUMBER" in reason:
             raise Unserved(f"the cloud at {address} does not speak TLS") from error
-        return reason
+        return cause_of(reason)
 
     def go_on(self, reason: str) -> None:
         """Goes on after a stream has ended.
@@ -233,7 +241,7 @@ class DeviceClient:
         """Makes the error of a cloud that is not there any more, or never was."""
         address = self._connection.address
         if not self._waiting.was_reached:
-            return CloudGone(f"cannot reach the cloud at {address} ({reason})", [])
+            return CloudGone(f"cannot reach the cloud at {address} ({reason}): does it run, and at this address?", [])
         return CloudGone(
             f"the cloud at {address} is gone ({reason}); {self._num_tokens()} tokens had been generated",
             self.result().generations,

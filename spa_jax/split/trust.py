@@ -24,6 +24,13 @@ def words_of(text: str) -> str:
     return line if len(line) <= MAX_SAID else f"{line[:MAX_SAID]}..."
 
 
+def cause_of(reason: str) -> str:
+    """Returns the last part of what gRPC says of a cloud that it does not reach, such as `Connection refused`."""
+    if reason.startswith(("failed to connect to all addresses", "errors resolving")):
+        return reason.rstrip("]").rpartition(": ")[2]
+    return reason
+
+
 def most_bytes(config: PluginConfig, request: Open) -> int:
     """Computes how long a message of the cloud may be: of taps for this plugin, or of the progress of what was asked
     for, and no longer than any."""

@@ -204,7 +204,7 @@ def test_what_a_cloud_says_is_no_command_to_a_terminal(said, status, module, com
 def test_a_cloud_that_is_not_there_is_named(command_here, plugin):
     result = command_here(SERVE, "device", f"--plugin={plugin}", *ASK, "--cloud=127.0.0.1:9")
     assert result.status == 2
-    assert "error: cannot reach the cloud at 127.0.0.1:9 (" in result.err
+    assert "error: cannot reach the cloud at 127.0.0.1:9 (Connection refused): does it run" in result.err
     assert result.out == ""
 
 

@@ -67,12 +67,14 @@ def test_a_server_that_stops_tells_those_it_is_answering(stream, server, plugins
 
 def test_a_stream_that_waits_shows_signs_of_life_that_clients_skip(url, monkeypatch):
     monkeypatch.setattr("spa_jax.endpoint.app.SIGN_SECONDS", 0.05)
+    monkeypatch.setattr("spa_jax.split.waiting.TELL_EVERY", 0.02)
     body = {"model": "inner", "messages": MESSAGES, "stream": True, "max_tokens": 3, "spa": {"network_ms": 300}}
     with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
         lines = [line for line in response.iter_lines() if line]
     kinds = [line.partition(" ")[0] for line in lines]
     first = next(at for at, line in enumerate(lines) if line.startswith("data:") and '"spa"' in line)
     assert kinds[:first].count(":") >= 3
+    assert any(line.startswith(": the cloud works, no token yet: ") for line in lines[:first])
     assert lines[-1] == "data: [DONE]"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     parts = list(
