@@ -96,7 +96,7 @@ def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page
 def test_signs_of_life_between_tokens_are_skipped_and_before_them_say_what_is_waited_for(page, url, monkeypatch):
     monkeypatch.setattr("spa_jax.endpoint.app.SIGN_SECONDS", 0.01)
     monkeypatch.setattr("spa_jax.split.waiting.TELL_EVERY", 0.02)
-    page.find_element("css selector", "#model option[value='inner']").click()
+    page.find_element("xpath", "//select[@id='model']/option[.='inner']").click()
     page.find_element("css selector", "#network option[value='1000']").click()
     page.find_element("id", "limit").send_keys("3")
     page.find_element("id", "question").send_keys(QUESTION + "\n")
