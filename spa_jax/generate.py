@@ -16,39 +16,38 @@ from typing import Any, cast
 
 from absl import flags
 
-from spa_jax import command, compilation_cache
-from spa_jax.choices import CODECS, REPLIES, SETTINGS, Codec, ReplyMode, Setting
-from spa_jax.data.text import check_prompt
+from spa_jax import answer_flags, command, compilation_cache
+from spa_jax.answer_flags import (
+    BEAMS,
+    CODEC,
+    EARLY_STOPPING,
+    INTERACTIVE,
+    LENGTH_PENALTY,
+    MAX_NEW_TOKENS,
+    OUTPUT,
+    PROMPT,
+    READS_SPECIAL,
+    REPLY,
+    SEED,
+    SETTING,
+    TEMPERATURE,
+    THRESHOLD,
+    TOP_K,
+    TOP_P,
+    read_connection,
+)
+from spa_jax.choices import Codec, ReplyMode, Setting
 from spa_jax.errors import UserError
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
-from spa_jax.split.connection import Connection, read_token
-from spa_jax.split.grpc_channel import check_address
+from spa_jax.split.connection import Connection
 from spa_jax.split.simulated import Network, Simulated
 
-flags.adopt_module_key_flags(compilation_cache)  # --help shows them
+for module in (answer_flags, compilation_cache):
+    flags.adopt_module_key_flags(module)  # --help shows them
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run leaves it, or its name on the hub.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
-PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
-INTERACTIVE = flags.DEFINE_bool("interactive", False, "Hold a conversation on the terminal; /help shows its commands.")
-READS_SPECIAL = flags.DEFINE_bool(
-    "special_tokens",
-    False,
-    "Let the names of special tokens in prompts, such as <|im_end|>, be these tokens and not text.",
-)
-SETTING = flags.DEFINE_enum("setting", None, SETTINGS, "base: the backbone alone; by default the plugin's own.")
-THRESHOLD = flags.DEFINE_float("threshold", None, "Ask the device where p(consult) is above it, from 0 to 1.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Most tokens to generate.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Temperature of sampling; 0 is greedy.")
-TOP_K = flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest tokens; 0 is all.")
-TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens whose probabilities reach p; 1 is all.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling, and of the simulated network.")
-BEAMS = flags.DEFINE_integer("beams", 0, "Beam search with so many beams; 0 is sampling, or greedy.")
-LENGTH_PENALTY = flags.DEFINE_float("length_penalty", 1.0, "Beam search: above 0 favours longer answers.")
-EARLY_STOPPING = flags.DEFINE_bool("early_stopping", False, "Beam search: stop when there are as many as beams.")
 CHANNEL = flags.DEFINE_enum("channel", "none", ["none", "in-process", "simulated", "grpc"], "Between cloud and device.")
-CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "How numbers travel through the channel.")
-REPLY = flags.DEFINE_enum("reply", "correction", REPLIES, "What the device answers with: g, or the token it chose.")
 HEAD = flags.DEFINE_string("head", None, "File of the device's LM head, for --reply=token; by default the backbone's.")
 TAU = flags.DEFINE_float("tau", Network.tau, "Simulated: seconds of a round trip.")
 DOWN = flags.DEFINE_float("down", Network.down, "Simulated: bits per second from cloud to device.")
@@ -57,12 +56,6 @@ JITTER = flags.DEFINE_float("jitter", Network.jitter, "Simulated: mean seconds o
 LOSS = flags.DEFINE_float("loss", Network.loss, "Simulated: probability that a message is lost.")
 DEADLINE = flags.DEFINE_float("deadline", Network.deadline, "Simulated: seconds to wait for the device.")
 CLOUD = flags.DEFINE_string("cloud", None, "grpc: host:port of a cloud; by default one is started on this machine.")
-TLS = flags.DEFINE_bool("tls", False, "grpc: speak TLS.")
-INSECURE = flags.DEFINE_bool("insecure", False, "grpc: speak in the clear with other machines.")
-CA = flags.DEFINE_string("ca", "", "grpc: PEM file of the authorities to trust; the system's by default.")
-TOKEN_FILE = flags.DEFINE_string("token_file", "", "grpc: file with this device's token.")
-SILENCE = flags.DEFINE_float("silence", Connection.silence, "grpc: seconds without a word from a cloud that is dead.")
-OUTPUT = flags.DEFINE_string("output", None, "Write text, tokens, sources and what the channel cost as JSON.")
 
 
 def network() -> Network:
@@ -74,16 +67,6 @@ def network() -> Network:
     return Network(TAU.value, DOWN.value, UP.value, JITTER.value, LOSS.value, DEADLINE.value, SEED.value)
 
 
-def connection_to(address: str) -> Connection:
-    """Makes the connection to a cloud of its flags.
-
-    Raises:
-        UserError: it would speak in the clear with another machine, or a file cannot be used.
-    """
-    check_address(address, TLS.value, INSECURE.value)
-    return Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value), silence=SILENCE.value).check()
-
-
 def check_flags() -> None:
     """Refuses flags that no model is needed to refuse.
 
@@ -92,18 +75,9 @@ def check_flags() -> None:
     """
     if (PROMPT.value is None) == (not INTERACTIVE.value):
         raise UserError("give either --prompt='...' or --interactive")
-    if PROMPT.value is not None:
-        check_prompt(PROMPT.value)
+    answer_flags.check()
     if PLUGIN.value is None and BACKBONE.value is None:
         raise UserError("name a plugin with --plugin=DIR, or a backbone alone with --backbone=NAME")
-    if INTERACTIVE.value and OUTPUT.value:
-        raise UserError("--output goes with --prompt, not with --interactive")
-    if MAX_NEW_TOKENS.value < 1:
-        raise UserError(f"--max_new_tokens is {MAX_NEW_TOKENS.value}, but must be 1 or more")
-    if BEAMS.value < 0:
-        raise UserError(f"--beams is {BEAMS.value}, but must be 0 (no beam search) or more")
-    if BEAMS.value and TEMPERATURE.value:
-        raise UserError("--beams searches and --temperature samples: give one of them")
     if CHANNEL.value == "none" and REPLY.value != "correction":
         raise UserError("--reply=token is what a device answers: name a --channel to reach one")
     if CHANNEL.value != "none" and PLUGIN.value is None:
@@ -111,7 +85,7 @@ def check_flags() -> None:
     if CHANNEL.value == "simulated":
         network()
     if CHANNEL.value == "grpc" and CLOUD.value is not None:
-        connection_to(CLOUD.value)
+        read_connection(CLOUD.value)
 
 
 if __name__ == "__main__":
@@ -323,7 +297,7 @@ def make_generator(
     plugin.check(backbone)
     head = head_for(plugin, backbone)
     if CHANNEL.value == "grpc":
-        connection = connection_to(CLOUD.value or start_local_cloud(backbone))
+        connection = read_connection(CLOUD.value or start_local_cloud(backbone))
         return lambda mode: functools.partial(generate_remote, connection, plugin, head, mode, sampling, beams)
     connect: Connect = InProcess
     if CHANNEL.value == "simulated":

@@ -7,6 +7,23 @@ from pathlib import Path
 from typing import cast
 
 from spa_jax import compilation_cache
+from spa_jax.answer_flags import (
+    BEAMS,
+    CODEC,
+    EARLY_STOPPING,
+    LENGTH_PENALTY,
+    MAX_NEW_TOKENS,
+    OUTPUT,
+    PROMPT,
+    READS_SPECIAL,
+    REPLY,
+    SEED,
+    SETTING,
+    TEMPERATURE,
+    THRESHOLD,
+    TOP_K,
+    TOP_P,
+)
 from spa_jax.choices import ReplyMode, Setting
 from spa_jax.conversation import Conversation
 from spa_jax.decoding.beam import Beams
@@ -17,26 +34,7 @@ from spa_jax.endpoint.requests import Defaults
 from spa_jax.endpoint.server import load_plugins, serve
 from spa_jax.files import write_json
 from spa_jax.printer import Printer
-from spa_jax.serve.device_flags import (
-    BEAMS,
-    CODEC,
-    HEAD,
-    HTTP,
-    HTTP_KEY_FILE,
-    MAX_NEW_TOKENS,
-    OUTPUT,
-    PLUGIN,
-    PROMPT,
-    READS_SPECIAL,
-    REPLY,
-    SEED,
-    SETTING,
-    TEMPERATURE,
-    THRESHOLD,
-    TOP_K,
-    TOP_P,
-    read_connection,
-)
+from spa_jax.serve.device_flags import HEAD, HTTP, HTTP_KEY_FILE, PLUGIN, read_connection
 from spa_jax.split.channel import describe_opening
 from spa_jax.split.client import RemoteResult, generate
 from spa_jax.split.connection import Connection, read_token
@@ -90,7 +88,7 @@ def ask(
         threshold=mode.threshold,
         sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check(),
         seed=SEED.value,
-        beams=Beams(BEAMS.value) if BEAMS.value else None,
+        beams=Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None,
         reply=cast(ReplyMode, REPLY.value),
         reads_special=READS_SPECIAL.value,
     )

@@ -153,7 +153,7 @@ def command_here(environment, monkeypatch) -> Run:
     def run(module: str, *arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         for name in list(sys.modules):  # whatever defines flags or reads them; aot imports train
-            if name in (module, "spa_jax.train") or name.startswith("spa_jax.serve."):
+            if name in (module, "spa_jax.train", "spa_jax.answer_flags") or name.startswith("spa_jax.serve."):
                 monkeypatch.delitem(sys.modules, name)
         out, err = io.StringIO(), io.StringIO()
         streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)

@@ -186,7 +186,7 @@ def test_a_prompt_too_long_or_not_text_does_not_end_an_interactive_session(comma
 GRPC = ["--channel=grpc", "--cloud=127.0.0.1:9"]
 REFUSED = {
     "beams and heat": (["--plugin=PLUGIN", PROMPT, "--beams=2", "--temperature=1"], "--beams searches"),
-    "negative beams": (["--plugin=PLUGIN", PROMPT, "--beams=-1"], "--beams is -1"),
+    "negative beams": (["--plugin=PLUGIN", PROMPT, "--beams=-1"], "flag --beams=-1: -1 is not a non-negative"),
     "network": (["--plugin=PLUGIN", PROMPT, "--channel=simulated", "--loss=2"], "makes no sense"),
     "no device": (["--backbone=BACKBONE", PROMPT, "--channel=in-process"], "needs a plugin"),
     "no prompt": (["--plugin=PLUGIN"], "give either --prompt='...' or --interactive"),
@@ -202,11 +202,15 @@ REFUSED = {
     ),
     "other setting": (["--plugin=PLUGIN", PROMPT, "--setting=s3"], "a plugin trained as 'spa' cannot run as 's3'"),
     "setting of nothing": (["--backbone=BACKBONE", PROMPT, "--setting=spa"], "setting 'spa' needs a plugin"),
-    "threshold": (["--plugin=PLUGIN", PROMPT, "--threshold=1.5"], "threshold is 1.5, but must lie between 0"),
+    "threshold": (
+        ["--plugin=PLUGIN", PROMPT, "--threshold=1.5"],
+        "flag --threshold=1.5: 1.5 is not a number in",
+    ),
     "temperature": (["--plugin=PLUGIN", PROMPT, "--temperature=-1"], "temperature is -1.0, but must be"),
     "no number": (["--plugin=PLUGIN", PROMPT, "--temperature=hot"], "flag --temperature=hot"),
     "top p": (["--plugin=PLUGIN", PROMPT, "--top_p=0"], "top_p is 0.0, but must be"),
-    "nothing new": (["--plugin=PLUGIN", PROMPT, "--max_new_tokens=0"], "--max_new_tokens is 0, but must be 1 or more"),
+    "no threshold": (["--plugin=PLUGIN", PROMPT, "--threshold=nan"], "threshold is nan, but must lie between 0"),
+    "nothing new": (["--plugin=PLUGIN", PROMPT, "--max_new_tokens=0"], "flag --max_new_tokens=0: 0 is not a positive"),
     "no authorities": (["--plugin=PLUGIN", PROMPT, *GRPC, "--ca=gone"], "cannot read 'gone'"),
     "no token": (["--plugin=PLUGIN", PROMPT, *GRPC, "--token_file=gone"], "cannot read 'gone'"),
     "too much": (
