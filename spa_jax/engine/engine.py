@@ -19,6 +19,7 @@ from spa_jax.engine.schedule import (
     choose_rows,
     count_rows,
     count_steps,
+    gather_until,
     hold_until,
     is_step_due,
 )
@@ -69,6 +70,7 @@ class Engine:
         self._clock = 0
         self._prompt_seconds = 0.0  # that groups which are ready have been held for prompts
         self._held_since: float | None = None
+        self._added_at = 0.0  # when the newest group came, as the former on `time.monotonic`'s clock
 
     @property
     def vocabulary(self) -> int:
@@ -114,6 +116,7 @@ class Engine:
                 raise NoRoom("the cloud's memory is taken by other sessions: try again later")
             added.append(Group(task, number, prompt, entry, extent, namespace))
         self._groups += added
+        self._added_at = time.monotonic()
         return added
 
     def _take(self, units: int) -> range | None:
@@ -161,11 +164,13 @@ class Engine:
         return choose_parts(prompts, self.pace.part_tokens(others_wait))
 
     def hold(self) -> float:
-        """Returns for how many seconds to wait for answers before the next turn, since these are about to come."""
-        prompts, ready = self._due()
+        """Returns for how many seconds to wait for answers or prompts before the next turn, since these are about to
+        come."""
+        (prompts, ready), now = self._due(), time.monotonic()
+        if prompts and not ready:
+            return gather_until(prompts, self._added_at, self.pace) - now
         if prompts or not ready:
             return 0.0
-        now = time.monotonic()
         self._held_since = self._held_since or now
         return hold_until(ready, self._waiting(), now, self._held_since, self.pace) - now
 

@@ -16,6 +16,8 @@ MAX_PART_TOKENS = 512
 STEP_SECONDS, PROMPT_SECONDS, ONLY_PROMPT_SECONDS = 0.25, 0.5, 1.0
 """About the longest that a call may take, so that nothing waits long to join or to leave; a call of prompts may take
 longer where nobody is ready for a step."""
+GATHERING = 0.05
+"""The part of the time that prompts will take for which they are held, since more of them may be about to come."""
 FRESH_SECONDS = 1.0
 """About the longest that groups without a token are held while other prompts run."""
 
@@ -42,6 +44,10 @@ class Pace:
             return STEP_SECONDS
         rows = power_of_two(rows)
         return min(self._steps[min(self._steps, key=lambda known: (abs(math.log2(known / rows)), -known))])
+
+    def prompts(self, tokens: int) -> float:
+        """Estimates the seconds of running so many tokens of prompts; 0 where nothing is known."""
+        return tokens * min(self._per_token, default=0.0)
 
     def part_tokens(self, others_wait: bool) -> int:
         """Estimates how many tokens of prompts a call may run, where others wait for a step or not."""
@@ -74,6 +80,13 @@ def choose_parts(prompts: Sequence[Group], most_tokens: int) -> list[Group]:
         if length * power_of_two(len(chosen) + 1) <= most_tokens:
             chosen.append(group)
     return chosen
+
+
+def gather_until(prompts: Sequence[Group], newest: float, pace: Pace) -> float:
+    """Computes until when to hold prompts that would run alone, of which the newest came at that time: as long as a
+    call is not full, and more may be about to come."""
+    tokens = sum(min(len(group.prompt) - group.first, PART) for group in prompts)
+    return newest if tokens >= pace.part_tokens(others_wait=False) else newest + GATHERING * pace.prompts(tokens)
 
 
 def choose_rows(ready: Sequence[Group]) -> list[Group]:

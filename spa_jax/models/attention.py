@@ -25,6 +25,8 @@ BLOCK_SCORES = 2**20
 """Attention scores in one block of `blockwise`: 4 MiB of float32."""
 MIN_BLOCKWISE_SCORES = 2**16
 """Attention scores of a row below which `xla` is as fast as `blockwise` on a processor."""
+MAX_COPY = 2**22
+"""Bytes of keys above which a processor takes those that single queries see one row after another."""
 CAUSAL_PARTS = 4
 """Parts into which `blockwise` divides causal queries; each part reads the keys up to its own end."""
 LANES = 128
@@ -75,10 +77,16 @@ def attend_shared(
 ) -> Float[Array, "B T N H"]:
     """Computes `attend` over a cache whose slots all rows share: each row sees C of them, from where it begins.
 
-    A processor and a TPU take one row after another, whose keys and values then fit its fast memory: of all rows at
-    once, a TPU writes copies to its main memory first. GPUs take all at once.
+    A processor copies what all rows see at once, with all its cores, unless for single queries that is too much for its
+    cache. A TPU takes one row after another, whose keys and values then fit its fast memory: of all rows at once, it
+    writes copies to its main memory first. GPUs take all at once.
     """
     _, _, heads, width = k.shape
+    count = len(begins) * mask.shape[-1]
+    if partitioner.platform == "cpu" and (q.shape[1] > 1 or count * heads * width * q.dtype.itemsize <= MAX_COPY):
+        slots = begins[:, None] + jnp.arange(mask.shape[-1], dtype=begins.dtype)[None, :]
+        keys, values = (each.at[layer, slots].get(mode="promise_in_bounds").astype(q.dtype) for each in (k, v))
+        return attend("auto", partitioner, q, keys, values, mask, None)
 
     def attend_row(q: jax.Array, begin: jax.Array, mask: jax.Array) -> jax.Array:
         size = (1, mask.shape[-1], heads, width)

@@ -18,6 +18,7 @@ from spa_jax.engine.schedule import (
     choose_parts,
     choose_rows,
     count_steps,
+    gather_until,
     hold_until,
     is_step_due,
 )
@@ -127,3 +128,13 @@ def test_rows_are_held_no_longer_for_others_that_come_later(pace):
     assert hold_until([make_group()], [make_group(due=1.01)], 1.0, 1.0, pace) == 1.01
     assert hold_until([make_group()], [make_group(due=1.01)], 1.0, 0.9, pace) == 1.0
     assert hold_until([make_group()], [make_group(entry=3, due=1.01)], 1.0, 1.0, pace) == 1.0
+
+
+def test_prompts_are_held_for_others_by_what_they_take_until_a_call_is_full(pace):
+    prompts = [make_group(length, generated=0) for length in (64, 16)]
+    assert gather_until(prompts, 3.0, pace) == 3.0, "nothing is known of how long prompts take"
+    pace.took_prompts(100, 0.5)
+    assert gather_until(prompts[:1], 3.0, pace) == pytest.approx(3.0 + 0.05 * 64 * 0.005)
+    assert gather_until(prompts, 3.0, pace) == pytest.approx(3.0 + 0.05 * 80 * 0.005)
+    assert gather_until([make_group(900)] * 2, 3.0, pace) == pytest.approx(3.0 + 0.05 * 128 * 0.005)
+    assert gather_until([make_group()] * 4, 3.0, pace) == 3.0, "a call of prompts takes a second at most"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from spa_jax.compiling.hlo import cost
 from spa_jax.errors import UserError
 from spa_jax.models import attention
-from spa_jax.models.attention import attend, select_kernel, splash_on_cpu
+from spa_jax.models.attention import attend, attend_shared, select_kernel, splash_on_cpu
 from spa_jax.models.compute import Compute
 from spa_jax.models.partitioner import SINGLE_DEVICE
 from tests.models.platforms import OtherPlatform
@@ -40,6 +40,20 @@ def draw(seed, rows, length, keys, heads, groups, width):
     rng = np.random.default_rng(seed)
     shapes = ((rows, length, heads, width), (rows, keys, groups, width), (rows, keys, groups, width))
     return [jnp.asarray(np.float32(rng.standard_normal(shape))) for shape in shapes]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize(("platform", "most"), [("cpu", 2**22), ("cpu", 0), ("tpu", 0), ("gpu", 0)])
+def test_rows_of_a_shared_cache_see_its_slots_from_where_they_begin(platform, most, length, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_COPY", most)
+    q, *_ = draw(0, 3, length, 1, 6, 2, 4)
+    cached, seen, begins = draw(1, 2, 40, 40, 2, 2, 4)[1:], 7, np.array([30, 2, 33], np.int32)
+    mask = np.random.default_rng(2).random((3, 1, length, seen)) < 0.6
+    mask[..., 0] = True
+    apply = jax.jit(functools.partial(attend_shared, OtherPlatform(platform)))
+    found = apply(q, *cached, jnp.int32(1), begins, mask)
+    k, v = (np.stack([each[1, begin : begin + seen] for begin in begins]) for each in cached)
+    np.testing.assert_allclose(np.asarray(found), softmax_attention(q, k, v, mask), atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
