@@ -58,7 +58,9 @@ def fused(backbone):
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
-@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5, -1.0])
+@pytest.mark.parametrize(
+    "length_penalty", [1.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.0, 2.5)), -1.0]
+)
 def test_the_best_hypothesis_is_that_of_transformers(length_penalty, early_stopping, fused, judge):
     beams = Beams(4, length_penalty, early_stopping)
     tokens, scores = judge(PROMPTS, beams)
@@ -67,7 +69,7 @@ def test_the_best_hypothesis_is_that_of_transformers(length_penalty, early_stopp
     np.testing.assert_allclose([generation.score for generation in found], scores, rtol=1e-4)
 
 
-@pytest.mark.parametrize("width", [2, 3, 8])
+@pytest.mark.parametrize("width", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_width_is_that_of_transformers(width, fused, judge):
     beams = Beams(width)
     tokens, scores = judge(PROMPTS, beams)

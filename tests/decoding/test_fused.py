@@ -172,7 +172,11 @@ def test_prompts_that_begin_another_one_are_run_with_it_and_give_what_they_give_
 
 @pytest.mark.parametrize(
     ("kind", "sampling", "beams"),
-    [("tokenwise", Sampling(1.0), None), ("tokenwise", Sampling(), Beams(3)), ("transformer", Sampling(), None)],
+    [
+        pytest.param("tokenwise", Sampling(1.0), None, marks=pytest.mark.slow),
+        ("tokenwise", Sampling(), Beams(3)),
+        pytest.param("transformer", Sampling(), None, marks=pytest.mark.slow),
+    ],
     ids=["sampled", "beams", "attending"],
 )
 def test_a_batch_that_is_padded_and_narrowed_gives_what_it_gives_whole(kind, sampling, beams, backbone):

@@ -154,7 +154,7 @@ def test_each_token_is_known_by_its_example_where_batches_are_in_another_order(b
         np.testing.assert_allclose(outcomes.always[owners == i], alone.always, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["sciq", "coqa"])
+@pytest.mark.parametrize("task", [pytest.param("sciq", marks=pytest.mark.slow), "coqa"])
 def test_the_interval_of_the_loss_is_that_of_rows_by_themselves(backbone, plugin, data, tmp_path, task):
     lines = (data / task / "test.jsonl").read_text().splitlines()
     losses, groups = [], []

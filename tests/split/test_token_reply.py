@@ -36,7 +36,13 @@ def _request(plugin, **how):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=30, top_p=0.95)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
     ("setting", "kind"),
-    [("spa", "tokenwise"), ("spa", "transformer"), ("s1", "tokenwise"), ("s2", "tokenwise"), ("s3", "transformer")],
+    [
+        ("spa", "tokenwise"),
+        pytest.param("spa", "transformer", marks=pytest.mark.slow),
+        pytest.param("s1", "tokenwise", marks=pytest.mark.slow),
+        ("s2", "tokenwise"),
+        ("s3", "transformer"),
+    ],
 )
 def test_the_device_chooses_what_one_program_chooses(setting, kind, sampling, backbone, cloud, head):
     for seed in (1, 2):

@@ -158,7 +158,7 @@ def test_a_random_router_starts_apart_from_one_half(make_plugin):
         {"router.objective": "straight_through", "setting": "s2"},
         {"router.cross_fit": True, "router.budget": 0.4},
         {"router.offset": True},
-        {"side.kind": "transformer", "side.heads": 2},
+        pytest.param({"side.kind": "transformer", "side.heads": 2}, marks=pytest.mark.slow),
         {"side.kind": "transformer", "side.heads": 2, "side.init": "pruned"},
     ],
     ids=lambda keys: ",".join(map(str, keys.values())),

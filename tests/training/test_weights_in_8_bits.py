@@ -14,7 +14,7 @@ from spa_jax.weights.registry import load_backbone
 INT8 = {"compute.weights": "int8"}
 
 
-@pytest.mark.parametrize("setting", ["spa", "lora"])
+@pytest.mark.parametrize("setting", ["spa", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_plugin_learns_as_on_floats(setting, make_config, tmp_path):
     losses = [
         run.train(make_config({"setting": setting, **keys}), tmp_path / name)

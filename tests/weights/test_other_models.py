@@ -16,7 +16,11 @@ PROMPTS = [np.random.default_rng(seed).integers(0, 250, length).tolist() for see
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"kind": "Mistral", "sliding_window": 32}, {"kind": "Qwen2"}, {"kind": "Qwen3", "head_dim": 12}],
+    [
+        {"kind": "Mistral", "sliding_window": 32},
+        pytest.param({"kind": "Qwen2"}, marks=pytest.mark.slow),
+        {"kind": "Qwen3", "head_dim": 12},
+    ],
     ids=lambda overrides: overrides["kind"],
 )
 def test_greedy_and_beam_search_are_those_of_transformers(overrides, save_model):

@@ -139,6 +139,7 @@ def test_a_cloud_that_drains_begins_nothing_and_lets_end_what_ends_in_time(secon
         assert ended < new
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_of_sessions_whose_devices_are_gone(cloud, plugin):
     request, count = open_message(plugin, ["What is thing 1?"], 4), 4
 
