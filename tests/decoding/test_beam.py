@@ -57,7 +57,7 @@ def fused(backbone):
     return FusedModel(backbone, None)
 
 
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+@pytest.mark.parametrize("early_stopping", [True, pytest.param(False, marks=pytest.mark.slow), "never"])
 @pytest.mark.parametrize(
     "length_penalty", [1.0, *(pytest.param(each, marks=pytest.mark.slow) for each in (0.0, 2.5)), -1.0]
 )

@@ -65,7 +65,8 @@ def test_a_step_returns_nothing_of_the_backbone(report):
     assert report["state"] <= report["outputs"] < report["state"] + 100  # and a few sums
 
 
-@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [True, False])
 def test_a_run_moves_from_eight_devices_to_one(cached, make_config, tiny_overrides, tmp_path):
     """Interrupted there and resumed here, it ends as if it had always been here."""
     keys = {"train.epochs": 2, "train.eval_every": 3, "tap_cache.enabled": cached, "train.batch_size": 8}

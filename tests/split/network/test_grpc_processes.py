@@ -83,7 +83,7 @@ def connect(served, token="good-token", **changed):
     return dataclasses.replace(connection, **changed)
 
 
-@pytest.mark.parametrize("beams", [None, pytest.param(Beams(3), marks=pytest.mark.slow)], ids=["greedy", "beam 3"])
+@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
 def test_two_processes_over_tls_say_what_one_says(beams, served, cloud, plugin, request_of):
     here = in_process(cloud, plugin, request_of(beams))
     there = asyncio.run(generate(connect(served), plugin, request_of(beams)))
@@ -121,7 +121,7 @@ def test_a_cloud_that_is_killed_leaves_what_was_generated(served, plugin, reques
     assert '"message": "session ' in logged
 
 
-@pytest.mark.parametrize("beams", [None, Beams(3)], ids=["greedy", "beam 3"])
+@pytest.mark.parametrize("beams", [None, pytest.param(Beams(3), marks=pytest.mark.slow)], ids=["greedy", "beam 3"])
 def test_a_backbone_over_two_devices_says_what_one_says(
     beams, tiny_backbone_directory, plugin, cloud, request_of, monkeypatch
 ):
