@@ -1,12 +1,24 @@
-"""Flags of what is to be answered and how, which `spa_jax.generate` and `spa_jax.serve device` share."""
+"""Flags of what is to be answered and how, which `spa_jax.generate` and `spa_jax.serve device` share.
+
+This module is imported before flags are read; what takes long to import, its functions import.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
-from spa_jax.choices import CODECS, REPLIES, SETTINGS
+from spa_jax.choices import CODECS, REPLIES, SETTINGS, Setting
 from spa_jax.data.text import check_prompt
 from spa_jax.errors import UserError
 from spa_jax.split.connection import Connection, read_token
 from spa_jax.split.grpc_channel import check_address
+
+if TYPE_CHECKING:
+    from spa_jax.decoding.beam import Beams
+    from spa_jax.decoding.sampling import Sampling
+    from spa_jax.terminal import Mode
 
 PROMPT = flags.DEFINE_string("prompt", None, "What to answer.")
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "Hold a conversation on the terminal; /help shows its commands.")
@@ -62,3 +74,28 @@ def read_connection(address: str) -> Connection:
     """
     check_address(address, TLS.value, INSECURE.value)
     return Connection(address, TLS.value, CA.value, read_token(TOKEN_FILE.value), silence=SILENCE.value).check()
+
+
+def read_sampling() -> Sampling:
+    """Makes the way of sampling.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    from spa_jax.decoding.sampling import Sampling
+
+    return Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check()
+
+
+def read_beams() -> Beams | None:
+    """Makes the way of searching; None without a search."""
+    from spa_jax.decoding.beam import Beams
+
+    return Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
+
+
+def read_mode() -> Mode:
+    """Makes the setting and the threshold."""
+    from spa_jax.terminal import Mode
+
+    return Mode(cast(Setting | None, SETTING.value), THRESHOLD.value)

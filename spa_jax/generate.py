@@ -18,11 +18,8 @@ from absl import flags
 
 from spa_jax import answer_flags, command, compilation_cache
 from spa_jax.answer_flags import (
-    BEAMS,
     CODEC,
-    EARLY_STOPPING,
     INTERACTIVE,
-    LENGTH_PENALTY,
     MAX_NEW_TOKENS,
     OUTPUT,
     PROMPT,
@@ -30,20 +27,20 @@ from spa_jax.answer_flags import (
     REPLY,
     SEED,
     SETTING,
-    TEMPERATURE,
     THRESHOLD,
-    TOP_K,
-    TOP_P,
+    read_beams,
     read_connection,
+    read_mode,
+    read_sampling,
 )
-from spa_jax.choices import Codec, ReplyMode, Setting
+from spa_jax.choices import Codec, ReplyMode
 from spa_jax.errors import UserError
 from spa_jax.models.compute import WEIGHTS, Compute, Weights
 from spa_jax.split.connection import Connection
 from spa_jax.split.simulated import Network, Simulated
 
-for module in (answer_flags, compilation_cache):
-    flags.adopt_module_key_flags(module)  # --help shows them
+flags.adopt_module_key_flags(answer_flags)  # --help shows them
+flags.adopt_module_key_flags(compilation_cache)
 PLUGIN = flags.DEFINE_string("plugin", None, "Directory of a plugin, as a run leaves it, or its name on the hub.")
 BACKBONE = flags.DEFINE_string("backbone", None, "Backbone by name, directory or .gguf file; the plugin's by default.")
 PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "int8 keeps the backbone's matrices in 8 bits.")
@@ -320,13 +317,12 @@ def check_plugin(plugin: Plugin | PeftPlugin | None, sampling: Sampling, beams: 
             f"--channel={CHANNEL.value} leads to a side network, and a '{plugin.config.setting}' works within the "
             "backbone: use --channel=none (experiments.benchmarks.table2_network counts what its layers would exchange)"
         )
-    request_for(cast(Plugin, plugin), own_mode(), sampling, beams, [0])
+    request_for(cast(Plugin, plugin), read_mode(), sampling, beams, [0])
 
 
 def main() -> None:
     compilation_cache.keep_programs()
-    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check()
-    beams = Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None
+    sampling, beams = read_sampling(), read_beams()
     plugin = load_trained(plugin_directory(PLUGIN.value)) if PLUGIN.value is not None else None
     check_plugin(plugin, sampling, beams)
     backbone = load_backbone(
@@ -336,17 +332,12 @@ def main() -> None:
         answer_all(make_generator(backbone, plugin, sampling, beams), backbone, plugin)
 
 
-def own_mode() -> Mode:
-    """Returns the setting and the threshold of the flags."""
-    return Mode(cast(Setting | None, SETTING.value), THRESHOLD.value)
-
-
 def answer_all(
     generator: Callable[[Mode], GenerateTokens], backbone: Backbone, plugin: Plugin | PeftPlugin | None
 ) -> None:
     """Answers the prompt of the flags, or what is typed in."""
     encoder = dataclasses.replace(prompt_encoder(backbone, plugin), reads_special=READS_SPECIAL.value)
-    mode = own_mode()
+    mode = read_mode()
     if PROMPT.value is not None:
         result = answer(generator(mode), encoder, Conversation().asked(PROMPT.value))
         if OUTPUT.value:

@@ -70,7 +70,7 @@ class Engine:
         self._clock = 0
         self._prompt_seconds = 0.0  # that groups which are ready have been held for prompts
         self._held_since: float | None = None
-        self._added_at = 0.0  # when the newest group came, as the former on `time.monotonic`'s clock
+        self._added_at = 0.0  # when the newest group came, on `time.monotonic`'s clock
 
     @property
     def vocabulary(self) -> int:
@@ -167,9 +167,9 @@ class Engine:
         """Returns for how many seconds to wait for answers or prompts before the next turn, since these are about to
         come."""
         (prompts, ready), now = self._due(), time.monotonic()
-        if prompts and not ready:
-            return gather_until(prompts, self._added_at, self.pace) - now
-        if prompts or not ready:
+        if prompts:
+            return 0.0 if ready else gather_until(prompts, self._added_at, self.pace) - now
+        if not ready:
             return 0.0
         self._held_since = self._held_since or now
         return hold_until(ready, self._waiting(), now, self._held_since, self.pace) - now

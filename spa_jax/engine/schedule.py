@@ -85,7 +85,7 @@ def choose_parts(prompts: Sequence[Group], most_tokens: int) -> list[Group]:
 def gather_until(prompts: Sequence[Group], newest: float, pace: Pace) -> float:
     """Computes until when to hold prompts that would run alone, of which the newest came at that time: as long as a
     call is not full, and more may be about to come."""
-    tokens = sum(min(len(group.prompt) - group.first, PART) for group in prompts)
+    tokens = sum(part_end(group) - group.first for group in prompts)
     return newest if tokens >= pace.part_tokens(others_wait=False) else newest + GATHERING * pace.prompts(tokens)
 
 

@@ -32,12 +32,12 @@ def refuse() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ROLES:
-        role = sys.argv.pop(1)
+    has_role = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+    role = sys.argv.pop(1) if has_role else ""
+    if role in ROLES:
         flags_of_role = importlib.import_module(f"spa_jax.serve.{role}_flags")
         flags.adopt_module_key_flags(flags_of_role)
         command.read_flags(flags_of_role.check)
         command.run(importlib.import_module(f"spa_jax.serve.{role}").main)  # its imports are slow
     else:
-        del sys.argv[1 : 1 + bool(sys.argv[1:] and not sys.argv[1].startswith("-"))]
         command.read_flags(refuse)

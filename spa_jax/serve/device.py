@@ -8,26 +8,19 @@ from typing import cast
 
 from spa_jax import compilation_cache
 from spa_jax.answer_flags import (
-    BEAMS,
     CODEC,
-    EARLY_STOPPING,
-    LENGTH_PENALTY,
     MAX_NEW_TOKENS,
     OUTPUT,
     PROMPT,
     READS_SPECIAL,
     REPLY,
     SEED,
-    SETTING,
-    TEMPERATURE,
-    THRESHOLD,
-    TOP_K,
-    TOP_P,
+    read_beams,
+    read_mode,
+    read_sampling,
 )
-from spa_jax.choices import ReplyMode, Setting
+from spa_jax.choices import ReplyMode
 from spa_jax.conversation import Conversation
-from spa_jax.decoding.beam import Beams
-from spa_jax.decoding.sampling import Sampling
 from spa_jax.endpoint.app import Endpoint
 from spa_jax.endpoint.listener import listen
 from spa_jax.endpoint.requests import Defaults
@@ -59,7 +52,7 @@ def main() -> None:
     check_reply(REPLY.value, False, plugin.config.entry)
     if REPLY.value == "token":
         head = load_head(Path(cast(str, HEAD.value)), plugin.fingerprint, plugin.config.hidden_size)
-    connection, mode = read_connection(), Mode(cast(Setting | None, SETTING.value), THRESHOLD.value)
+    connection, mode = read_connection(), read_mode()
     if PROMPT.value is not None:
         ask(plugin, head, connection, Conversation().asked(PROMPT.value), mode)
         return
@@ -86,9 +79,9 @@ def ask(
         check_codec(CODEC.value),
         setting=mode.setting,
         threshold=mode.threshold,
-        sampling=Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check(),
+        sampling=read_sampling(),
         seed=SEED.value,
-        beams=Beams(BEAMS.value, LENGTH_PENALTY.value, EARLY_STOPPING.value) if BEAMS.value else None,
+        beams=read_beams(),
         reply=cast(ReplyMode, REPLY.value),
         reads_special=READS_SPECIAL.value,
     )
@@ -137,7 +130,5 @@ def run_endpoint() -> None:
     """Answers programs that speak HTTP, until a signal."""
     key, connection = read_token(HTTP_KEY_FILE.value), read_connection()
     with listen(HTTP.value, bool(key)) as listener:
-        sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value).check()
-        mode = Mode(cast(Setting | None, SETTING.value), THRESHOLD.value)
-        defaults = Defaults(MAX_NEW_TOKENS.value, sampling, SEED.value, mode)
+        defaults = Defaults(MAX_NEW_TOKENS.value, read_sampling(), SEED.value, read_mode())
         serve(Endpoint(load_plugins(PLUGIN.value), connection, defaults, key).check(), listener)

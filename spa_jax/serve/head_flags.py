@@ -5,7 +5,7 @@ from absl import flags
 from spa_jax.choices import CODECS
 from spa_jax.errors import UserError
 
-BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "Name, directory or .gguf file.")
+BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "Name of a backbone, its directory or .gguf file.")
 CODEC = flags.DEFINE_enum("codec", "float32", CODECS, "How numbers are written.")
 OUTPUT = flags.DEFINE_string("output", None, "The file to write.")
 

@@ -1,4 +1,4 @@
-"""What a generation takes, planned from a device's request before anything is computed."""
+"""Plans of generations: a device's request, checked, and what it takes, before anything is computed."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Why a device gets no answer, or not all of it."""
+"""Errors of a device that gets no answer, or not all of it."""
 
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.errors import UserError

@@ -21,7 +21,7 @@ MAX_SIGNS = 10
 
 
 class Waiting:
-    """What a device has heard of its cloud, and when.
+    """A device's wait for its cloud: what it has heard, and when.
 
     Attributes:
         was_reached: whether the cloud has ever said anything.
