@@ -1,12 +1,15 @@
 """The page in a real browser: a question is asked, tokens come one by one, and what is shown is what the API says."""
 
 import shutil
+import threading
 import time
 
 import httpx2
 import openai
 import pytest
 from test_openai_client import QUESTION
+
+from spa_jax.split.device import Device
 
 pytestmark = pytest.mark.slow
 
@@ -71,16 +74,25 @@ def facts(card):
     return card.find_element("css selector", ".facts").text
 
 
-def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page, url):
-    page.find_element("css selector", "#network option[value='200']").click()
-    page.find_element("id", "question").send_keys(QUESTION + "\n")
-    counts = set()  # of tokens that are there; several that the cloud decides alone may come together
-    wait(lambda: page.find_elements("css selector", ".answer"))
-    (card,) = page.find_elements("css selector", ".answer")
-    while card.get_attribute("aria-busy") == "true":
-        counts.add(page.execute_script("return document.querySelectorAll('.text span').length"))
-    assert len(counts) > 4
+def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page, url, monkeypatch):
     tokens, answer = told(url)
+    replies, receive = threading.Semaphore(0), Device.receive
+
+    def held(device, taps):
+        assert taps.prompt or replies.acquire(timeout=30)
+        return receive(device, taps)
+
+    monkeypatch.setattr(Device, "receive", held)
+    page.find_element("id", "question").send_keys(QUESTION + "\n")
+    questions = [index for index, (_, source) in enumerate(tokens) if source == "device"]
+    assert len(questions) > 4
+    for index in questions:  # while the device does not answer, all text before that token is there
+        while index and not tokens[index - 1][0]:
+            index -= 1  # a part of a character waits for the rest
+        wait(lambda here=index: page.execute_script("return document.querySelectorAll('.text span').length") == here)
+        replies.release()
+    wait(lambda: page.find_elements("css selector", ".answer[aria-busy=false]"))
+    (card,) = page.find_elements("css selector", ".answer")
     assert shown(card) == tokens
     asked = sum(source == "device" for _, source in tokens)
     assert f"{len(tokens)} tokens, {asked} of the device" in facts(card)
