@@ -11,14 +11,18 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 
+import contextlib
 import functools
 import gc
 import json
+import random
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import numpy as np
 import optax
@@ -59,6 +63,10 @@ def chain(*parts: optax.GradientTransformation, chain: Callable[..., Any] = opta
 optax.chain = chain
 jax.nn.dot_product_attention = under_standard_promotion(jax.nn.dot_product_attention)
 gc.set_threshold(100_000, 20, 50)  # tracing makes many objects, few of them garbage
+hypothesis.settings.register_profile(  # nothing depends on how long an example takes, which other processes decide too
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores, with its children
 
 TINY = LlamaConfig(
@@ -70,6 +78,20 @@ def pytest_collection_finish() -> None:
     """Spares the collector of garbage the modules, which stay."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Finds a port that nobody listens on, and that no connection gets by itself before a process listens there."""
+
+    def find() -> int:
+        while True:
+            port = random.SystemRandom().randrange(20_000, 32_000)  # Linux gives connections those from 32,768 on
+            with socket.socket() as free, contextlib.suppress(OSError):
+                free.bind(("127.0.0.1", port))
+                return port
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ def main() -> None:
     lines = logging.getLogger("spa_jax").handlers[0]
     lines.setFormatter(JsonLines())
     logging.getLogger().handlers[:] = [lines]  # what gRPC and asyncio say too
+    logging.captureWarnings(True)
     asyncio.run(run_cloud())
 
 

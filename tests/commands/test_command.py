@@ -1,6 +1,7 @@
 """Promises of all commands to users, seen in processes; other tests see refusals in their own, by `command_here`."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -119,9 +120,11 @@ def test_a_terminal_without_a_character_shows_its_escape(encoding, on_terminal):
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
 def test_output_that_nobody_reads_on_ends_the_command_silently(lines):
     printing = f"from spa_jax import command; command.run(lambda: [print('line') for _ in range({lines})])"
-    with subprocess.Popen([sys.executable, "-c", printing], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as output:
+        process = subprocess.run([sys.executable, "-c", printing], stdout=output, stderr=subprocess.PIPE, check=False)
+    assert process.stderr == b""
     assert process.returncode == 1
 
 

@@ -67,7 +67,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_the_texts_of_all_tokens_are_the_text_of_all(kind, data):
     tokenizer = TOKENIZERS[kind]
@@ -82,7 +82,7 @@ def test_the_texts_of_all_tokens_are_the_text_of_all(kind, data):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_an_answer_ends_in_front_of_the_first_text_that_ends_it(kind, data):
     tokenizer = TOKENIZERS[kind]

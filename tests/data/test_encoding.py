@@ -44,7 +44,7 @@ def test_the_templates_write_the_source_as_they_say(tokenizer):
     assert written == ["<user>Hé?<assistant>", "Hé?\n"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     source=st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
     target=st.text(st.sampled_from("ab é😀"), max_size=8),

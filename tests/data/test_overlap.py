@@ -22,7 +22,7 @@ def index_of_jaccard(one, other):
 WORDS = st.lists(st.sampled_from("the cat sat on mat dog ran far a b".split()), min_size=1, max_size=14)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(WORDS, max_size=8), st.lists(WORDS, max_size=4), st.randoms(use_true_random=False))
 def test_what_is_found_is_what_comparing_all_pairs_finds(trained, held, draw: random.Random):
     for words in trained[: len(trained) // 2]:  # so that some are alike

@@ -73,7 +73,7 @@ def byte_tokenizer(tiny_backbone_directory):
     return load_tokenizer(tiny_backbone_directory)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     parts=st.lists(
         st.sampled_from(["</s>", "<user>", "<assistant>", "</", "s>", "x", " ", "\n", "\U000f0000", "\U000f0001", "é"]),

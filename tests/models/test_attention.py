@@ -56,7 +56,7 @@ def test_rows_of_a_shared_cache_see_its_slots_from_where_they_begin(platform, mo
     np.testing.assert_allclose(np.asarray(found), softmax_attention(q, k, v, mask), atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(0, 99),
     st.integers(1, 3),
@@ -82,7 +82,7 @@ def padded(seed, rows, length):
     return real, (np.tri(length, dtype=bool) & real[:, None, :])[:, None]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(2, 21), st.sampled_from([(4, 4), (6, 2), (3, 1)]))
 def test_blockwise_is_a_causal_softmax_that_sees_no_padding(seed, rows, length, heads):
     """Also where there are fewer queries than parts, or more in a part than in a block."""

@@ -60,7 +60,7 @@ ARRAYS = st.one_of(st.binary(max_size=64), st.integers(0, 9).map(lambda rows: by
                    st.integers(0, 9).map(lambda rows: bytes(rows * 32 * 4)))  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(kind=st.sampled_from(KINDS), data=st.binary(max_size=300))
 def test_bytes_are_a_message_or_an_error_of_the_wire(kind, data):
     try:
@@ -73,7 +73,7 @@ def test_bytes_are_a_message_or_an_error_of_the_wire(kind, data):
 
 
 @pytest.mark.parametrize("kind", [FromCloud, FromDevice])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_message_comes_back_from_its_bytes(kind, data):
     message = data.draw(messages(kind, ARRAYS))
@@ -105,7 +105,7 @@ def pair(request, cloud, backbone):
 def test_no_question_upsets_a_device(pair):
     session, device, question, honest = pair
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(message=messages(Taps, ARRAYS), field=st.sampled_from(list(Taps.DESCRIPTOR.fields_by_name)))
     def check(message, field):
         almost = Taps()
@@ -127,7 +127,7 @@ def test_no_question_upsets_a_device(pair):
 def test_no_reply_upsets_a_session(pair):
     session, _, question, honest = pair
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(message=messages(Reply, ARRAYS))
     def check(message):
         if message.step == question.step:
@@ -146,7 +146,7 @@ def test_no_reply_upsets_a_session(pair):
     assert session.next_question().step == question.step + 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_no_request_upsets_a_cloud(cloud, data):
     message = data.draw(messages(Open, ARRAYS))

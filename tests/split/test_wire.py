@@ -36,14 +36,14 @@ def _through(codec, x):
     return np.asarray(decode(unpack(codec, tensor, x.shape), np.float32))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(FLOATS)
 def test_float32_is_exact(x):
     np.testing.assert_array_equal(_through("float32", x), x)
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "float16"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(x=SMALL)
 def test_half_precision_is_off_by_its_rounding(codec, x):
     smallest = {"bfloat16": 0.0, "float16": 2.0**-25}[codec]
@@ -55,7 +55,7 @@ def test_float16_clips_what_it_cannot_hold():
     np.testing.assert_array_equal(_through("float16", x), [[65504, -65504, 65504, 65504]])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(FLOATS)
 def test_int8_is_off_by_half_a_step_of_its_vector(x):
     step = np.abs(x).max(axis=-1, keepdims=True) / 127
@@ -74,7 +74,7 @@ def test_int8_keeps_zero_vectors_and_the_largest_numbers_of_others():
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_unpack_is_the_inverse_of_pack(codec, data):
     shape = data.draw(arrays.array_shapes(min_dims=2, max_dims=4, max_side=5))

@@ -1,7 +1,5 @@
 """A run in a bucket, by a storage server in this process that speaks Google's protocol."""
 
-import socket
-
 import jaxtyping
 import pytest
 from test_run import Spy, read_metrics
@@ -26,14 +24,12 @@ def with_generation(download):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket(monkeypatch, free_port):
     pytest.importorskip("gcsfs")
     server = pytest.importorskip("gcp_storage_emulator.server")
     objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
     monkeypatch.setattr(objects, "download", with_generation(objects.download))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setattr(
         jaxtyping.config, "jaxtyping_disable", True
     )  # a bucket's path can do what a Path can, and is none

@@ -317,7 +317,7 @@ def test_both_formats_load_without_torch(save_model, write_gguf) -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
     command = [sys.executable, "-c", program]
-    finished = subprocess.run(command, check=True, env=environment, timeout=120, stdout=subprocess.PIPE, text=True)
+    finished = subprocess.run(command, check=True, env=environment, timeout=600, stdout=subprocess.PIPE, text=True)
     here = [[backbone.fingerprint, backbone.tokenizer("ab b")["input_ids"]] for backbone in map(load_backbone, paths)]
     assert [json.loads(line) for line in finished.stdout.splitlines()] == here
     assert all(ids for _, ids in here)

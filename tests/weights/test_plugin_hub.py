@@ -19,7 +19,8 @@ SUMMARY = {"loss/base": 4.0, "loss/spa": 1.25, "router/usage": 0.62}
 PUBLISH = """
 import json, pathlib, sys
 from spa_jax.errors import UserError
-from spa_jax.weights import hub
+from spa_jax.weights import hub, huggingface
+huggingface._HUB_TIMEOUT_SECONDS = 120  # of a hub that is there
 steps = []
 for directory, name, public in json.loads(sys.argv[1]):
     try:
@@ -45,8 +46,9 @@ def directory(tmp_path) -> Path:
 def run(server: StandInHub, tmp_path: Path, *pushes: tuple[str, str, bool], token: str = "hf_right") -> list[str]:
     environment = os.environ | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DOWNLOAD_TIMEOUT": "120", "HF_HUB_ETAG_TIMEOUT": "120"}
     command = [sys.executable, "-c", PUBLISH, json.dumps(pushes), json.dumps(SUMMARY)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

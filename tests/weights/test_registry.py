@@ -221,7 +221,7 @@ def test_two_processes_at_once(cache, published) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert [path.name for path in cache.iterdir()] == ["model.gguf"]
 

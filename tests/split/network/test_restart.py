@@ -1,7 +1,6 @@
 """A conversation of a device whose cloud is started anew in its midst."""
 
 import signal
-import socket
 import subprocess
 import sys
 
@@ -13,9 +12,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+def port(free_port):
+    return free_port()
 
 
 def read_until(stream, text):
