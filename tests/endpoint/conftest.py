@@ -1,6 +1,7 @@
 """A cloud, plugins, and the endpoint of their device."""
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_split import random_plugin
 from spa_jax.endpoint.app import Endpoint
 from spa_jax.endpoint.requests import Defaults
 from spa_jax.split.connection import Connection
+from spa_jax.split.device import Device
 from spa_jax.split.session import Cloud
 from spa_jax.weights.registry import load_backbone
 
@@ -31,6 +33,19 @@ def cloud(backbone):
 @pytest.fixture(scope="session")
 def plugins(backbone):
     return {"mine": random_plugin(backbone, "spa"), "inner": random_plugin(backbone, "s1", entry=2, edits="all")}
+
+
+@pytest.fixture
+def replies(monkeypatch):
+    """A semaphore that the device acquires before it answers a question about a token."""
+    replies, receive = threading.Semaphore(0), Device.receive
+
+    def held(device, taps):
+        assert taps.prompt or replies.acquire(timeout=60)
+        return receive(device, taps)
+
+    monkeypatch.setattr(Device, "receive", held)
+    return replies
 
 
 @pytest.fixture(scope="session")

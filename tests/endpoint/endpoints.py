@@ -14,6 +14,13 @@ from spa_jax.split.server import Limits, serving
 NEW = 24
 
 
+def shown_at_questions(tokens):
+    """Counts for every token that the device is asked for, of tokens as (text, source), those before it that have a
+    text by then: a part of a character waits for the rest."""
+    counts = [index for index, (_, source) in enumerate(tokens) if source == "device"]
+    return [next((shown for shown in range(count, 0, -1) if tokens[shown - 1][0]), 0) for count in counts]
+
+
 @contextlib.contextmanager
 def in_thread(start):
     """Runs the coroutine `start(ready, stop)`, which calls `ready(value)` and ends when `stop` is set; gives the value,

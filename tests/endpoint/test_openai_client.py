@@ -6,7 +6,7 @@ import math
 import httpx2
 import openai
 import pytest
-from endpoints import NEW, cloud_in_thread, endpoint_in_thread
+from endpoints import NEW, cloud_in_thread, endpoint_in_thread, shown_at_questions
 
 from spa_jax.conversation import Beginning, Conversation
 from spa_jax.decoding.sampling import Penalties, Sampling
@@ -74,10 +74,19 @@ def test_a_whole_answer_is_that_of_generate(model, client, judge):
     assert answer.spa["degraded"] == 0
 
 
-def test_a_streamed_answer_is_the_whole_one_piece_by_piece(client, judge):
+def test_a_streamed_answer_is_the_whole_one_piece_by_piece(client, judge, request):
     (made,), (text,) = judge()
+    (whole,) = client.chat.completions.create(model="mine", messages=MESSAGES).choices
+    awaited = shown_at_questions([(token["text"], token["source"]) for token in whole.spa["tokens"]])
     how = {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}
-    parts = list(client.chat.completions.create(model="mine", messages=MESSAGES, **how))
+    replies, parts, shown = request.getfixturevalue("replies"), [], 0
+    for part in client.chat.completions.create(model="mine", messages=MESSAGES, **how):
+        parts.append(part)
+        shown += sum(len(getattr(choice, "spa", {"tokens": []})["tokens"]) for choice in part.choices)
+        while awaited and shown == awaited[0]:  # all that is there before the device answers
+            awaited.pop(0)
+            replies.release()
+    assert not awaited
     with_choices = [part for part in parts if part.choices]
     deltas = [part.choices[0].delta.content or "" for part in with_choices]
     assert "".join(deltas) == text

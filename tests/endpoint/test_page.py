@@ -7,9 +7,8 @@ import time
 import httpx2
 import openai
 import pytest
+from endpoints import shown_at_questions
 from test_openai_client import QUESTION
-
-from spa_jax.split.device import Device
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +41,7 @@ def page(driver, url):
     assert [line for line in driver.get_log("browser") if line["level"] in ("SEVERE", "WARNING")] == []
 
 
-def wait(condition, seconds=30):
+def wait(condition, seconds=60):
     latest = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < latest
@@ -74,22 +73,13 @@ def facts(card):
     return card.find_element("css selector", ".facts").text
 
 
-def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page, url, monkeypatch):
+def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page, url, request):
     tokens, answer = told(url)
-    replies, receive = threading.Semaphore(0), Device.receive
-
-    def held(device, taps):
-        assert taps.prompt or replies.acquire(timeout=30)
-        return receive(device, taps)
-
-    monkeypatch.setattr(Device, "receive", held)
+    replies = request.getfixturevalue("replies")
     page.find_element("id", "question").send_keys(QUESTION + "\n")
-    questions = [index for index, (_, source) in enumerate(tokens) if source == "device"]
-    assert len(questions) > 4
-    for index in questions:  # while the device does not answer, all text before that token is there
-        while index and not tokens[index - 1][0]:
-            index -= 1  # a part of a character waits for the rest
-        wait(lambda here=index: page.execute_script("return document.querySelectorAll('.text span').length") == here)
+    assert len(shown_at_questions(tokens)) > 4
+    for count in shown_at_questions(tokens):  # while the device does not answer, all text before that token is there
+        wait(lambda count=count: page.execute_script("return document.querySelectorAll('.text span').length") == count)
         replies.release()
     wait(lambda: page.find_elements("css selector", ".answer[aria-busy=false]"))
     (card,) = page.find_elements("css selector", ".answer")
@@ -105,17 +95,24 @@ def test_tokens_come_one_by_one_and_colours_and_counts_are_those_of_the_api(page
     assert len(card.find_elements("css selector", ".strip i")) == len(tokens)
 
 
-def test_signs_of_life_between_tokens_are_skipped_and_before_them_say_what_is_waited_for(page, url, monkeypatch):
+def test_signs_of_life_between_tokens_are_skipped_and_before_them_say_what_is_waited_for(
+    page, url, server, monkeypatch
+):
+    answer, _ = told(url, model="inner", max_tokens=3)
     monkeypatch.setattr("spa_jax.endpoint.app.SIGN_SECONDS", 0.01)
     monkeypatch.setattr("spa_jax.split.waiting.TELL_EVERY", 0.02)
+    engine, may_turn = server[1]._cloud.engine, threading.Event()
+    turn = engine.turn
+    monkeypatch.setattr(engine, "turn", lambda: may_turn.wait(60) and turn())
     page.find_element("xpath", "//select[@id='model']/option[.='inner']").click()
-    page.find_element("css selector", "#network option[value='1000']").click()
+    page.find_element("css selector", "#network option[value='200']").click()
     page.find_element("id", "limit").send_keys("3")
     page.find_element("id", "question").send_keys(QUESTION + "\n")
     (card,) = wait(lambda: page.find_elements("css selector", ".answer"))
     wait(lambda: "the cloud works, no token yet: " in facts(card))
+    may_turn.set()
     wait(lambda: card.get_attribute("aria-busy") == "false")
-    assert shown(card) == told(url, model="inner", max_tokens=3)[0]
+    assert shown(card) == answer
 
 
 def test_the_threshold_is_a_slider_that_asks_again(page, url):
