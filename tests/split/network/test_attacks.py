@@ -205,16 +205,16 @@ def test_an_attack_leaves_others_their_room_and_gives_its_own_back(name, cloud, 
                     while name in HELD and [room.taken for room in rooms] != HELD[name]:
                         await asyncio.sleep(0.01)
                 assert rooms[3].taken <= MAX_GUESSES_OF_ONE
-                there = await asyncio.wait_for(generate(device, plugin, request_), 120)
+                there = await asyncio.wait_for(generate(device, plugin, request_), 30)
                 async with connected(port) as channel:
                     check = health_pb2_grpc.HealthStub(channel).Check
-                    assert (await check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=60)).status == 1
+                    assert (await check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=10)).status == 1
                 if is_timed:
                     rooms = service._silent, service._planned, service._guessing, service.health.checks
                     async with asyncio.timeout(20):  # sooner than the keepalive ends connections made by hand
                         while [room.taken for room in rooms] != [0, 0, 0, 0]:
                             await asyncio.sleep(0.01)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(20):
                 while service.admission._inside or service.admission._waiting or service.health.watchers.taken:
                     await asyncio.sleep(0.05)
             assert metric("spa_sessions") == sessions
@@ -288,7 +288,7 @@ def test_an_attack_slows_nobody_by_much(name, cloud, plugin, security):
             async with ATTACKS[name](port, asked):
                 return without, await gaps(port)
 
-    for _ in range(5):  # other processes may slow either
+    for _ in range(3):  # other processes slow one or the other
         without, within = asyncio.run(main())
         print(f"{name}: {1e3 * without:.1f} ms between tokens, {1e3 * within:.1f} ms in the midst of it")
         if within < 3 * without + 0.005:

@@ -183,7 +183,7 @@ def test_a_cancellation_that_comes_with_an_answer_is_not_lost(cloud, plugin, req
                     pass
                 stream.send(FromDevice(reply=device.receive(message.taps)))
                 stream.send(FromDevice(cancel=Cancel()))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(10):
                 while metric("spa_sessions") > before:
                     await asyncio.sleep(0.01)
 
