@@ -29,6 +29,7 @@ from spa_jax.split.request import device_for, open_message
 from spa_jax.split.server import Limits
 from spa_jax.split.server_session import Outbox
 from spa_jax.split.session import Cloud
+from spa_jax.split.sessions import Sessions
 from spa_jax.split.trust import merge_progress
 
 PROMPTS, NEW = ["What is thing 1?", "And thing 2, if you please?"], 10
@@ -105,15 +106,23 @@ def test_late_double_and_foreign_messages_are_dropped(cloud, plugin, request_of)
     assert progress.degraded == 0
 
 
-def test_a_slow_device_costs_its_deadline_and_another_one_nothing(cloud, plugin, request_of):
-    here = in_process(cloud, plugin, request_of())
+def test_a_slow_device_costs_its_deadline_and_another_one_nothing(cloud, plugin, request_of, monkeypatch):
+    here, await_reply = in_process(cloud, plugin, request_of()), Sessions._await_reply
+
+    async def await_silent_for_less(self, session, may_compile):
+        if session.generation.plan.task.limit == 2:
+            self = copy.copy(self)
+            self._limits = Limits(deadline=3.0, first_deadline=0)
+        await await_reply(self, session, may_compile)
+
+    monkeypatch.setattr(Sessions, "_await_reply", await_silent_for_less)
 
     async def scenario(port):
         silent = by_hand(port, plugin, request_of(new=2), lambda taps, honest: [])
         honest = generate(Connection(f"127.0.0.1:{port}"), plugin, request_of())
         return await asyncio.gather(silent, honest)
 
-    silent, honest = run(cloud, scenario, Limits(deadline=3.0, first_deadline=0))
+    silent, honest = run(cloud, scenario, Limits(deadline=60))
     assert silent.degraded == sum(map(len, tokens_of(silent))) > 0
     assert [g.tokens for g in honest.generations] == [g.tokens for g in here.generations]
     assert honest.degraded == 0

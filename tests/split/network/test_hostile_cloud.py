@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import re
 import time
 
@@ -13,6 +14,7 @@ from spa_jax.errors import UserError
 from spa_jax.split import waiting, wire
 from spa_jax.split.client import generate
 from spa_jax.split.connection import Connection
+from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import METHOD, SERVICE, ServerSecurity
 from spa_jax.split.messages_pb2 import FromCloud, FromDevice, Opened, Progress, Queued, Refusal, Taps, Working
@@ -139,8 +141,11 @@ CASES = {
     "signs of life that waver": (alternates, ENDLESS),
     "nothing said at length": (repeats(b""), ENDLESS),
     "silence": (then_is_silent(), r"cannot reach the cloud at \S+ \(it has said nothing for"),
-    "silence once open": (then_is_silent(opened()), r"the cloud at \S+ is gone \(it has said nothing for 1 s\); 0 tok"),
-    "silence in an answer": (then_is_silent(opened(), progress(1, 2)), r"said nothing for 1 s\); 2 tokens had been"),
+    "silence once open": (
+        then_is_silent(opened()),
+        r"the cloud at \S+ is gone \(it has said nothing for \d+ s\); 0 tok",
+    ),
+    "silence in an answer": (then_is_silent(opened(), progress(1, 2)), r"said nothing for \d+ s\); 2 tokens had been"),
     "open and close": (says(opened()), r"is gone \(the stream ended\); 0 tokens"),
     "open and close by and by": (says_slowly(opened()), ENDLESS),
     "close": (says(), "cannot reach the cloud at "),
@@ -225,13 +230,44 @@ def here(cloud, plugin, request_):
     return in_process(cloud, plugin, request_).generations
 
 
-def connect(address):
-    return Connection(address, patience=PATIENCE, queue_seconds=0.3, silence=SILENCE)
+HEARD = {
+    "silence once open": lambda device: device.was_reached,
+    "silence in an answer": lambda device: device._num_tokens == 2,
+}
+"""Whether a device has heard all that comes before the silence, which it waits for from then on."""
+
+
+@pytest.fixture
+def connect(case, monkeypatch):
+    """Makes a connection with little patience for what a case ends by, and with much for all else."""
+    watch, receive, count = waiting.Waiting.watch, Device.receive, itertools.count()
+    patience, silence, signs = PATIENCE, 60.0, 2.0
+    if case.startswith("silence"):
+        silence = SILENCE
+    if case in ("signs of life for ever", "open and close by and by"):
+        signs = 2 * SILENCE / silence
+        monkeypatch.setattr(waiting, "TELL_EVERY", 0.1)
+    if case in ("open and close", "an answer again and again"):
+        patience = 10 * PATIENCE
+
+    async def watch_from_then_on(self):
+        while not HEARD[case](self):
+            await asyncio.sleep(0.01)
+        await watch(self)
+
+    def receive_some(self, taps):
+        return receive(self, taps) if not taps.prompt or next(count) < 100 else None
+
+    if case in HEARD:
+        monkeypatch.setattr(waiting.Waiting, "watch", watch_from_then_on)
+    if case == "parts of the prompt for ever":
+        monkeypatch.setattr(Device, "receive", receive_some)
+    monkeypatch.setattr(waiting, "MAX_SIGNS", signs)
+    return lambda address: Connection(address, patience=patience, queue_seconds=0.3, silence=silence)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whatever_a_cloud_says_is_one_line_and_another_device_goes_on(case, good, plugin, request_, here, monkeypatch):
-    monkeypatch.setattr(waiting, "MAX_SIGNS", 2)
+def test_whatever_a_cloud_says_is_one_line_and_another_device_goes_on(case, good, plugin, request_, here, connect):
     script, message = CASES[case]
     runner, good_address = good
 
@@ -247,6 +283,7 @@ def test_whatever_a_cloud_says_is_one_line_and_another_device_goes_on(case, good
     error, other = runner.run(scenario())
     assert time.monotonic() - began < MOST_SECONDS
     assert re.search(message, str(error)), error
+    assert all(float(seconds) >= SILENCE for seconds in re.findall(r"nothing for (\d+) s", str(error)))
     assert len(str(error).splitlines()) == 1
     assert len(str(error)) < 1000
     assert other.generations == here

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 
 import pytest
@@ -12,18 +13,26 @@ from spa_jax.engine.schedule import Pace
 from spa_jax.split.grpc_channel import ServerSecurity
 from spa_jax.split.messages_pb2 import Cancel, FromDevice
 from spa_jax.split.request import open_message
-from spa_jax.split.server import Limits, serving
+from spa_jax.split.server import Limits, Server, serving
 from spa_jax.split.server_session import ServerSession
-from spa_jax.split.session import Session
+from spa_jax.split.session import Cloud, Session
 
 SECONDS, NEW = 0.1, 60
 """Of a call of the engine, as with a large backbone; and tokens, each of which is one call."""
 MOST = 6
 """Most calls that may follow: less than a second."""
+HELD = 4
+"""Calls, which are enough for a first token, after which the engine waits for what the cloud is to be told."""
 
 
 @pytest.fixture
-def calls(cloud, monkeypatch):
+def goes_on():
+    """Whether the engine may go on after its first calls."""
+    return threading.Event()
+
+
+@pytest.fixture
+def calls(cloud, monkeypatch, goes_on):
     """The times of the engine's calls, each of one step."""
     turn, found = cloud.engine.turn, []
 
@@ -31,12 +40,32 @@ def calls(cloud, monkeypatch):
         if turn():
             found.append(time.monotonic())
             time.sleep(SECONDS)
+            if len(found) == HELD:
+                goes_on.wait(60)
             return True
         return False
 
     monkeypatch.setattr(Pace, "step", lambda *_: 1.0)
     monkeypatch.setattr(cloud.engine, "turn", slow)
     return found
+
+
+@pytest.fixture
+def counted(calls, goes_on, monkeypatch):
+    """Lets the engine go on when a method of the cloud is called; gives (its object, the engine's calls then)."""
+
+    def of(owner, name):
+        method, found = getattr(owner, name), []
+
+        def count(self, *arguments, **keywords):
+            found.append((self, len(calls)))
+            goes_on.set()
+            return method(self, *arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, count)
+        return found
+
+    return of
 
 
 @pytest.fixture
@@ -52,69 +81,71 @@ async def begin(channel, request):
     return stream
 
 
-def test_a_cancelled_generation_ends_at_once(cloud, calls, long_request):
+def test_a_cancelled_generation_ends_at_once(cloud, calls, counted, long_request):
+    cancelled = counted(ServerSession, "cancel")
+
     async def scenario(port):
         before = metric("spa_sessions")
         async with connected(port) as channel:
             stream = await begin(channel, long_request)
             stream.send(FromDevice(cancel=Cancel()))
-            count = len(calls)
             while metric("spa_sessions") >= before + 1:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(3 * SECONDS)
-        return len(calls) - count
+        return len(calls) - cancelled[0][1]
 
     assert run(cloud, scenario) <= MOST
     assert len(calls) < NEW // 2
 
 
-def test_a_cloud_that_stops_waits_for_no_generation(cloud, calls, long_request):
+def test_a_cloud_that_stops_waits_for_no_generation(cloud, calls, counted, long_request):
+    stopped = counted(Server, "drain")
+
     async def scenario(port):
         async with connected(port) as channel:
             await begin(channel, long_request)
-            return len(calls)
 
-    count = run(cloud, scenario)
-    assert len(calls) - count <= MOST + 1 / SECONDS  # gRPC lets streams end for a second
+    run(cloud, scenario)
+    assert len(calls) - stopped[0][1] <= MOST + 1 / SECONDS  # gRPC lets streams end for a second
     assert len(calls) < NEW // 2
 
 
-def test_a_generation_whose_device_is_gone_ends(cloud, calls, long_request):
-    abandoned = 0.3
+def test_a_generation_whose_device_is_gone_ends(cloud, calls, counted, long_request):
+    abandoned, gone = 0.3, counted(ServerSession, "detach")
 
     async def scenario(port):
         before = metric("spa_sessions")
         async with connected(port) as channel:
             stream = await begin(channel, long_request)
             stream.call.cancel()
-            count = len(calls)
             while metric("spa_sessions") > before:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(3 * SECONDS)
-        return len(calls) - count
+        return len(calls) - gone[0][1]
 
     assert run(cloud, scenario, Limits(deadline=30, abandoned=abandoned)) <= MOST + abandoned / SECONDS
     assert len(calls) < NEW // 2
 
 
-def test_a_newcomer_has_its_first_token_soon(cloud, calls, long_request, plugin):
+def test_a_newcomer_has_its_first_token_soon(cloud, calls, counted, long_request, plugin):
     """A newcomer takes effect within a few calls, too."""
+    begun, told = counted(Cloud, "begin"), counted(ServerSession, "send_progress")
 
     async def scenario(port):
         async with connected(port) as channel:
-            stream, count = await begin(channel, long_request), len(calls)
+            stream = await begin(channel, long_request)
             other = await begin(channel, open_message(plugin, ["And thing 2?"], 2, setting="base"))
-            joined = len(calls) - count
             for each in (stream, other):
                 each.send(FromDevice(cancel=Cancel()))
-        return joined
 
-    assert run(cloud, scenario, Limits(deadline=30)) <= MOST
+    run(cloud, scenario, Limits(deadline=30))
+    newcomer_told = next(count for session, count in told if session is not told[0][0])
+    assert newcomer_told - begun[1][1] <= MOST
 
 
 @pytest.mark.parametrize("seconds", [60, 3 * SECONDS])
-def test_a_cloud_that_drains_begins_nothing_and_lets_end_what_ends_in_time(seconds, cloud, calls, plugin):
-    new = 12
+def test_a_cloud_that_drains_begins_nothing_and_lets_end_what_ends_in_time(seconds, cloud, calls, goes_on, plugin):
+    new, ended = 12, []
 
     async def main():
         async with (
@@ -123,20 +154,22 @@ def test_a_cloud_that_drains_begins_nothing_and_lets_end_what_ends_in_time(secon
         ):
             stream = await begin(channel, open_message(plugin, ["What is thing 1?"], new, setting="base"))
             draining = asyncio.create_task(service.drain(seconds))
+            draining.add_done_callback(lambda _: ended.append(len(calls)))
             await asyncio.sleep(0)
+            goes_on.set()
             late = await Stream(channel, FromDevice(open=open_message(plugin, ["Hi"], 1))).receive()
             await draining
-            last, ended = None, len(calls)
+            last = None
             while seconds == 60 and (message := await stream.receive()) is not None:
                 last = message
-            return late.refusal, last, ended
+            return late.refusal, last
 
-    refusal, last, ended = asyncio.run(main())
+    refusal, last = asyncio.run(main())
     assert (refusal.kind, "the cloud stops" in refusal.reason) == ("overloaded", True)
     if seconds == 60:
         assert last.progress.done
     else:
-        assert ended < new
+        assert ended[0] < new
 
 
 @pytest.mark.slow

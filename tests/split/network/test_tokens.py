@@ -15,7 +15,7 @@ from spa_jax.split.grpc_channel import ServerSecurity
 from spa_jax.split.messages_pb2 import FromDevice
 from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits
-from spa_jax.split.streams import address_of
+from spa_jax.split.streams import Room, address_of
 from spa_jax.split.tokens import FORGIVEN_AFTER, MAX_KEPT, Guesses
 
 HERE = "127.0.0.1"
@@ -92,7 +92,20 @@ def test_an_address_is_what_one_host_has(peer, address):
     assert address_of(peer) == address
 
 
-def test_guesses_are_slowed_and_a_right_token_from_there_is_not(cloud, plugin, request_, file, caplog):
+def test_guesses_are_slowed_and_a_right_token_from_there_is_not(cloud, plugin, request_, file, caplog, monkeypatch):
+    wait, waits, stay, stays = Guesses.wait, {}, Room.stay, []
+
+    def recorded(self, address, token):
+        waits.setdefault(token, []).append(wait(self, address, token))
+        return waits[token][-1]
+
+    def counted(room, owner, seconds):
+        stays.append(seconds)
+        return stay(room, owner, seconds)
+
+    monkeypatch.setattr(Guesses, "wait", recorded)
+    monkeypatch.setattr(Room, "stay", counted)
+
     async def scenario(port):
         async with connected(port) as channel:
 
@@ -104,18 +117,22 @@ def test_guesses_are_slowed_and_a_right_token_from_there_is_not(cloud, plugin, r
                 await generate(Connection(f"{HERE}:{port}", token=token), plugin, request_)
                 return time.monotonic() - began
 
-            before, began = await seconds("one"), time.monotonic()
+            await seconds("one")
+            began = time.monotonic()
             codes = [await code(f"wrong {number}") for number in range(5)]
             slowed = time.monotonic() - began
-            known, new = await seconds("one"), await seconds("two")
+            await seconds("one")
+            new = await seconds("two")
+            assert stays.count(None) == 5  # four of the wrong tokens and the new one wait, and the known one does not
+            monkeypatch.setattr(Guesses, "wait", lambda *_: 5.0)  # all of them come before the first is looked at
             at_once = await asyncio.gather(*(code(f"wrong {number}") for number in range(50)))
-            return codes, slowed, before, known, new, at_once
+            return codes, slowed, new, at_once
 
-    codes, slowed, before, known, new, at_once = run(cloud, scenario, security=ServerSecurity(tokens=str(file)))
+    codes, slowed, new, at_once = run(cloud, scenario, security=ServerSecurity(tokens=str(file)))
     assert set(codes) == {grpc.StatusCode.UNAUTHENTICATED}
     assert slowed > 0.05 + 0.1 + 0.2 + 0.4
-    assert known < before + 0.5
-    assert 0.8 < new < before + 1.5
+    assert (waits["one"], waits["two"]) == ([0, 0], [0.8])
+    assert new > 0.8
     looked_at = at_once.count(grpc.StatusCode.UNAUTHENTICATED)
     assert 0 < looked_at <= server.MAX_GUESSES_OF_ONE, "more tokens of an address were compared than may be at once"
     assert f"4 wrong device tokens from {HERE}" in caplog.text
