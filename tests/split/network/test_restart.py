@@ -44,7 +44,7 @@ def test_a_cloud_that_is_started_anew_is_waited_for_and_asked_again(plugin, back
     plugin.save(tmp_path / "plugin")
     command = [
         sys.executable, "-c", HELD, f"{tmp_path}/killed", "device", f"--plugin={tmp_path}/plugin",
-        f"--cloud=127.0.0.1:{port}", "--interactive", "--max_new_tokens=60",
+        f"--cloud=127.0.0.1:{port}", "--interactive", "--max_new_tokens=60", "--patience=600",
     ]  # fmt: skip
     cloud = (backbone.name, f"--port={port}", "--deadline=30")
     pipe = subprocess.PIPE
