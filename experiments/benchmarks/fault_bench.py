@@ -41,6 +41,14 @@ PROMPT, NEW = "By which name do you call your donkey?", 8
 FAULTY = 2
 """The step of the exchange that goes wrong, of those that have one."""
 DEADLINE, IDLE = 2.0, 200
+HELD = """
+import runpy, time
+from spa_jax.split.device import Device
+receive = Device.receive
+Device.receive = lambda device, taps: time.sleep(600) if taps.step > 2 else receive(device, taps)
+runpy.run_module("spa_jax.serve", run_name="__main__", alter_sys=True)
+"""
+"""A device that is at work on its third answer whenever it is killed."""
 WHOLE, ONE, REST, ALL = "nothing is lost", "one token from f alone", "the rest from f alone", "all from f alone"
 
 
@@ -254,7 +262,7 @@ async def vanished(site: RunningCloud) -> str:
     before = site.log.read_text(encoding="utf-8")
     (site.harness.folder / "token").write_text("good-token", encoding="utf-8")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "spa_jax.serve", "device", f"--plugin={site.harness.plugin_directory}", "--tls",
+        sys.executable, "-c", HELD, "device", f"--plugin={site.harness.plugin_directory}", "--tls",
         f"--cloud={site.cloud.address}", f"--ca={site.harness.folder}/ca.pem", f"--prompt={PROMPT}",
         f"--token_file={site.harness.folder}/token", f"--max_new_tokens={NEW}", "--threshold=0",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,

@@ -56,8 +56,13 @@ def in_thread(start):
 
 
 def cloud_in_thread(cloud, limits=None):
+    """Generations of who has left end because of that, and not since they are abandoned."""
+
     async def start(ready, stop):
-        async with serving(cloud, "127.0.0.1:0", limits or Limits(deadline=30), ServerSecurity()) as (server, port):
+        async with serving(cloud, "127.0.0.1:0", limits or Limits(deadline=30, abandoned=600), ServerSecurity()) as (
+            server,
+            port,
+        ):
             ready((port, server))
             await stop.wait()
 

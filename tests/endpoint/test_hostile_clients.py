@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import json
 import socket
+import threading
 import time
 import urllib.parse
 
@@ -33,6 +34,8 @@ FOREIGN = (
     "evil.example", "evil.example:8471", "localhost.evil.example", "127.0.0.1.evil.example", "",
     "localhost@evil.example",
 )  # fmt: skip
+LEAVES = httpx2.Timeout(60, read=0.5)
+"""Of a client that leaves when it has not been answered for half a second."""
 
 
 class Served:
@@ -51,8 +54,8 @@ def test_a_server_that_stops_tells_those_it_is_answering(stream, server, plugins
     body = {"model": "inner", "messages": MESSAGES, "stream": stream, "max_tokens": 60, "spa": {"network_ms": 300}}
     endpoint = Endpoint(plugins, Connection(f"127.0.0.1:{server[0]}"))
     with concurrent.futures.ThreadPoolExecutor() as pool, endpoint_in_thread(endpoint) as (url, end):
-        asked = pool.submit(httpx2.post, f"{url}/v1/chat/completions", json=body, timeout=60)
-        latest = time.monotonic() + 10
+        asked = pool.submit(httpx2.post, f"{url}/v1/chat/completions", json=body, timeout=600)
+        latest = time.monotonic() + 120
         while not any(each.begun.done() for each in list(endpoint.running)):
             assert time.monotonic() < latest
             time.sleep(0.02)
@@ -65,12 +68,24 @@ def test_a_server_that_stops_tells_those_it_is_answering(stream, server, plugins
     assert "Traceback" not in caplog.text
 
 
-def test_a_stream_that_waits_shows_signs_of_life_that_clients_skip(url, monkeypatch):
+def test_a_stream_that_waits_shows_signs_of_life_that_clients_skip(url, server, monkeypatch):
+    engine, are_seen, lines = server[1]._cloud.engine, threading.Event(), []
+    turn = engine.turn
+
+    def held():
+        assert are_seen.wait(60)
+        return turn()
+
+    monkeypatch.setattr(engine, "turn", held)
     monkeypatch.setattr("spa_jax.endpoint.app.SIGN_SECONDS", 0.05)
     monkeypatch.setattr("spa_jax.split.waiting.TELL_EVERY", 0.02)
     body = {"model": "inner", "messages": MESSAGES, "stream": True, "max_tokens": 3, "spa": {"network_ms": 300}}
     with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
-        lines = [line for line in response.iter_lines() if line]
+        for line in filter(None, response.iter_lines()):
+            lines.append(line)
+            signs = [line for line in lines if line.startswith(":")]
+            if len(signs) >= 3 and signs[-1].startswith(": the cloud works, no token yet: "):
+                are_seen.set()
     kinds = [line.partition(" ")[0] for line in lines]
     first = next(at for at, line in enumerate(lines) if line.startswith("data:") and '"spa"' in line)
     assert kinds[:first].count(":") >= 3
@@ -90,7 +105,7 @@ def test_a_request_that_does_not_come_whole_is_not_waited_for(url, monkeypatch):
     monkeypatch.setattr("spa_jax.endpoint.app.BODY_SECONDS", 0.3)
     address = urllib.parse.urlsplit(url)
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
-    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         connection.sendall(head.encode())
         answer = ""
         while not answer.endswith("}"):
@@ -106,8 +121,8 @@ def test_who_leaves_before_the_first_token_ends_the_generation(stream, url, serv
     sessions = server[1]._sessions._by_name
     body = {"model": "inner", "messages": MESSAGES, "stream": stream, "spa": {"network_ms": 20_000}}
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=0.5)
-    latest = time.monotonic() + 5
+        httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=LEAVES)
+    latest = time.monotonic() + 60
     while any(session.is_running for session in list(sessions.values())):
         assert time.monotonic() < latest
         time.sleep(0.02)
@@ -136,16 +151,21 @@ def test_a_stream_whose_client_has_left_before_its_first_event_ends_what_it_has_
 
 
 def test_a_device_that_compiles_for_one_who_has_left_holds_up_nobody(url, monkeypatch):
-    began, receive = [], Device.receive
+    began, is_over, receive = threading.Event(), threading.Event(), Device.receive
 
     def slow(self, taps):
-        began.append(time.sleep(0 if began else 3))
+        began.set()
+        assert is_over.wait(600)
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)
-    with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{url}/v1/chat/completions", json={"model": "inner", "messages": MESSAGES}, timeout=0.5)
-    assert httpx2.get(f"{url}/health", timeout=1.5).status_code == 200
+    try:
+        while not began.is_set():
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(f"{url}/v1/chat/completions", json={"model": "inner", "messages": MESSAGES}, timeout=LEAVES)
+        assert httpx2.get(f"{url}/health", timeout=30).status_code == 200
+    finally:
+        is_over.set()
 
 
 @pytest.mark.parametrize("new", [4, 10_000], ids=["answered", "refused"])
@@ -154,10 +174,15 @@ def test_a_generation_leaves_no_task_behind(new, server, plugins):
         request = open_message(plugins["mine"], [QUESTION], new)
         with contextlib.suppress(UserError):
             await generate(Connection(f"127.0.0.1:{server[0]}"), plugins["mine"], request)
-        await asyncio.sleep(0.05)
-        return asyncio.all_tasks() - {asyncio.current_task()}
+        latest = time.monotonic() + 10
+        while left() and time.monotonic() < latest:
+            await asyncio.sleep(0.01)
+        return left()
 
-    assert not [task for task in asyncio.run(ask()) if "_consume_request_iterator" in repr(task)]
+    def left():
+        return [task for task in asyncio.all_tasks() if "_consume_request_iterator" in repr(task)]
+
+    assert not asyncio.run(ask())
 
 
 @pytest.mark.parametrize(

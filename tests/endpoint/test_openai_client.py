@@ -299,10 +299,10 @@ def test_who_leaves_ends_the_generation(url, server):
         assert running() == 1
     whole = {**body, "stream": False}
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(f"{url}/v1/chat/completions", json=whole, timeout=0.3)
+        httpx2.post(f"{url}/v1/chat/completions", json=whole, timeout=httpx2.Timeout(60, read=0.3))
 
     async def wait():
-        for _ in range(100):
+        for _ in range(1200):
             if not running():
                 return True
             await asyncio.sleep(0.05)

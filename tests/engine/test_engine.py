@@ -113,8 +113,10 @@ def test_rows_that_are_ready_go_in_one_call(cloud, monkeypatch):
 
 
 def test_a_call_ends_where_a_row_ends_and_has_few_steps(cloud, monkeypatch):
-    monkeypatch.setattr(schedule, "STEP_SECONDS", 1e9)
     plugin, counts = make_plugin("spa"), []
+    request = open_message(plugin, make_prompts(3)[:1], 20, setting="base")
+    generate(cloud, plugin, request)  # it is known how long a step takes
+    monkeypatch.setattr(schedule, "STEP_SECONDS", 1e9)
 
     def counted(*arguments, **static):
         found = programs.run_steps(*arguments, **static)
@@ -122,7 +124,6 @@ def test_a_call_ends_where_a_row_ends_and_has_few_steps(cloud, monkeypatch):
         return found
 
     monkeypatch.setattr(calls, "run_steps", counted)
-    request = open_message(plugin, make_prompts(3)[:1], 20, setting="base")
     (generation,) = generate(cloud, plugin, request).generations
     monkeypatch.setattr(schedule, "STEP_SECONDS", 0)
     assert generate(cloud, plugin, request).generations == [generation]

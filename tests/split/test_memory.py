@@ -26,9 +26,12 @@ async def _open_and_drop(channel, request):
         await asyncio.sleep(60)
 
     call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(say())
-    heard = await call.read()
-    assert heard is not grpc.aio.EOF, await call.details()
-    assert FromCloud.FromString(heard).HasField("opened"), FromCloud.FromString(heard)
+    kind = "working"
+    while kind == "working":
+        heard = await call.read()
+        assert heard is not grpc.aio.EOF, await call.details()
+        kind = FromCloud.FromString(heard).WhichOneof("message")
+    assert kind == "opened", FromCloud.FromString(heard)
     call.cancel()
 
 

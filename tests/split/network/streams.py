@@ -24,7 +24,7 @@ def run(cloud, scenario, limits=None, security=None):
             _,
             port,
         ):
-            return await asyncio.wait_for(scenario(port), 120)
+            return await asyncio.wait_for(scenario(port), 600)
 
     return asyncio.run(main())
 
@@ -47,8 +47,12 @@ class Stream:
         self.outbox.put_nowait(message if isinstance(message, bytes) else message.SerializeToString())
 
     async def receive(self):
-        data = await self.call.read()
-        return None if data is grpc.aio.EOF else FromCloud.FromString(data)
+        """Returns the next message but signs of life, which come when the cloud is slow; None at the end."""
+        while (data := await self.call.read()) is not grpc.aio.EOF:
+            message = FromCloud.FromString(data)
+            if not message.HasField("working"):
+                return message
+        return None
 
     async def _drain(self):
         while (message := await self.outbox.get()) is not None:

@@ -25,6 +25,7 @@ from spa_jax.split.messages_pb2 import FromDevice, Reply, Tensor
 from spa_jax.split.plan import MAX_PROMPT_SIZE
 from spa_jax.split.request import open_message
 from spa_jax.split.server import MAX_GUESSES_OF_ONE, MAX_SILENT, Limits, serving
+from spa_jax.split.session import Cloud
 from spa_jax.split.streams import Room
 
 MANY = 300
@@ -310,8 +311,12 @@ def compilations():
     is_on = False
 
 
-def test_what_a_request_names_is_compiled_once_if_at_all(cloud, backbone, compilations):
-    """The numbers in a request, of which there are many, are arguments of programs that are there."""
+def test_what_a_request_names_is_compiled_once_if_at_all(backbone, compilations):
+    """The numbers in a request, of which there are many, are arguments of programs that are there. The cache has its
+    size from the beginning."""
+    cloud = Cloud(backbone)
+    cloud.engine.slots.bound(2**22)
+    cloud.engine.slots.grow()
     plugins = {
         (entry, edits): random_plugin(backbone, "spa", entry=entry, edits=edits)
         for entry, edits in (("head", "targets"), (1, "targets"), (2, "targets"), (2, "all"))

@@ -123,11 +123,13 @@ def test_a_device_too_slow_for_an_opening_gets_what_an_uncorrected_prompt_gives(
     lost, _ = generate_and_record(cloud, plugin, asked, lambda exchange: "arrives" if exchange else "answer lost")
     assert lost.uncorrected_prompts == len(PROMPTS)
     assert lost.generations != in_process(cloud, plugin, asked).generations
-    before = metric("spa_uncorrected_prompts_total")
+    before, missed = metric("spa_uncorrected_prompts_total"), metric("spa_deadlines_missed_total")
 
     def slow(self, taps):
-        if taps.prompt and taps.step:
-            time.sleep(0.5)
+        latest = time.monotonic() + 60
+        while taps.prompt and taps.step and metric("spa_deadlines_missed_total") == missed:
+            assert time.monotonic() < latest
+            time.sleep(0.01)
         return receive(self, taps)
 
     monkeypatch.setattr(Device, "receive", slow)

@@ -113,30 +113,33 @@ def test_a_connection_that_grows_old_is_closed_and_only_who_reads_comes_back(clo
     here = in_process(cloud, plugin, request)
     receive, attach, sessions = Device.receive, ServerSession.attach, []
 
-    def slow(self, taps):
-        time.sleep(0.5)
-        return receive(self, taps)
-
     def attached(self):
         sessions.append(self)
         return attach(self)
 
-    monkeypatch.setattr(Device, "receive", slow)
     monkeypatch.setattr(ServerSession, "attach", attached)
 
     async def scenario(port):
         async with connected(port) as channel, Relay(port) as relay:
+
+            def slow(self, taps):
+                """Takes longer for the first question than a connection lasts."""
+                while relay.connections < 2:
+                    time.sleep(0.01)
+                return receive(self, taps)
+
+            monkeypatch.setattr(Device, "receive", slow)
             deaf = Stream(channel, FromDevice(open=request))
             while not sessions:
                 await asyncio.sleep(0.01)
-            there = await generate(Connection(relay.address), plugin, request)
+            there = await generate(Connection(relay.address, patience=600), plugin, request)
             while sessions[0].outbox is not None:
                 await asyncio.sleep(0.01)
             is_running = sessions[0].is_running
             deaf.call.cancel()
             return there, is_running, relay.connections
 
-    there, is_running, connections = run(cloud, scenario, Limits(deadline=600))
+    there, is_running, connections = run(cloud, scenario, Limits(deadline=600, abandoned=600))
     assert connections >= 2
     assert is_running, "the session of the deaf device was over, and with it the stream"
     assert there.generations == here.generations

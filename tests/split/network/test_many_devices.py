@@ -105,7 +105,7 @@ def test_of_a_thousand_devices_nothing_is_lost_and_nothing_is_left(cloud, backbo
     random.seed(0)
 
     async def main():
-        limits = Limits(deadline=60, linger=5, abandoned=20)
+        limits = Limits(deadline=60, linger=5, abandoned=20, open_seconds=120, queue_seconds=600)
         security = ServerSecurity(tokens=f"{tmp_path}/tokens")
         async with serving(cloud, "127.0.0.1:0", limits, security) as (service, port):
             options = [("grpc.use_local_subchannel_pool", 1)]

@@ -6,6 +6,7 @@ import pytest
 from streams import Stream, connected, metric, run
 
 from spa_jax.errors import UserError
+from spa_jax.split import waiting
 from spa_jax.split.client import generate
 from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
@@ -21,7 +22,8 @@ def request_(plugin):
     return open_message(plugin, PROMPTS, NEW)
 
 
-def test_a_device_waits_for_room_and_is_told_its_place(cloud, plugin, request_, caplog):
+def test_a_device_waits_for_room_and_is_told_its_place(cloud, plugin, request_, caplog, monkeypatch):
+    monkeypatch.setattr(waiting, "TELL_EVERY", 600)  # nothing is told before the place
     here, waits = in_process(cloud, plugin, request_), []
 
     async def scenario(port):

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import threading
 import time
+import types
 
 import pytest
 from streams import run
@@ -10,9 +12,10 @@ from streams import run
 from spa_jax.decoding.beam import Beams
 from spa_jax.engine.programs import MAX_STEPS
 from spa_jax.split import server, server_session, waiting
-from spa_jax.split.client import generate
+from spa_jax.split.client import DeviceClient, generate
 from spa_jax.split.connection import Connection
 from spa_jax.split.generation import generate as in_process
+from spa_jax.split.messages_pb2 import FromCloud
 from spa_jax.split.refusals import CloudGone
 from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
@@ -51,17 +54,38 @@ def ask(cloud, plugin, request, on_progress=None, on_wait=None, **connection):
 @pytest.mark.parametrize("where", ["plan", "begin", "turn"])
 @pytest.mark.parametrize("tells", [True, False])
 def test_a_cloud_that_is_busy_and_says_so_is_not_taken_for_dead(where, tells, cloud, plugin, signs, monkeypatch):
-    """As with a program that compiles."""
-    signs(SILENCE / 8 if tells else 600)
+    """As with a program that compiles. While the device hears signs of life, its clock goes on with them alone."""
+    signs(SILENCE / 2 if tells else 600)
     request = open_message(plugin, [PROMPT], 1, setting="base")
     here = in_process(cloud, plugin, request)
     owner = cloud.engine if where == "turn" else cloud
-    monkeypatch.setattr(owner, where, slow(getattr(owner, where), 1.8 * SILENCE))
+    work, handle, is_over, now = getattr(owner, where), DeviceClient.handle_message, threading.Event(), [0.0]
+
+    def busy(*arguments):
+        assert is_over.wait(600)
+        return work(*arguments)
+
+    def heard(client, data):
+        if FromCloud.FromString(data).HasField("working") and not is_over.is_set():
+            now[0] += SILENCE / 2
+            if now[0] > 1.8 * SILENCE:
+                is_over.set()
+        return handle(client, data)
+
+    async def scenario(port):
+        try:
+            return await generate(Connection(f"127.0.0.1:{port}", silence=SILENCE), plugin, request)
+        finally:
+            is_over.set()
+
+    monkeypatch.setattr(owner, where, busy)
     if tells:
-        assert ask(cloud, plugin, request, silence=SILENCE).generations == here.generations
+        monkeypatch.setattr(DeviceClient, "handle_message", heard)
+        monkeypatch.setattr(waiting, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+        assert run(cloud, scenario).generations == here.generations
     else:
         with pytest.raises(CloudGone, match="has said nothing for"):
-            ask(cloud, plugin, request, silence=SILENCE)
+            run(cloud, scenario)
 
 
 def test_a_device_that_stood_still_itself_does_not_blame_the_cloud(backbone, plugin, signs, monkeypatch):
@@ -93,8 +117,17 @@ def test_a_search_tells_how_far_it_is(cloud, plugin, signs, monkeypatch):
 
 def test_a_generation_without_a_question_comes_as_its_tokens_come(backbone, plugin, monkeypatch):
     cloud = Cloud(dataclasses.replace(backbone, eos_ids=()))
-    monkeypatch.setattr(cloud.engine, "turn", slow(cloud.engine.turn, 0.02))
-    came = []
+    turn, came = cloud.engine.turn, []
+
+    def follow():
+        """Goes on when all that was generated before has come."""
+        latest = time.monotonic() + 60
+        while sum(group.generated for group in cloud.engine._groups) > max(came, default=0):
+            assert time.monotonic() < latest
+            time.sleep(0.005)
+        return turn()
+
+    monkeypatch.setattr(cloud.engine, "turn", follow)
     ask(
         cloud, plugin, open_message(plugin, [PROMPT], 60, setting="base"),
         lambda progress: came.append(len(progress.generated[0].tokens)),
