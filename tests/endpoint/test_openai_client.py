@@ -295,7 +295,7 @@ def test_who_leaves_ends_the_generation(url, server):
     body["spa"] = {"network_ms": 100}
     running = lambda: sum(session.is_running for session in list(cloud_server._sessions._by_name.values()))  # noqa: E731
     with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
-        next(response.iter_lines())
+        next(line for line in response.iter_lines() if '"spa"' in line)
         assert running() == 1
     whole = {**body, "stream": False}
     with pytest.raises(httpx2.ReadTimeout):

@@ -31,7 +31,7 @@ def over(tiny_backbone_directory, tmp_path):
 
 def test_exchanges_take_what_the_network_takes(over):
     """No less than equation 6, and not much more: where the delay is long, all else is short."""
-    near, far = over(Link(0.01)), over(Link(0.5))
+    near, far = over(Link(0.01)), over(Link(0.1))
     assert near["tokens"] == far["tokens"]
     for row in (near, far):
         assert (row["exchanges"], row["degraded"]) == (NEW, 0)
