@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from spa_jax.data.padding import padded_length
 from spa_jax.decoding.cache import cache_bytes, grow_shared_cache, init_shared_cache
 from spa_jax.engine.extents import UNIT, Extents, power_of_two
 from spa_jax.models.llama import Llama
@@ -46,7 +47,7 @@ class Slots:
 
     def view(self, slots: int) -> int:
         """Returns how many slots a call sees of each row, one of few numbers, to see at least so many."""
-        return min(max(power_of_two(slots), UNIT), self.size)
+        return min(padded_length(slots, UNIT), self.size)
 
     def take(self, units: int) -> range | None:
         """Takes so many units side by side, as slots, and lets the cache grow for them; None where it may not."""

@@ -8,7 +8,6 @@ import numpy as np
 
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.engine.calls import Calls
-from spa_jax.engine.extents import UNIT
 from spa_jax.engine.group import Group, Task
 from spa_jax.engine.schedule import MAX_PART_TOKENS, MAX_ROWS, PART, part_length
 from spa_jax.engine.slots import Slots
@@ -61,7 +60,7 @@ def programs(calls: Calls, slots: Slots, model: Llama, longest: int) -> list[Cal
             group.prompt_states = np.zeros((view, width), model.activation_dtype)
         calls.finish_prompts(chosen, 0)
 
-    views = sorted({slots.view(length) for length in range(UNIT, longest + UNIT, UNIT)})
+    views = sorted({slots.view(length) for length in range(1, longest + 1)})
     lengths = sorted({part_length([length]) for length in range(1, PART + 1)})
     found: list[Callable[[], object]] = []
     for view in views:

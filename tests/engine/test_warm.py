@@ -32,13 +32,13 @@ def test_sessions_compile_nothing_that_was_warmed(backbone, monkeypatch):
         monkeypatch.setattr(module, "MAX_PART_TOKENS", UNIT)
     cold, cloud = Cloud(backbone), Cloud(backbone)
     cloud.engine.slots.bound(20 * UNIT * cloud.engine.slots.unit_bytes // UNIT)
-    left = list(cloud.engine.warm(UNIT))
+    left = list(cloud.engine.warm(UNIT + UNIT // 2))
     assert left == list(range(len(left), 0, -1))
     known = compiled()
     assert sum(known.values()) >= len(left)
     rng = np.random.default_rng(0)
     said = []
-    for lengths in ([3], [30, 40], [50], [9, 20]):
+    for lengths in ([3], [30, 40], [50], [9, 20], [80], [60, 85]):
         prompts = [rng.integers(1, 97, length).tolist() for length in lengths]
         for plugin in (make_plugin("spa", "tokenwise"), make_plugin("spa", "tokenwise", 7, 2, "all")):
             said.append((plugin, open_message(plugin, prompts, 8, threshold=0.3)))
