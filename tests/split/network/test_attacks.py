@@ -289,11 +289,8 @@ def test_an_attack_slows_nobody_by_much(name, cloud, plugin, security):
             async with ATTACKS[name](port, asked):
                 return without, await gaps(port)
 
-    for _ in range(3):  # other processes slow one or the other
-        without, within = asyncio.run(main())
-        print(f"{name}: {1e3 * without:.1f} ms between tokens, {1e3 * within:.1f} ms in the midst of it")
-        if within < 3 * without + 0.005:
-            break
+    without, within = asyncio.run(main())
+    print(f"{name}: {1e3 * without:.1f} ms between tokens, {1e3 * within:.1f} ms in the midst of it")
     assert within < 3 * without + 0.005
 
 
