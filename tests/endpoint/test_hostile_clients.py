@@ -35,7 +35,7 @@ FOREIGN = (
     "localhost@evil.example",
 )  # fmt: skip
 LEAVES = httpx2.Timeout(60, read=0.5)
-"""Of a client that leaves when it has not been answered for half a second."""
+"""Timeouts of a client that leaves when it has not been answered for half a second."""
 
 
 class Served:
