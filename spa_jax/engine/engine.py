@@ -125,6 +125,10 @@ class Engine:
             pass
         return extent
 
+    def go_on(self) -> bool:
+        """Turns, if there is nothing that `hold` waits for; false where nothing is due."""
+        return self.hold() > 0 or self.turn()
+
     def turn(self) -> bool:
         """Runs one call; false where nothing is due."""
         self.drop_finished()
@@ -149,7 +153,8 @@ class Engine:
             most = count_steps(rows, self._waiting(), bool(prompts), time.monotonic(), self.pace)
             steps = self._calls.run_steps(rows, most, self._clock)
             seconds = time.perf_counter() - began
-            self.pace.took_step(count_rows(rows), seconds / steps)
+            if any(group.phase is not Phase.OVER for group in rows):  # a step that ends all of them runs no lower block
+                self.pace.took_step(count_rows(rows), seconds / steps)
             self.tally.step_seconds += seconds
             self.tally.steps += steps
             self.tally.rows += steps * count_rows(rows)

@@ -261,10 +261,10 @@ class Group:
         self.prompt_states, self.phase = [], Phase.READY
 
     @property
-    def answer_due(self) -> float:
-        """When an answer is to be expected: half as long again as the lesser of the last two waits took, the first of
-        which may have compiled a program; infinite where nothing is known."""
-        return self.waits_since + 1.5 * min(self._waits)
+    def usual_wait(self) -> float:
+        """How many seconds an answer takes: the lesser of the last two waits, since the first may have compiled a
+        program; infinite where nothing is known."""
+        return min(self._waits)
 
     def settle(self, asked: Bool[np.ndarray, " K"], clock: int) -> None:
         """Waits if the device is asked about one of the newest tokens; otherwise it is ready for a step."""

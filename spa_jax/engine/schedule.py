@@ -18,6 +18,8 @@ STEP_SECONDS, PROMPT_SECONDS, ONLY_PROMPT_SECONDS = 0.25, 0.5, 1.0
 longer where nobody is ready for a step."""
 GATHERING = 0.05
 """The part of the time that prompts will take for which they are held, since more of them may be about to come."""
+LATE = 3.0
+"""For how many times as long as usual an answer is waited for."""
 FRESH_SECONDS = 1.0
 """About the longest that groups without a token are held while other prompts run."""
 
@@ -121,8 +123,12 @@ def count_steps(rows: Sequence[Group], waiting: Sequence[Group], has_prompts: bo
     where prompts wait, or the taps of every token are kept."""
     if has_prompts or any(group.keeps_all_taps for group in rows):
         return 1
-    until_due = (group.answer_due - now for group in waiting)
-    seconds = min([STEP_SECONDS, *(seconds for seconds in until_due if seconds > 0)])
+    until_due = (
+        group.usual_wait - (now - group.waits_since)
+        for group in waiting
+        if now - group.waits_since < LATE * group.usual_wait
+    )
+    seconds = min([STEP_SECONDS, *until_due])
     return min(max(int(seconds / pace.step(count_rows(rows))), 1), MAX_STEPS)
 
 
@@ -130,7 +136,7 @@ def hold_until(ready: Sequence[Group], waiting: Sequence[Group], now: float, sin
     """Computes until when to hold groups that are ready, since others are about to be answered.
 
     Two steps take longer than one of as many rows together. Groups are held as long as that is worth: at most for the
-    time that it saves.
+    time that it saves. A group that has never been answered is expected to take as long as the quickest of the others.
 
     Args:
         ready: groups that could take a step.
@@ -139,12 +145,15 @@ def hold_until(ready: Sequence[Group], waiting: Sequence[Group], now: float, sin
         pace: how long steps take.
     """
     rows, until, joining = choose_rows(ready), now, 0
-    for group in sorted(waiting, key=lambda group: group.answer_due):
-        if group.answer_due <= now or _kind(group) != _kind(rows[0]):
-            continue
+    quickest = min(group.usual_wait for group in [*ready, *waiting])
+    usual = {group: group.usual_wait if math.isfinite(group.usual_wait) else quickest for group in waiting}
+    alike = [
+        group for group in waiting if _kind(group) == _kind(rows[0]) and now - group.waits_since < LATE * usual[group]
+    ]
+    for group in sorted(alike, key=lambda group: group.waits_since + usual[group]):
         joining += group.task.columns
         together = count_rows(rows) + joining
         saved = pace.step(count_rows(rows)) + pace.step(joining) - pace.step(together)
-        if together <= MAX_ROWS and group.answer_due - since <= saved:
-            until = group.answer_due
+        if together <= MAX_ROWS and max(group.waits_since + usual[group], now) - since <= saved:
+            until = max(until, min(group.waits_since + LATE * usual[group], since + saved))
     return until

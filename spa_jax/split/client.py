@@ -274,7 +274,7 @@ class DeviceClient:
         self._waiting.hear()
         message = wire.parse(FromCloud, data)
         kind = message.WhichOneof("message")
-        is_new = False
+        is_new = message.HasField("progress") and self._take_progress(message.progress)
         if kind == "opened":
             check_opened(message.opened, self._request)
             is_new, self._session = not self._session, message.opened.session
@@ -282,9 +282,7 @@ class DeviceClient:
             self._device = self._device or device_for(self._plugin, self._request, lengths, self._head)
             self._lengths = self._lengths or lengths
         elif kind == "taps":
-            is_new = self._check_question(message.taps)
-        elif kind == "progress":
-            is_new = self._take_progress(message.progress)
+            is_new |= self._check_question(message.taps)
         elif kind == "working":
             told = min(message.working.tokens, len(self._request.prompts) * self._request.max_new_tokens)
             is_new, self._told_tokens = told > self._told_tokens, max(told, self._told_tokens)

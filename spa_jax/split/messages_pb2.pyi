@@ -155,20 +155,20 @@ class Reply(_message.Message):
     def __init__(self, step: _Optional[int] = ..., g: _Optional[_Union[Tensor, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FromCloud(_message.Message):
-    __slots__ = ("opened", "taps", "progress", "refusal", "queued", "working")
+    __slots__ = ("opened", "taps", "refusal", "queued", "working", "progress")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
-    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     taps: Taps
-    progress: Progress
     refusal: Refusal
     queued: Queued
     working: Working
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., taps: _Optional[_Union[Taps, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., taps: _Optional[_Union[Taps, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class FromDevice(_message.Message):
     __slots__ = ("open", "reply", "reopen", "cancel")

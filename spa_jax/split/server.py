@@ -225,7 +225,7 @@ class Server:
             async for news in outbox.messages():
                 message = news or FromCloud(working=Working(tokens=session.generation.num_generated))
                 if message.HasField("progress"):
-                    message = session.progress(num_sent)
+                    message.progress.CopyFrom(session.progress(num_sent))
                 data = message.SerializeToString()
                 metrics.BYTES_DOWN.inc(len(data))
                 await line.write(data, self._limits.abandoned)

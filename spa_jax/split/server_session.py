@@ -17,7 +17,8 @@ SIGN_EVERY = 5.0
 class Outbox:
     """The messages that a stream has yet to send.
 
-    A newer question or progress takes the place of an older one, so that a device that does not read costs no memory.
+    A newer question or progress takes the place of an older one, so that a device that does not read costs no memory;
+    where both wait, they go in one message.
     """
 
     def __init__(self) -> None:
@@ -26,11 +27,16 @@ class Outbox:
         self._open = True
 
     def put_latest(self, message: FromCloud) -> None:
-        """Adds a message; a question or progress takes the place of the one of its kind that still waits."""
-        replaceable = message.HasField("progress") or (message.HasField("taps") and not message.taps.prompt)
-        kind = message.WhichOneof("message") if replaceable else object()
-        self._queued.pop(kind, None)
-        self._queued[kind] = message
+        """Adds a message; a question or progress takes the place of the one of its kind that still waits, and joins the
+        one of the other kind."""
+        place: object = object()
+        if message.HasField("progress") or (message.HasField("taps") and not message.taps.prompt):
+            place = "newest"
+            waiting = self._queued.pop(place, FromCloud())
+            for kind in ("progress", "taps"):
+                if waiting.HasField(kind) and not message.HasField(kind):
+                    getattr(message, kind).CopyFrom(getattr(waiting, kind))
+        self._queued[place] = message
         self._changed.set()
 
     def close(self) -> None:
@@ -123,7 +129,7 @@ class ServerSession:
         """Lets the attached device know of what is new."""
         self.send(FromCloud(progress=Progress(done=self.is_done)))
 
-    def progress(self, num_sent: list[tuple[int, int]]) -> FromCloud:
+    def progress(self, num_sent: list[tuple[int, int]]) -> Progress:
         """Makes the message with what is generated beyond the tokens and pieces of each prompt that a stream has sent,
         and counts it as sent."""
         parts = []
@@ -144,9 +150,7 @@ class ServerSession:
                 )
             )
         degraded, uncorrected = self.generation.degraded, self.generation.uncorrected_prompts
-        return FromCloud(
-            progress=Progress(generated=parts, done=self.is_done, degraded=degraded, uncorrected_prompts=uncorrected)
-        )
+        return Progress(generated=parts, done=self.is_done, degraded=degraded, uncorrected_prompts=uncorrected)
 
     def send_prompt_messages(self, asked: int) -> None:
         """Sends what the generation has for the device to keep, after its question `asked`; mostly nothing."""

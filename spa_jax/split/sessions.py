@@ -108,7 +108,7 @@ class Sessions:
             try:
                 while True:
                     await self._await_answers()
-                    if not await self.run_program(self._engine.turn):
+                    if not await self.run_program(self._engine.go_on):
                         break
                     self._wake_sessions()
             except Exception as error:

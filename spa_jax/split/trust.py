@@ -32,8 +32,8 @@ def cause_of(reason: str) -> str:
 
 
 def most_bytes(config: PluginConfig, request: Open) -> int:
-    """Computes how long a message of the cloud may be: of taps for this plugin, or of the progress of what was asked
-    for, and no longer than any."""
+    """Computes how long a message of the cloud may be: of taps for this plugin and the progress of what was asked for,
+    and no longer than any."""
     rows, new = num_rows(request), request.max_new_tokens
     positions = rows * (new + 1) if request.attends else rows
     if request.attends or request.edits == "all":
@@ -44,7 +44,7 @@ def most_bytes(config: PluginConfig, request: Open) -> int:
     )
     f = rows * (4 * config.hidden_size + numbers)
     progress = len(request.prompts) * new * (MAX_TOKEN_BYTES + numbers)
-    return min(max(taps + f, progress) + 2**16, MAX_BYTES_DOWN)
+    return min(taps + f + progress + 2**16, MAX_BYTES_DOWN)
 
 
 def check_opened(opened: Opened, request: Open) -> None:

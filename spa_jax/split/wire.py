@@ -20,7 +20,7 @@ from spa_jax.split.messages_pb2 import Tensor
 
 Parsed = TypeVar("Parsed", bound=Message)
 
-VERSION = 6
+VERSION = 7
 """The version of the protocol; either side refuses another one by name."""
 
 CHUNK_POSITIONS = 64

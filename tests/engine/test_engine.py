@@ -112,6 +112,30 @@ def test_rows_that_are_ready_go_in_one_call(cloud, monkeypatch):
     assert rows == [6]
 
 
+def test_rows_that_are_ready_wait_for_others_that_are_about_to_be(cloud, monkeypatch):
+    """Also where the first answer comes after it was last asked whether to wait."""
+    plugin = make_plugin("s1")
+    requests = [open_message(plugin, make_prompts(seed)[:1], NEW) for seed in range(2)]
+    sessions = [cloud.open(request) for request in requests]
+    devices = [device_for(plugin, request, session.lengths) for request, session in zip(requests, sessions)]
+    for _ in range(2):
+        questions = [session.next_question() for session in sessions]
+        for session, device, question in zip(sessions, devices, questions):
+            session.apply_reply(device.receive(question))
+    questions = [session.next_question() for session in sessions]
+    monkeypatch.setattr(Pace, "step", lambda *_: 60.0)
+    sessions[0].apply_reply(devices[0].receive(questions[0]))
+    sessions[1]._groups[0]._waits = [20.0]
+    before = dataclasses.replace(cloud.engine.tally)
+    assert cloud.engine.go_on()
+    assert cloud.engine.tally == before
+    assert 0 < cloud.engine.hold() <= 60
+    sessions[1].apply_reply(devices[1].receive(questions[1]))
+    assert cloud.engine.hold() == 0
+    assert cloud.engine.go_on()
+    assert (cloud.engine.tally.steps, cloud.engine.tally.rows) == (before.steps + 1, before.rows + 2)
+
+
 def test_a_call_ends_where_a_row_ends_and_has_few_steps(cloud, monkeypatch):
     plugin, counts = make_plugin("spa"), []
     request = open_message(plugin, make_prompts(3)[:1], 20, setting="base")

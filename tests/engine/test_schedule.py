@@ -11,6 +11,7 @@ from spa_jax.engine.group import Group, Task
 from spa_jax.engine.programs import MAX_STEPS
 from spa_jax.engine.schedule import (
     FRESH_SECONDS,
+    LATE,
     MAX_PART_TOKENS,
     PART,
     STEP_SECONDS,
@@ -26,8 +27,10 @@ from spa_jax.engine.schedule import (
 FIXED, PER_ROW = 0.06, 0.01
 
 
-def make_group(length=64, since=0, entry=9, columns=1, generated=1, corrects_prompt=False, attends=False, due=math.inf):
-    """A group that has waited until an answer is `due`, on a clock that begins at 0."""
+def make_group(
+    length=64, since=0, entry=9, columns=1, generated=1, corrects_prompt=False, attends=False, usual=math.inf, at=0.0
+):
+    """A group that waits since a time, and usually for so many seconds."""
     kernel, none = np.zeros((0, 2), np.float32), np.zeros(0, np.float32)
     task = Task(
         kernel, none, 0.5, routed=True, asks=True, adds=True, entry=entry, enters_at_head=False, taps=(0,),
@@ -35,9 +38,9 @@ def make_group(length=64, since=0, entry=9, columns=1, generated=1, corrects_pro
         beams=Beams(columns) if columns > 1 else None, keep=lambda taps: taps,
     )  # fmt: skip
     group = Group(task, 0, [1] * length, entry, range(128))
-    group.since, group.waits_since = since, 0.0
+    group.since, group.waits_since = since, at
     group.hypotheses = [each.extended(1, False, 0.0) if generated else each for each in group.hypotheses]
-    group._waits = [due / 1.5]
+    group._waits = [usual]
     return group
 
 
@@ -97,7 +100,9 @@ def test_a_call_has_several_steps_where_nobody_needs_another(pace):
     alone = [make_group()]
     assert count_steps(alone, [], False, 0.0, pace) == int(STEP_SECONDS / (FIXED + PER_ROW))
     assert count_steps(alone, [make_group()], False, 0.0, pace) > 1
-    assert count_steps(alone, [make_group(due=0.01)], False, 0.0, pace) == 1
+    assert count_steps(alone, [make_group(usual=0.01)], False, 0.0, pace) == 1
+    assert count_steps(alone, [make_group(usual=0.01)], False, 0.02, pace) == 1
+    assert count_steps(alone, [make_group(usual=0.01)], False, LATE * 0.01, pace) > 1
     assert count_steps(alone, [], True, 0.0, pace) == 1
     assert count_steps([make_group(attends=True)], [], False, 0.0, pace) == 1
     pace.took_step(1, 1e-4)
@@ -105,29 +110,36 @@ def test_a_call_has_several_steps_where_nobody_needs_another(pace):
 
 
 @pytest.mark.parametrize(
-    ("ready", "due", "until"),
+    ("ready", "usual", "until"),
     [
         (1, [], 0.0),
         (1, [math.inf], 0.0),
-        (8, [0.02] * 8, 0.02),
-        (2, [0.02, 0.04, 0.3], 0.04),
+        (8, [0.02] * 8, 0.06),
+        (8, [0.01] * 8, 0.03),
+        (2, [0.01, 0.3], 0.03),
+        (2, [0.02, 0.04, 0.3], 0.06),
+        (2, [0.01, math.inf], 0.03),
         (8, [0.02], 0.0),
         (8, [0.3], 0.0),
-        (8, [-1.0], 0.0),
         (32, [0.01], 0.0),
-        (31, [0.01, 0.02], 0.01),
+        (31, [0.01, 0.02], 0.03),
     ],
 )
-def test_rows_are_held_for_answers_that_come_before_a_second_step_would_be_over(ready, due, until, pace):
-    rows, waiting = [make_group() for _ in range(ready)], [make_group(due=at) for at in due]
-    assert hold_until(rows, waiting, 0.0, 0.0, pace) == until
+def test_rows_are_held_for_answers_that_usually_come_before_a_second_step_would_be_over(ready, usual, until, pace):
+    """For three times as long as usual, and no longer than what steps take whatever their rows, which one saves."""
+    rows, waiting = [make_group() for _ in range(ready)], [make_group(usual=at) for at in usual]
+    assert hold_until(rows, waiting, 0.0, 0.0, pace) == pytest.approx(until)
 
 
-def test_rows_are_held_no_longer_for_others_that_come_later(pace):
+def test_rows_are_held_no_longer_for_others_that_come_later_or_too_late(pace):
     """And for none whom they could take no step with."""
-    assert hold_until([make_group()], [make_group(due=1.01)], 1.0, 1.0, pace) == 1.01
-    assert hold_until([make_group()], [make_group(due=1.01)], 1.0, 0.9, pace) == 1.0
-    assert hold_until([make_group()], [make_group(entry=3, due=1.01)], 1.0, 1.0, pace) == 1.0
+    ready, soon = [make_group()], [make_group(usual=0.02, at=0.99)]
+    assert hold_until(ready, soon, 1.0, 1.0, pace) == pytest.approx(0.99 + 3 * 0.02)
+    assert hold_until(ready, soon, 1.0, 0.98, pace) == pytest.approx(0.98 + FIXED)
+    assert hold_until(ready, soon, 1.0, 0.9, pace) == 1.0
+    assert hold_until(ready, [make_group(usual=0.02, at=0.96)], 1.0, 0.98, pace) == pytest.approx(0.96 + 3 * 0.02)
+    assert hold_until(ready, [make_group(usual=0.02, at=0.9)], 1.0, 1.0, pace) == 1.0
+    assert hold_until(ready, [make_group(entry=3, usual=0.02, at=0.99)], 1.0, 1.0, pace) == 1.0
 
 
 def test_prompts_are_held_for_others_by_what_they_take_until_a_call_is_full(pace):

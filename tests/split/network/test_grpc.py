@@ -298,7 +298,31 @@ def test_what_a_device_does_not_read_is_replaced_by_what_is_newer():
     async def drained():
         return [message async for message in outbox.messages()]
 
-    assert asyncio.run(drained()) == [opened, *prompt, news[1], steps[2]]
+    both = FromCloud(taps=Taps(step=3), progress=Progress(degraded=2))
+    assert asyncio.run(drained()) == [opened, *prompt, both]
+
+
+def test_tokens_come_beside_the_question_that_follows_from_them(cloud, plugin):
+    request = open_message(plugin, ["Short?"], 4, setting="s1")
+    here = in_process(cloud, plugin, request)
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            stream, device, heard = Stream(channel, FromDevice(open=request)), None, []
+            while (message := await stream.receive()) is not None:
+                if message.HasField("opened"):
+                    device = device_for(plugin, request, list(message.opened.lengths))
+                if message.HasField("taps"):
+                    stream.send(FromDevice(reply=device.receive(message.taps)))
+                tokens = [token for each in message.progress.generated for token in each.tokens]
+                heard.append((message.HasField("taps"), tokens))
+            return heard
+
+    tokens = here.generations[0].tokens
+    assert len(tokens) > 1
+    assert run(cloud, scenario) == [
+        (False, []), (True, []), *[(True, [token]) for token in tokens[:-1]], (False, tokens[-1:])
+    ]  # fmt: skip
 
 
 def test_a_device_that_comes_back_before_it_had_the_whole_prompt_is_told_again(cloud, plugin):

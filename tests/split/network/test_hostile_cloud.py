@@ -48,6 +48,11 @@ def question(step=1, rows=(0,), positions=(LENGTH - 1,), value=1.0, count=None, 
     return FromCloud(taps=Taps(step=step, rows=rows, positions=positions, taps={"values": values.tobytes()}, **changed))
 
 
+def beside(one, other):
+    """Both in one message."""
+    return FromCloud.FromString(one.SerializeToString() + other.SerializeToString())
+
+
 def says(*messages):
     """A cloud that says this to every stream, and ends it."""
 
@@ -114,6 +119,14 @@ CASES = {
         "tells of 2 generations, and 1 were",
     ),
     "an end without a token": (says(opened(), progress(done=True)), "0 pieces of text and 0 tokens at the end"),
+    "more tokens beside a question": (
+        says(opened(), beside(progress(1, 2, 3, 4, 5), question())),
+        "sends 5 tokens, and at most 4 were asked for",
+    ),
+    "a question for nobody beside tokens": (
+        says(opened(), beside(progress(1), question(rows=(7,)))),
+        r"taps of rows \[7\] at positions",
+    ),
     "more tokens": (says(opened(), progress(1, 2, 3, 4, 5)), "sends 5 tokens, and at most 4 were asked for"),
     "more tokens by and by": (
         says(opened(), progress(1, 2, 3), progress(4, 5, begin=3)),
