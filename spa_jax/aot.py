@@ -20,9 +20,9 @@ from spa_jax import command
 from spa_jax.choices import CODECS, Codec
 from spa_jax.compiling.programs import Compiled, ProgramName, Sizes, compile_programs
 from spa_jax.compiling.topology import GIB, Target, find_target
+from spa_jax.decoding.encoders import row_length
 from spa_jax.files import write_json
 from spa_jax.train import read_config
-from spa_jax.training.rows import row_length
 from spa_jax.training.sharding import AXES, MeshPartitioner, make_mesh
 
 flags.declare_key_flag("config")  # of spa_jax.train; --help shows it

@@ -8,13 +8,13 @@ from typing import Any
 from spa_jax.data.tasks import Split
 from spa_jax.data.text import check_prompt
 from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.encoders import prompt_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.files import path_of
 from spa_jax.models.combine import Setting
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.training.config import RunConfig, with_defaults
-from spa_jax.training.rows import prompt_encoder
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.hub import plugin_directory

@@ -92,6 +92,7 @@ from spa_jax.conversation import Conversation
 from spa_jax.data.detokenizing import StreamingDetokenizer
 from spa_jax.data.encoding import Encoder
 from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.encoders import prompt_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.sampling import Sampling
 from spa_jax.decoding.settings import resolve_setting
@@ -107,7 +108,6 @@ from spa_jax.split.messages_pb2 import Generated, Open, Progress
 from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
 from spa_jax.terminal import Mode, converse
-from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.hub import plugin_directory
 from spa_jax.weights.peft import PeftPlugin, load_trained

@@ -20,12 +20,12 @@ from experiments.benchmarks.output import write_result
 from spa_jax import command
 from spa_jax.data.encoding import Example
 from spa_jax.data.tasks import load_split
+from spa_jax.decoding.encoders import task_encoder
 from spa_jax.errors import UserError
 from spa_jax.models.compute import WEIGHTS, Compute
 from spa_jax.scoring.bootstrap import estimate
 from spa_jax.scoring.evaluation import EvaluationConfig, evaluate
 from spa_jax.training.config import with_defaults
-from spa_jax.training.rows import task_encoder
 from spa_jax.training.run import train
 from spa_jax.training.sources import run_backbone
 from spa_jax.training.vocabulary_loss import best_tokens

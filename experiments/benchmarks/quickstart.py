@@ -15,10 +15,10 @@ from experiments.benchmarks.output import write_result
 from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.persona import PersonaRow, generate, is_right
+from spa_jax.decoding.encoders import prompt_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.models.combine import Setting
 from spa_jax.training.config import parse
-from spa_jax.training.rows import prompt_encoder
 from spa_jax.training.run import train
 from spa_jax.weights.backbone import Backbone
 from spa_jax.weights.plugin import Plugin, load_plugin

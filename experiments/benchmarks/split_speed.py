@@ -21,6 +21,7 @@ from experiments.record import print_table
 from spa_jax import command
 from spa_jax.data.persona import generate as persona
 from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.encoders import prompt_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.split import client
@@ -30,7 +31,6 @@ from spa_jax.split.generation import generate
 from spa_jax.split.head import Head, head_of
 from spa_jax.split.request import open_message
 from spa_jax.split.session import Cloud
-from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.plugin import Plugin, load_plugin
 from spa_jax.weights.registry import load_backbone
 

@@ -19,11 +19,11 @@ from experiments.record import write_record
 from spa_jax import command
 from spa_jax.data import persona
 from spa_jax.data.detokenizing import token_texts
+from spa_jax.decoding.encoders import prompt_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.files import write_bytes
 from spa_jax.scoring.effect import alternatives
-from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.plugin import load_plugin
 from spa_jax.weights.registry import load_backbone
 

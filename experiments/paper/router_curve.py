@@ -22,13 +22,13 @@ from experiments.paper.scales import BUDGET, TITLES, Scale
 from experiments.paper.store import CellStore
 from experiments.record import hardware
 from spa_jax.data.tasks import load_split
+from spa_jax.decoding.encoders import task_encoder
 from spa_jax.files import write_json
 from spa_jax.models.llama import Params
 from spa_jax.scoring.router_curve import gap_recovered, loss_by_share, random_loss_by_share
 from spa_jax.training.features import Features
 from spa_jax.training.methods import recipe_for
 from spa_jax.training.outcomes import Outcomes
-from spa_jax.training.rows import task_encoder
 from spa_jax.training.scorer import Scorer
 from spa_jax.weights.plugin import Plugin, load_plugin
 

@@ -21,6 +21,7 @@ from spa_jax.data.pairs import Pair
 from spa_jax.data.row_formats import read_pairs
 from spa_jax.data.tasks import Split, find_task, load_split, nested_subset
 from spa_jax.decoding.beam import Beams
+from spa_jax.decoding.encoders import task_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.decoding.hypotheses import Generation
 from spa_jax.decoding.prompt_store import PromptStore
@@ -36,7 +37,6 @@ from spa_jax.scoring.scores import Kind, repetition, score
 from spa_jax.training.methods import recipe_for
 from spa_jax.training.outcomes import threshold_for, token_metrics
 from spa_jax.training.progress import progress_bar
-from spa_jax.training.rows import task_encoder
 from spa_jax.training.scorer import Scorer
 from spa_jax.training.sources import run_backbone
 from spa_jax.weights.backbone import Backbone

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from spa_jax.data.pairs import Pair
+from spa_jax.decoding.encoders import task_encoder
 from spa_jax.errors import UserError
 from spa_jax.training.config import DataConfig
-from spa_jax.training.rows import load_pairs, task_encoder
+from spa_jax.training.rows import load_pairs
 from spa_jax.weights.huggingface import load_directory
 
 CONTEXT = "the backbone's context of 128 tokens; only the first source is ever cut: shorten the rest"

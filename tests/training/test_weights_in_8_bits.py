@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import pytest
 
+from spa_jax.decoding.encoders import prompt_encoder
 from spa_jax.decoding.fused import FusedModel
 from spa_jax.errors import UserError
 from spa_jax.models.compute import Compute
 from spa_jax.scoring.evaluation import EvaluationConfig, _identity
 from spa_jax.training import run
-from spa_jax.training.rows import prompt_encoder
 from spa_jax.weights.registry import load_backbone
 
 INT8 = {"compute.weights": "int8"}

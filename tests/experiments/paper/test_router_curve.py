@@ -7,7 +7,7 @@ import pytest
 from experiments.paper import router_curve
 from experiments.paper.cells import plugin_training
 from spa_jax.data.tasks import load_split
-from spa_jax.training.rows import task_encoder
+from spa_jax.decoding.encoders import task_encoder
 from spa_jax.weights.plugin import load_plugin
 
 
