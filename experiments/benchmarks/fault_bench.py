@@ -150,6 +150,10 @@ class RunningCloud:
         session, device, progress, said = "", None, Progress(), []
         async with self.stream(first or FromDevice(open=self.harness.request)) as stream:
             async for message in stream.messages():
+                if message.HasField("progress"):
+                    progress = merge_progress(progress, message.progress)
+                    if progress.done:
+                        break
                 if message.HasField("opened"):
                     session = message.opened.session
                     device = device_for(self.harness.plugin, self.harness.request, list(message.opened.lengths))
@@ -158,10 +162,6 @@ class RunningCloud:
                     for data in await respond(message.taps.step, said):
                         stream.say(data)
                     if message.taps.step == until:
-                        break
-                elif message.HasField("progress"):
-                    progress = merge_progress(progress, message.progress)
-                    if progress.done:
                         break
         return session, progress
 

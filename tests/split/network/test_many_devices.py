@@ -62,6 +62,11 @@ class Device:
         stream, progress, device, session = self.stream(FromDevice(open=self.request)), Progress(), None, ""
         while (message := await stream.receive()) is not None:
             assert not message.HasField("refusal"), message.refusal.reason
+            if message.HasField("progress"):
+                progress = merge_progress(progress, message.progress)
+                if progress.done:
+                    stream.call.cancel()
+                    return progress
             if message.HasField("opened"):
                 session = message.opened.session
                 device = device or device_for(self.plugin, self.request, list(message.opened.lengths))
@@ -79,11 +84,6 @@ class Device:
                     return None
                 self.kind = "honest"
                 stream = self.stream(FromDevice(reopen=Reopen(session=session, step=self.at)))
-            elif message.HasField("progress"):
-                progress = merge_progress(progress, message.progress)
-                if progress.done:
-                    stream.call.cancel()
-                    return progress
         raise AssertionError("the stream ended before all was generated")
 
 
