@@ -5,7 +5,8 @@
 SmolLM2 in float32 with a random plugin that is always asked, or the backbone alone. The cloud is a process of its own
 and the devices are tasks of this one, which share a compiled side network. Each number of devices is run once to
 compile, then `REPEATS` times in turn with the fused program, always with prompts that nobody has asked before, and the
-medians count: the rate of all devices together, the time to the first token, and that between two messages with tokens.
+medians count: the rate of all devices together, its share of the program's in the same turn, the time to the first
+token, and that between two messages with tokens.
 Since the devices take a part of the same cores, the processor time of a token is told apart: the cloud's, the devices'
 and the fused program's.
 """
@@ -82,7 +83,7 @@ def measure(
             "devices": count,
             "tokens_per_second": medians["devices"],
             "fused_tokens_per_second": medians["fused"],
-            "share_of_fused": medians["devices"] / medians["fused"],
+            "share_of_fused": statistics.median(own / one for own, one in zip(rates["devices"], rates["fused"])),
             "seconds_to_first_token": percentiles(first),
             "seconds_between_tokens": percentiles(between),
             "cpu_ms_per_token": {name: 1000 * statistics.median(values) for name, values in cpu.items()},
