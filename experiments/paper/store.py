@@ -80,12 +80,11 @@ class CellStore:
             UserError: its record is damaged, or of another cell.
         """
         if cell not in self._results:
-            if self.done(cell):
-                self._results[cell] = self._kept(cell)
-            elif self.may_run:
-                self._results[cell] = self._evaluate(cell)
-            else:
-                return None
+            if not self.done(cell):
+                if not self.may_run:
+                    return None
+                self._evaluate(cell)
+            self._results[cell] = self._kept(cell)  # from the files also when just made: their scores are rounded
         return self._results[cell]
 
     def _kept(self, cell: Cell) -> dict[str, Any]:
@@ -184,8 +183,8 @@ class CellStore:
             runs |= {label: on for label in trials(on) if not self._path("trainings", label).exists()}
         return runs
 
-    def _evaluate(self, cell: Cell) -> dict[str, Any]:
-        """Runs a cell, keeps its record and returns its result."""
+    def _evaluate(self, cell: Cell) -> None:
+        """Runs a cell and keeps its record."""
         plugin = None if cell.training is None else load_trained(self.train(cell.training) / "plugin")
         log.info("cell %s", cell.label)
         began, output = time.perf_counter(), self._workdir / "evaluations" / cell.label
@@ -210,7 +209,6 @@ class CellStore:
             **kept,  # the other intervals are of the predictions
         }
         write_json(self._path("cells", cell.label), record)
-        return record | found
 
     def _losses(self, cell: Cell, trained: Trained | None) -> dict[str, float]:
         """Measures teacher-forced metrics on single questions: at the plugin's own threshold, with a router also at a

@@ -27,14 +27,15 @@ def test_a_finished_cell_is_not_run_again_and_an_unfinished_one_is(store, runnin
     def evaluate(self, cell):
         ran.append(cell.label)
         keep_cell(self, cell, [5.0])
-        return {"what": "was measured"}
 
     monkeypatch.setattr(CellStore, "_evaluate", evaluate)
     assert store.result(BASE) is None
     assert not store.done(BASE)
-    assert running_store.result(BASE) == running_store.result(BASE) == {"what": "was measured"}
+    made = running_store.result(BASE)
+    assert made == running_store.result(BASE)
     assert store.done(BASE)
     kept = store.result(BASE)
+    assert made == kept
     assert (kept["score/rougeL"][0], kept["loss/base"]) == (5.0, 4.0)
     assert ran == ["sciq-base"]
 
@@ -54,14 +55,15 @@ def test_what_a_cell_measured_is_kept_and_found_again(running_store, store, monk
         assert plugin is None
         output.mkdir(parents=True)
         (output / "predictions.jsonl").write_bytes(said)
-        scores = {"score/rougeL": [7.0, -np.inf, np.inf], "consulted_share": 1.0}
+        scores = {"score/rougeL": [7.00001, -np.inf, np.inf], "consulted_share": 1.0}  # the file's are rounded
         return {"loss/base": 3.0, "nats": [3.0, 2.5, 3.5], **scores}
 
     monkeypatch.setattr(store_module, "evaluate", evaluate)
     monkeypatch.setattr(CellStore, "backbone", None)
     found, kept = running_store.result(BASE), store.result(BASE)
-    for key in ("cell", "loss/base", "nats", "score/rougeL", "consulted_share", "share", "hardware"):
-        assert found[key] == kept[key]
+    assert found == kept
+    assert found["score/rougeL"] == [7.0, -np.inf, np.inf]
+    assert {"cell", "loss/base", "nats", "score/rougeL", "consulted_share", "share", "hardware"} <= set(found)
     record = json.loads((store.results / "cells" / "sciq-base.json").read_text())
     assert record["description"] == BASE.description
     assert not any(key.startswith("score/") for key in record)
