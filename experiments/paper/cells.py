@@ -155,14 +155,25 @@ def _evaluated(every: int) -> dict[str, int]:
     return {"train.eval_every": every} if every else {}
 
 
-def inner_training(scale: Scale, task: str, setting: str, seed: int = 0) -> Training:
-    """Trains the scale's best plugin on the rows, lengths and epochs of `short_training`."""
+def inner_training(scale: Scale, task: str, setting: str, seed: int = 0, labels: str = "") -> Training:
+    """Trains the scale's best plugin on the rows, lengths and epochs of `short_training`.
+
+    Args:
+        scale: has them.
+        task: whose data.
+        setting: `spa` or `s2`.
+        seed: of the run.
+        labels: `router.labels`; empty for the plugin's own.
+    """
     changes = {"setting": setting, "data.size": scale.sizes[task]["full"], **scale.short[task], **scale.plugin}
     changes |= _evaluated(scale.inner_eval_every)
     words = [task, "full", setting, "inner"]
     if seed:
         words.append(f"seed{seed}")
         changes["seed"] = seed
+    if labels:
+        words.append(f"labels-{labels}")
+        changes["router.labels"] = labels
     return Training("-".join(words), task, FrozenDict(changes))
 
 

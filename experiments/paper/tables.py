@@ -75,17 +75,25 @@ def head_sizes(scale: Scale, task: str) -> dict[str, Cell]:
 def entries(scale: Scale, task: str) -> dict[str, Cell]:
     """Returns the cells that compare corrections in front of the LM head, those before an inner block, and LoRA.
 
-    All are trained on the same rows, lengths and epochs; SPA before the inner block on SciQ with two more seeds.
+    All are trained on the same rows, lengths and epochs; SPA before the inner block on SciQ with two more seeds, and
+    with each label of its router as what asking gains after the router's own earlier decisions.
     """
     head, added = short_training(scale, task, "spa"), inner_training(scale, task, "spa")
     found = {"one-shot": one_shot(task), "SPA, head": cell_of(head), AT_HEAD: cell_of(head, budget=BUDGET)}
     if task in scale.replacing:
         replaced = inner_training(scale, task, "s2")
         found |= {"LST (S3), inner": cell_of(replaced, "s3"), "S2, inner": cell_of(replaced)}
-    found |= {"S1, inner": cell_of(added, "s1"), "SPA, inner": cell_of(added), AT_INNER: cell_of(added, budget=BUDGET)}
+    found |= {"S1, inner": cell_of(added, "s1"), INNER: cell_of(added), AT_INNER: cell_of(added, budget=BUDGET)}
     for seed in range(1, SEEDS if task == "sciq" else 1):
         again = inner_training(scale, task, "spa", seed)
         found[f"{AT_INNER}, seed {seed}"] = cell_of(again, budget=BUDGET)
+    if task == "sciq" and "router.labels" in scale.plugin:  # what it has instead of the default
+        taught = inner_training(scale, task, "spa", labels="router")
+        taught_by = "SPA with router.labels=router"
+        found |= {
+            f"{taught_by}, inner": cell_of(taught),
+            f"{taught_by} at {BUDGET}, inner": cell_of(taught, budget=BUDGET),
+        }
     if task in scale.beside_lora:
         found["LoRA"] = cell_of(short_training(scale, task, "lora"))
     return found
@@ -97,7 +105,7 @@ def texts(scale: Scale, task: str) -> dict[str, Cell]:
     return {"one-shot": one_shot(task), **smaller, **settings(scale, task)}
 
 
-AT_HEAD, AT_INNER = f"SPA at {BUDGET}, head", f"SPA at {BUDGET}, inner"
+AT_HEAD, INNER, AT_INNER = f"SPA at {BUDGET}, head", "SPA, inner", f"SPA at {BUDGET}, inner"
 SEEDS = 3
 FIGURE4_TASKS, FIGURE4_EPOCHS = ("xsum", "sciq"), (1, 2, 4, 8, EPOCHS)
 PARALLEL, SEQUENTIAL = "parallel (S1)", "sequential (S3)"

@@ -102,6 +102,8 @@ def test_entries_show_the_loss_of_each_cells_own_setting_and_are_of_one_protocol
     assert len({tuple(changes[key] for key in same) for changes in trainings}) == 1
     seeds = [found[row].training.changes.get("seed", 0) for row in found if row.startswith(tables.AT_INNER)]
     assert seeds == [0, 1, 2]
+    taught = found["SPA with router.labels=router, inner"].training
+    assert dict(taught.changes) == {**found[tables.INNER].training.changes, "router.labels": "router"}
 
 
 def test_figure_4_has_a_point_for_every_number_of_epochs(store, keep_cell):
