@@ -19,6 +19,8 @@ from spa_jax.errors import UserError
 
 EarlyStopping = bool | Literal["never"]
 STOPPINGS: tuple[EarlyStopping, ...] = (False, True, "never")
+MAX_LENGTH_PENALTY = 8.0
+"""The largest exponent of a length either way, so that its power is finite in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +43,15 @@ class Beams:
         """Refuses values out of range, and returns itself.
 
         Raises:
-            UserError: the width is below 1.
+            UserError: the width is below 1, or the length penalty too large either way.
         """
         if self.width < 1:
             raise UserError(f"beams is {self.width}, but must be 1 or more")
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            raise UserError(
+                f"length_penalty is {self.length_penalty}, but must be between {-MAX_LENGTH_PENALTY} and "
+                f"{MAX_LENGTH_PENALTY}"
+            )
         return self
 
 

@@ -3,6 +3,7 @@
 Shape letters: B rows, G groups of one hypothesis each, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,8 +35,8 @@ class Sampling(NamedTuple):
         Raises:
             UserError: a value is out of range; the message names it.
         """
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or more, and finite")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}, but must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:

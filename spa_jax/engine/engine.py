@@ -14,6 +14,7 @@ from spa_jax.engine.extents import count_units
 from spa_jax.engine.group import Group, Phase, Task
 from spa_jax.engine.prefixes import Prefixes
 from spa_jax.engine.schedule import (
+    MAX_ROWS,
     Pace,
     choose_parts,
     choose_rows,
@@ -83,7 +84,13 @@ class Engine:
 
         Yields:
             How many programs are left.
+
+        Raises:
+            UserError: the backbone takes fewer tokens, or the cache does not fit the device's memory.
         """
+        most = self._backbone.config.max_position_embeddings
+        if longest > most:
+            raise UserError(f"programs for {longest} tokens cannot be compiled: the backbone takes at most {most}")
         self.slots.grow()
         self.prefixes.copy((), ())
         left = programs(self._calls, self.slots, self._model, longest)
@@ -162,7 +169,9 @@ class Engine:
         return bool(ready or prompts)
 
     def _begin(self, prompts: Sequence[Group], others_wait: bool) -> list[Group]:
-        """Chooses prompts whose next parts run together, behind what others have run of them."""
+        """Chooses prompts whose next parts run together, behind what others have run of them; among few, so that a turn
+        is short however many there are."""
+        prompts = sorted(prompts, key=lambda group: group.since)[:MAX_ROWS]
         prompts = self.prefixes.left_to_run(prompts)
         for group in prompts:
             self.prefixes.reuse(group)

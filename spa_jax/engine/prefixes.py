@@ -5,6 +5,7 @@ that begins with blocks in the tree, or with a part of one, copies them into its
 what it has run is copied into the tree. The blocks used least recently make room for others, and for sessions.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Hashable, Sequence
@@ -32,6 +33,8 @@ class Node:
         parent: None of a root.
         used: when it was last kept, on the tree's clock.
         children: the blocks that follow it.
+        ordered: these in the order of their tokens, in which those most alike are next to each other.
+        name: of a root, whose prompts are behind it.
     """
 
     block: Block
@@ -39,6 +42,26 @@ class Node:
     parent: "Node | None"
     used: int
     children: dict[Block, "Node"] = dataclasses.field(default_factory=dict)
+    ordered: list[Block] = dataclasses.field(default_factory=list)
+    name: Hashable = None
+
+    def add(self, block: Block, slots: range, used: int) -> "Node":
+        """Adds a child."""
+        child = self.children[block] = Node(block, slots, self, used)
+        bisect.insort(self.ordered, block)
+        return child
+
+    def remove(self, child: "Node") -> None:
+        """Takes a child away."""
+        del self.children[child.block]
+        self.ordered.pop(bisect.bisect_left(self.ordered, child.block))
+
+    def most_alike(self, block: Block) -> tuple["Node | None", int]:
+        """Finds the child that begins most like a block, and with how many of its tokens."""
+        at = bisect.bisect_left(self.ordered, block)
+        beside = [(_count_alike(each, block), each) for each in self.ordered[max(at - 1, 0) : at + 1]]
+        count, found = max(beside, key=lambda pair: pair[0], default=(0, None))
+        return (None, 0) if found is None or not count else (self.children[found], count)
 
 
 class Prefixes:
@@ -85,20 +108,20 @@ class Prefixes:
         """Copies a group's tokens into the tree, as far as there is room."""
         if not group.keeps_prompt:
             return
-        node = self._roots.setdefault(group.root, Node((), range(0), None, 0))
+        root = node = self._roots.get(group.root) or Node((), range(0), None, 0, name=group.root)
         path, sources, targets = [], [], []
         for at in range(min(-(-len(tokens) // UNIT), self._most)):
             block = tuple(tokens[at * UNIT : (at + 1) * UNIT])
-            child = node.children.get(block) or _longer(node, block)
-            if child is None:
+            child, alike = node.most_alike(block)
+            if child is None or alike < len(block):
                 slots = self._slots.take_free()
                 if slots is None and self.evict():
                     slots = self._slots.take_free()
                 if slots is None:
                     break
-                for shorter in [each for each in node.children.values() if each.block == block[: len(each.block)]]:
+                for shorter in [node.children[begin] for begin in _beginnings(block) if begin in node.children]:
                     self._forget(shorter)
-                child = node.children[block] = Node(block, slots, node, self._clock)
+                child = node.add(block, slots, self._clock)
                 sources.append(group.extent.start + UNIT * at)
                 targets.append(slots.start)
             child.used = self._clock
@@ -106,6 +129,8 @@ class Prefixes:
             node = child
         self._use(path)
         self._clock += 1
+        if root.children:
+            self._roots[root.name] = root
         if sources:
             self.copy(sources, targets)
 
@@ -120,7 +145,10 @@ class Prefixes:
     def _forget(self, node: Node) -> None:
         """Frees a block that has no children."""
         assert node.parent is not None
-        del node.parent.children[node.block], self._by_use[node]
+        node.parent.remove(node)
+        if node.parent.parent is None and not node.parent.children:
+            self._roots.pop(node.parent.name, None)
+        del self._by_use[node]
         self._slots.free(node.slots)
 
     def reset(self) -> None:
@@ -131,15 +159,8 @@ class Prefixes:
         """Finds the blocks in front of a prompt's last token, and how many of its tokens they have."""
         node, found, count, left = self._roots.get(group.root), [], 0, tuple(group.prompt[:-1])
         while node is not None and count < len(left):
-            block = left[count : count + UNIT]
-            child = node.children.get(block)
-            alike = len(block)
-            if child is None and node.children:
-                alike, child = max(
-                    ((_count_alike(each.block, block), each) for each in node.children.values()),
-                    key=lambda pair: pair[0],
-                )
-            if child is None or not alike:
+            child, alike = node.most_alike(left[count : count + UNIT])
+            if child is None:
                 break
             found.append(child)
             count += alike
@@ -159,11 +180,9 @@ class Prefixes:
         self._slots.cache = copy_units(self._slots.cache, *places, np.int32(len(sources)))
 
 
-def _longer(node: Node, block: Block) -> Node | None:
-    """Finds a child that begins with a block of fewer tokens."""
-    if len(block) == UNIT:
-        return None
-    return next((each for each in node.children.values() if each.block[: len(block)] == block), None)
+def _beginnings(block: Block) -> list[Block]:
+    """Lists what a block of fewer tokens may be that this one begins with."""
+    return [block[:count] for count in range(1, len(block))]
 
 
 def _count_alike(one: Block, other: Block) -> int:

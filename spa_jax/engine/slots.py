@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import jax
+
 from spa_jax.data.padding import padded_length
 from spa_jax.decoding.cache import cache_bytes, grow_shared_cache, init_shared_cache
 from spa_jax.engine.extents import UNIT, Extents, power_of_two
+from spa_jax.errors import UserError
 from spa_jax.models.llama import Llama
 
 FIRST_UNITS = 64
@@ -27,13 +30,32 @@ class Slots:
         self._extents = Extents(0)
 
     def bound(self, memory: int) -> None:
-        """Lets the cache grow to so many bytes and no further."""
+        """Lets the cache grow to so many bytes and no further.
+
+        Raises:
+            UserError: not even a unit fits.
+        """
         self._most = memory // self.unit_bytes
+        if not self._most:
+            raise UserError(
+                f"a memory of {memory} bytes is too little: {UNIT} tokens of this backbone have {self.unit_bytes}"
+            )
 
     def grow(self) -> None:
-        """Makes the cache as large as it may be, if that is bounded."""
-        if self._most is not None and self._extents.size < self._most:
+        """Makes the cache as large as it may be, if that is bounded.
+
+        Raises:
+            UserError: it does not fit the device's memory.
+        """
+        if self._most is None or self._extents.size >= self._most:
+            return
+        try:
             self._grow(self._most)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            size = self._most * self.unit_bytes / 2**30
+            raise UserError(f"a cache of {size:.1f} GiB does not fit this device: give less memory") from error
 
     @property
     def size(self) -> int:

@@ -218,7 +218,7 @@ class Attention(nn.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None and places.begins is not None:
             cache = {
-                name: cache[name].at[layer, places.slots].set(new.astype(cache[name].dtype), mode="drop")
+                name: cache[name].at[layer, places.slots].set(_finite(new.astype(cache[name].dtype)), mode="drop")
                 for name, new in (("k", k), ("v", v))
             }
             mixed = attend_shared(self.partitioner, q, cache["k"], cache["v"], layer, places.begins, places.mask)
@@ -257,6 +257,12 @@ class Attention(nn.Module):
             )
         not_padding = None if places.reads_cache or context is not None else places.slots != PADDING
         return attend(self.kernel, self.partitioner, q, k, v, places.mask, not_padding), cache
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Puts 0 in place of what is not finite. In slots that rows share, it would spoil rows that do not see it: a
+    weight of 0 times infinity is no number."""
+    return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
 
 
 class MLP(nn.Module):

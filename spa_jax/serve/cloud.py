@@ -103,7 +103,8 @@ async def run_cloud() -> None:
     async with serving(cloud, address, limits, security) as (service, port):
         if WARM.value:
             await run_until(stop, service.warm(WARM.value))
-        print(f"serving on port {port}", flush=True)
+        if not stop.is_set():
+            print(f"serving on port {port}", flush=True)
         await stop.wait()
         if not has_input_ended:
             await service.drain(DRAIN.value)

@@ -5,6 +5,7 @@ from typing import cast, get_args
 from absl import flags
 
 from spa_jax.choices import DTYPES
+from spa_jax.errors import UserError
 from spa_jax.models.compute import WEIGHTS
 from spa_jax.split.admission import Limits
 from spa_jax.split.grpc_channel import ServerSecurity, SharePrefixes, check_address, check_free
@@ -51,11 +52,15 @@ WARM = flags.DEFINE_integer(
     "Compile before serving what prompts and answers of so many tokens together need; 0 compiles when needed.",
     lower_bound=0,
 )
-DRAIN = flags.DEFINE_float("drain", 10.0, "Seconds that generations under way have to end after a SIGTERM.")
+DRAIN = flags.DEFINE_float(
+    "drain", 10.0, "Seconds that generations under way have to end after a SIGTERM.", lower_bound=0
+)
 UNTIL_INPUT_ENDS = flags.DEFINE_bool(
     "until_input_ends", False, "Stop when standard input ends, as it does with the process at its other end."
 )
 INSECURE = flags.DEFINE_bool("insecure", False, "Speak in the clear with other machines.")
+MOST_GIB = 2**20
+"""More than any machine has."""
 
 
 def check() -> None:
@@ -67,6 +72,8 @@ def check() -> None:
     read_limits()
     read_security()
     read_address()
+    if METRICS_PORT.value and METRICS_PORT.value == PORT.value:
+        raise UserError(f"--port and --metrics_port are both {PORT.value}: give the metrics another one")
 
 
 def read_limits() -> Limits:
@@ -75,6 +82,8 @@ def read_limits() -> Limits:
     Raises:
         UserError: nothing could be within one of them.
     """
+    if not 0 < MEMORY.value < MOST_GIB:
+        raise UserError(f"--memory is {MEMORY.value} GiB, but must be above 0 and below {MOST_GIB}")
     return Limits(
         sessions=SESSIONS.value,
         sessions_per_token=SESSIONS_PER_TOKEN.value,

@@ -122,7 +122,7 @@ def ask_on(
     try:
         return ask(plugin, head, connection, talk, mode)
     except SessionLost:
-        print("the cloud was started anew, and has forgotten this answer: asking again", file=sys.stderr)
+        print("the cloud has lost this answer: asking again", file=sys.stderr)
         return ask(plugin, head, connection, talk, mode)
 
 

@@ -51,8 +51,9 @@ class Limits:
             UserError: a limit is not above 0 (`linger`, `first_deadline` and `queue`: below 0); the message names it.
         """
         for name, value in dataclasses.asdict(self).items():
-            if not (value > 0 or (value == 0 and name in ("linger", "first_deadline", "queue"))):
-                raise UserError(f"{name} is {value}, but must be above 0")
+            may_be_zero = name in ("linger", "first_deadline", "queue")
+            if not (value > 0 or (value == 0 and may_be_zero)):
+                raise UserError(f"{name} is {value}, but must {'not be below' if may_be_zero else 'be above'} 0")
         return self
 
 

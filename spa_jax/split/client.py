@@ -241,7 +241,10 @@ class DeviceClient:
         """Makes the error of a cloud that is not there any more, or never was."""
         address = self._connection.address
         if not self._waiting.was_reached:
-            return CloudGone(f"cannot reach the cloud at {address} ({reason}): does it run, and at this address?", [])
+            hint = "" if self._connection.tls else " This device speaks to it without TLS."
+            return CloudGone(
+                f"cannot reach the cloud at {address} ({reason}): does it run, and at this address?{hint}", []
+            )
         return CloudGone(
             f"the cloud at {address} is gone ({reason}); {self._num_tokens()} tokens had been generated",
             self.result().generations,
@@ -277,6 +280,7 @@ class DeviceClient:
         is_new = message.HasField("progress") and self._take_progress(message.progress)
         if kind == "opened":
             check_opened(message.opened, self._request)
+            self._waiting.leave_queue()
             is_new, self._session = not self._session, message.opened.session
             lengths = list(message.opened.lengths)
             self._device = self._device or device_for(self._plugin, self._request, lengths, self._head)
@@ -287,12 +291,12 @@ class DeviceClient:
             told = min(message.working.tokens, len(self._request.prompts) * self._request.max_new_tokens)
             is_new, self._told_tokens = told > self._told_tokens, max(told, self._told_tokens)
         elif kind == "queued":
-            self._waiting.go_on_at(message.queued.place)
+            self._waiting.go_on_in_queue(message.queued.place)
             is_new = True  # for no longer than the queue's own time
         elif kind == "refusal":
             refusal = message.refusal
             reason = f"the cloud refuses ({words_of(refusal.kind)}): {words_of(refusal.reason)}"
-            if refusal.kind == "unknown-session":
+            if refusal.kind in refusals.LOST:
                 raise SessionLost(reason, self.result().generations)
             raise refusals.BY_KIND.get(refusal.kind, Unserved)(reason)
         self._waiting.count(is_new, max(self._told_tokens, self._num_tokens()))

@@ -96,8 +96,10 @@ class ServerSecurity:
         """Returns itself, where its files can be used.
 
         Raises:
-            UserError: they cannot.
+            UserError: they cannot, or prefixes are to be shared by tokens without any.
         """
+        if self.share_prefixes == "token" and not self.tokens:
+            raise UserError("--share_prefixes=token needs the devices' tokens: name their file with --tokens")
         self.credentials()
         self.device_tokens()
         return self

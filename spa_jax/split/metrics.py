@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import socket
+import socketserver
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import jax
@@ -37,7 +39,9 @@ SECONDS_BETWEEN_TOKENS = _histogram("spa_seconds_between_tokens", "From a genera
 SECONDS_PER_EXCHANGE = _histogram("spa_seconds_per_exchange", "From a question to its answer, or to the deadline.")
 SECONDS_PER_TOKEN = _histogram("spa_seconds_per_token", "Of a generation, from its opening to its end.")
 SLOWEST_READER = 5.0
-"""Seconds that one who reads metrics may keep others waiting between two bytes."""
+"""Seconds that one who reads metrics may take."""
+MAX_READERS = 16
+"""Readers at once; one more ends the oldest."""
 
 
 class _EngineMetrics(Collector):
@@ -78,15 +82,50 @@ def watching(engine: Engine, admission: Admission) -> Iterator[None]:
         REGISTRY.unregister(collector)
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = SLOWEST_READER
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread for each reader, however slowly some of them ask or read."""
 
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._limits: dict[socket.socket, threading.Timer] = {}  # of each reader, the oldest first
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begins to answer a reader."""
+        for oldest in list(self._limits)[: 1 - MAX_READERS]:
+            self._hang_up(oldest)
+        limit = self._limits[request] = threading.Timer(SLOWEST_READER, self._hang_up, (request,))
+        limit.daemon = True
+        limit.start()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Ends with a reader."""
+        self._forget(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says nothing of readers that are gone or were too slow."""
+
+    def _hang_up(self, request: socket.socket) -> None:
+        self._forget(request)
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request: socket.socket) -> None:
+        limit = self._limits.pop(request, None)
+        if limit is not None:
+            limit.cancel()
+
+
+class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing of requests."""
 
 
 def serve(host: str, port: int) -> None:
-    """Serves the metrics over HTTP from a thread, one reader at a time, as long as this process lives.
+    """Serves the metrics over HTTP from threads, as long as this process lives.
 
     Raises:
         UserError: the address cannot be used.
@@ -95,9 +134,8 @@ def serve(host: str, port: int) -> None:
     app = prometheus_client.make_wsgi_app(REGISTRY)
     try:
         family = socket.getaddrinfo(host, port)[0][0]
-        server: WSGIServer = make_server(
-            host, port, app, type("Server", (WSGIServer,), {"address_family": family}), _Handler
-        )
+        own_family = type("Server", (_Server,), {"address_family": family})
+        server: WSGIServer = make_server(host, port, app, own_family, _Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve metrics on {host}:{port}: {error}") from error
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()

@@ -27,7 +27,7 @@ from spa_jax.weights.backbone import Backbone
 
 MAX_BEAMS = 8
 """Most hypotheses of a prompt, so that one call is enough for those of several sessions."""
-MAX_PROMPTS, MAX_PROMPT_SIZE = 2**10, 2**18
+MAX_PROMPTS, MAX_MESSAGES, MAX_PROMPT_SIZE = 2**10, 2**12, 2**18
 """Limits of a request: prompts, and their characters or tokens together; reading more would keep other sessions
 waiting."""
 MAX_STOPS, MAX_STOP_SIZE = 16, 2**10
@@ -158,6 +158,12 @@ def _tokenize(backbone: Backbone, request: Open) -> list[list[int]]:
         raise UserError(
             f"{len(request.prompts)} prompts of {size} characters or tokens are more than the cloud takes at once, "
             f"{MAX_PROMPTS} and {MAX_PROMPT_SIZE}: ask for them in turn"
+        )
+    messages = sum(len(prompt.messages) for prompt in request.prompts)
+    if messages > MAX_MESSAGES:
+        raise UserError(
+            f"{messages} messages of conversations are more than the cloud takes at once, {MAX_MESSAGES}: leave out "
+            "the oldest"
         )
     limit, special = backbone.config.max_position_embeddings, request.reads_special
 

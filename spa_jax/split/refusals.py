@@ -17,7 +17,7 @@ class CloudGone(Unfinished):
 
 
 class SessionLost(Unfinished):
-    """The cloud does not know the session any more: it was started anew, or another one has taken its place."""
+    """The cloud does not know the session any more: it stops, was started anew, or another one has taken its place."""
 
 
 class Unserved(UserError):
@@ -30,3 +30,5 @@ class Busy(Unserved):
 
 BY_KIND = {"refused": UserError, "overloaded": Busy}
 """Errors by the kinds of refusals."""
+LOST = ("unknown-session", "stopping")
+"""Kinds of refusals by which a session ends that has begun."""

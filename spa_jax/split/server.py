@@ -136,7 +136,7 @@ class Server:
         """Opens or finds the session that a stream's first message asks for.
 
         Raises:
-            Refused: there is no such session, or no room for another one.
+            Refused: there is no such session, no room for another one, or no time to read its prompts.
             UserError: the message makes no sense.
             TimeoutError: it does not come.
         """
@@ -151,9 +151,12 @@ class Server:
         if message.WhichOneof("message") != "open":
             raise UserError("the first message must open a session")
         turn = self._turns.setdefault(owner, asyncio.Lock())  # so that long prompts hold up those of their owner alone
-        async with self._planned.stay(owner, self._limits.open_seconds), turn:
-            planning = asyncio.get_running_loop().run_in_executor(self._plans, self._cloud.plan, message.open)
-            plan = await _await_with_signs(planning, tell)
+        try:
+            async with self._planned.stay(owner, self._limits.open_seconds), turn:
+                planning = asyncio.get_running_loop().run_in_executor(self._plans, self._cloud.plan, message.open)
+                plan = await _await_with_signs(planning, tell)
+        except TimeoutError:
+            raise Refused("overloaded", "the cloud is busy reading prompts: try again") from None
         return await self._open(plan, token, owner, tell)
 
     def _find(self, message: Reopen, token: str) -> ServerSession:

@@ -19,6 +19,7 @@ from spa_jax.split.server_session import Outbox, ServerSession
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
+STOPPING = "it stops, and does not end this generation: generate again"
 
 
 class Sessions:
@@ -60,10 +61,14 @@ class Sessions:
                 session.cancel()
 
     async def drain(self, seconds: float) -> None:
-        """Waits so long for those under way."""
+        """Waits so long for those under way, and ends those that are left."""
         latest = time.monotonic() + seconds
-        while any(session.is_running for session in self._by_name.values()) and time.monotonic() < latest:
+        while (running := [each for each in self._by_name.values() if each.is_running]) and time.monotonic() < latest:
             await asyncio.sleep(0.05)
+        for session in running:
+            log.info("session %s is cut: this cloud stops", session.generation.id)
+            session.send(FromCloud(refusal=Refusal(kind="stopping", reason=STOPPING, version=wire.VERSION)))
+            session.cancel()
 
     async def close(self) -> None:
         """Stops all of them; nobody may start another one."""

@@ -81,10 +81,12 @@ class Line:
 
 def address_of(peer: str) -> str:
     """Names where a stream comes from, by gRPC's name of its other end: without the port, and of IPv6 the network of 64
-    bits, all of which one host may have."""
+    bits, all of which one host may have. A server of both families names IPv4's addresses as IPv6's (RFC 4291)."""
     host = urllib.parse.unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return host
-    return str(ipaddress.ip_network((address, 64), strict=False)) if address.version == 6 else host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))

@@ -36,6 +36,7 @@ class Waiting:
         # On time.monotonic's clock; None where it has not been.
         self._began_at = self._new_at = self._heard_at = time.monotonic()
         self._queued_at: float | None = None
+        self._is_in_queue = False
         self._lost_at: float | None = None
         self._num_idle = self._num_tokens = 0
 
@@ -75,7 +76,7 @@ class Waiting:
             raise self._gone(reason)
         self._tell(f"connecting to the cloud at {self._connection.address}: {now - self._lost_at:.0f} s")
 
-    def go_on_at(self, place: int) -> None:
+    def go_on_in_queue(self, place: int) -> None:
         """Goes on at a place of the cloud's queue.
 
         Raises:
@@ -87,7 +88,12 @@ class Waiting:
         waited = self._heard_at - self._queued_at
         if waited >= self._connection.queue_seconds:
             raise Busy(f"the cloud is busy: after {waited:.0f} s this is still number {place} in its queue")
+        self._is_in_queue = True
         self._tell(f"number {place} in the cloud's queue: {waited:.0f} s")
+
+    def leave_queue(self) -> None:
+        """Takes note that the generation begins."""
+        self._is_in_queue = False
 
     async def watch(self) -> None:
         """Watches the time while a stream lasts.
@@ -111,7 +117,7 @@ class Waiting:
             waited = now - self._new_at
             if waited > MAX_SIGNS * silence:
                 raise self._gone(f"it says that it works, and has brought nothing new for {waited:.0f} s")
-            if waited >= TELL_EVERY:
+            if waited >= TELL_EVERY and not self._is_in_queue:
                 self._tell(f"{self._awaited()}: {waited:.0f} s")
 
     def _awaited(self) -> str:

@@ -212,6 +212,9 @@ def test_a_cloud_that_is_not_there_is_named(command_here, plugin):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["--deadline=0"], "deadline is 0"), (["--memory=-1"], "memory is -1"), (["--tokens=gone"], "cannot read 'gone'"),
+     (["--memory=inf"], "--memory is inf GiB"), (["--memory=nan"], "--memory is nan GiB"),
+     (["--queue=-1"], "queue is -1, but must not be below 0"), (["--share_prefixes=token"], "--tokens"),
+     (["--port=8470", "--metrics_port=8470"], "--port and --metrics_port are both 8470"),
      (["--tls_cert=gone", "--tls_key=gone"], "cannot read 'gone'"), (["--host=0.0.0.0"], "without TLS"),
      (["--port=TAKEN"], "cannot listen on 127.0.0.1:"), (["--metrics_port=TAKEN"], "cannot serve metrics on 127.0")],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -14,6 +14,7 @@ from spa_jax.engine.extents import UNIT
 from spa_jax.engine.schedule import Pace
 from spa_jax.split.generation import generate
 from spa_jax.split.head import head_of
+from spa_jax.split.messages_pb2 import Reply, Tensor
 from spa_jax.split.request import device_for, open_message
 from spa_jax.split.session import Cloud
 from spa_jax.weights.backbone import Backbone
@@ -254,3 +255,41 @@ def test_prompts_of_several_sessions_run_in_one_call(backbone, cloud, monkeypatc
         asked = [question and session.next_question() for session, question in zip(sessions, asked)]
     assert [session.result() for session in sessions] == alone
     assert ("finish_prompts", (4, 64)) in shapes or ("finish_prompts", (2, 64)) in shapes
+
+
+@pytest.mark.parametrize(
+    ("setting", "edits", "how"),
+    [("s1", "targets", {}), ("s1", "all", {}), ("spa", "targets", {"threshold": 1.0})],
+    ids=["every token", "the prompt too", "the router's offset"],
+)
+def test_corrections_that_are_beyond_all_numbers_spoil_no_other_session(setting, edits, how, backbone):
+    """One session is beside them, and another one has their slots in view, behind a mask. Corrections are in units of a
+    state that is louder than 1, so that these are infinite."""
+    embedding = {"embedding": 100 * backbone.params["embed"]["embedding"]}
+    backbone = dataclasses.replace(backbone, params={**backbone.params, "embed": embedding}, eos_ids=())
+    huge, evil = float(np.finfo(np.float32).max), make_plugin(setting, "tokenwise", 7, 1, edits)
+    short, long = list(range(NEW)), list(range(UNIT - 2 * NEW))
+    request = open_message(evil, [short], 6 * NEW, codec="float32", **how)
+    if request.offset:
+        request.offset = np.full(len(request.offset) // 4, huge, np.float32).tobytes()
+    plugin = make_plugin("spa", "tokenwise", 8, 1)
+    honest = [open_message(plugin, [prompt], 3 * NEW) for prompt in (short, long)]
+    alone = [generate(Cloud(backbone), plugin, each).generations for each in honest]
+
+    cloud = Cloud(backbone)
+    beside, session = cloud.open(honest[0]), cloud.open(request)
+    device = device_for(plugin, honest[0], beside.lengths)
+    going = [session, beside]
+    while going:
+        for each in list(going):
+            question = each.next_question()
+            if question is None:
+                going.remove(each)
+            elif each is beside:
+                each.apply_reply(device.receive(question))
+            else:
+                values = np.full(len(question.rows) * backbone.config.hidden_size, huge, np.float32)
+                each.apply_reply(Reply(step=question.step, g=Tensor(values=values.tobytes())))
+    session.free()
+    after = generate(cloud, plugin, honest[1]).generations
+    assert [beside.result(), after] == alone

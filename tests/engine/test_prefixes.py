@@ -8,10 +8,10 @@ import pytest
 from tiny_split import CONTEXT, EOS, FINGERPRINT, NEW, explained, make_plugin
 
 from spa_jax.decoding.beam import Beams
-from spa_jax.engine import calls, programs
+from spa_jax.engine import calls, engine, programs
 from spa_jax.engine.engine import NoRoom
 from spa_jax.engine.extents import UNIT, Extents
-from spa_jax.engine.prefixes import copy_units
+from spa_jax.engine.prefixes import Node, Prefixes, copy_units
 from spa_jax.engine.schedule import Pace
 from spa_jax.split.generation import generate
 from spa_jax.split.request import device_for, open_message
@@ -247,3 +247,52 @@ def test_corrected_prompts_are_their_devices_own(cloud, run_tokens):
         (said,) = generate(cloud, plugin, request).generations
         assert sum(run_tokens) == len(prompt)
         assert said == generate(Cloud(cloud._backbone), plugin, request).generations[0]
+
+
+def test_nothing_is_left_of_whom_no_block_is_kept(cloud):
+    """Each device process has a secret of its own for what it has corrected."""
+    plugin = make_plugin("spa", "tokenwise", 7, 2, "all")
+    cloud.engine.slots.bound(4 * cloud.engine.slots.unit_bytes)
+    for number in range(6):
+        request = open_message(plugin, make_prompts(20, seed=number), NEW)
+        request.own = f"process {number}".encode()
+        generate(cloud, plugin, request)
+    prefixes = cloud.engine.prefixes
+    assert 0 < len(prefixes._roots) <= 4
+    while prefixes.evict():
+        pass
+    assert prefixes._roots == {}
+
+
+def count_alike(one, other):
+    return max(count for count in range(9) if one[:count] == other[:count] and count <= min(len(one), len(other)))
+
+
+def test_the_block_that_is_most_alike_is_that_of_an_exhaustive_search():
+    rng, root = np.random.default_rng(0), Node((), range(0), None, 0)
+    for _ in range(200):
+        block = tuple(rng.integers(0, 3, rng.integers(1, 8)).tolist())
+        if block not in root.children:
+            root.add(block, range(0), 0)
+        elif rng.random() < 0.5:
+            root.remove(root.children[block])
+        wanted = tuple(rng.integers(0, 3, rng.integers(1, 8)).tolist())
+        counts = [count_alike(block, wanted) for block in root.children]
+        child, count = root.most_alike(wanted)
+        assert count == max(counts, default=0)
+        assert child is None if not count else child.block[:count] == wanted[:count]
+
+
+def test_a_turn_copies_for_few_prompts_however_many_wait(cloud, run_tokens, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_ROWS", 3)
+    plugin, copied = make_plugin("s1"), []
+    copy = Prefixes.copy
+    monkeypatch.setattr(Prefixes, "copy", lambda self, *places: (copied.append(places), copy(self, *places)))
+    first = cloud.open(open_message(plugin, make_prompts(9), NEW))
+    first.settle()
+    sessions = [cloud.open(open_message(plugin, make_prompts(9, seed=0)[:1], NEW)) for _ in range(8)]
+    while not all(session.is_settled for session in sessions):
+        copied.clear()
+        cloud.engine.turn()
+        assert len(copied) <= 3 + 3  # before prompts run, and after
+    assert all(session.next_question() is not None for session in sessions)

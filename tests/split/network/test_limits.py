@@ -15,7 +15,7 @@ from spa_jax.split.connection import Connection, read_token
 from spa_jax.split.device import Device
 from spa_jax.split.generation import generate as in_process
 from spa_jax.split.grpc_channel import ServerSecurity, trusted_roots
-from spa_jax.split.messages_pb2 import Cancel, FromDevice, Prompt, Reopen
+from spa_jax.split.messages_pb2 import Cancel, ChatMessage, FromDevice, Prompt, Reopen
 from spa_jax.split.request import open_message
 from spa_jax.split.server import Limits, serving
 from spa_jax.split.sessions import Sessions
@@ -160,10 +160,11 @@ def test_requests_that_would_keep_others_waiting_are_refused_unread(cloud, plugi
         raise AssertionError("it was read")
 
     monkeypatch.setattr(plan, "Encoder", never)
-    many, long = (open_message(plugin, PROMPTS, NEW) for _ in range(2))
+    many, long, talkative = (open_message(plugin, PROMPTS, NEW) for _ in range(3))
     many.prompts.extend([Prompt(text="a")] * plan.MAX_PROMPTS)
     long.prompts.extend([Prompt(text="a" * plan.MAX_PROMPT_SIZE)])
-    for request in (many, long):
+    talkative.prompts.extend([Prompt(messages=[ChatMessage(role="user")] * (plan.MAX_MESSAGES + 1))])
+    for request in (many, long, talkative):
         with pytest.raises(UserError, match="more than the cloud takes at once"):
             cloud.plan(request)
 

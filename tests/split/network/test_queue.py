@@ -44,6 +44,26 @@ def test_a_device_waits_for_room_and_is_told_its_place(cloud, plugin, request_, 
     assert waits[0] == "number 1 in the cloud's queue: 0 s"
 
 
+def test_a_device_in_the_queue_does_not_say_that_the_cloud_works_for_it(cloud, plugin, request_, monkeypatch):
+    monkeypatch.setattr(waiting, "TELL_EVERY", 0.05)
+    waits = []
+
+    async def scenario(port):
+        async with connected(port) as channel:
+            first = Stream(channel, FromDevice(open=request_))
+            assert (await first.receive()).HasField("opened")
+            task = asyncio.create_task(
+                generate(Connection(f"127.0.0.1:{port}"), plugin, request_, on_wait=waits.append)
+            )
+            while sum("in the cloud's queue" in said for said in waits) < 3:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            begin = next(at for at, said in enumerate(waits) if "in the cloud's queue" in said)
+            return {said.rpartition(":")[0] for said in waits[begin:]}
+
+    assert run(cloud, scenario, Limits(sessions=1, deadline=30)) == {"number 1 in the cloud's queue"}
+
+
 def test_a_device_waits_no_longer_than_its_user_says(cloud, plugin, request_):
     async def scenario(port):
         async with connected(port) as channel:
