@@ -17,7 +17,9 @@ from spa_jax.files import named_path
 log = logging.getLogger(__name__)
 
 COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", "", "Directory of compiled programs, for later runs; none: keep none; by default a cache's."
+    "compilation_cache",
+    "",
+    "Directory of compiled programs, for later runs; none keeps none. By default ~/.cache/spa_jax/compiled.",
 )
 MOST_BYTES = 2**32
 """The largest size of one directory; the programs that were used least recently go first."""

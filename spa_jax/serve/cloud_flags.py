@@ -15,7 +15,7 @@ PORT = flags.DEFINE_integer("port", 8470, "Port to listen on; 0 for any that is 
 METRICS_PORT = flags.DEFINE_integer("metrics_port", 0, "Port of Prometheus metrics; 0 for none.")
 METRICS_HOST = flags.DEFINE_string("metrics_host", "", "Address of the metrics; by default that of --host.")
 BACKBONE = flags.DEFINE_string("backbone", "smollm2-135m-instruct", "Name of a backbone, its directory or .gguf file.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype of the backbone; bfloat16 on GPUs and TPUs.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype of the backbone; choose bfloat16 on GPUs and TPUs.")
 PRECISION = flags.DEFINE_enum("weights", "float", WEIGHTS, "With int8 the backbone's matrices have 8 bits.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that every block is split over.", lower_bound=1)
 TLS_CERT = flags.DEFINE_string("tls_cert", "", "PEM file of the certificate.")
