@@ -112,7 +112,8 @@ class Engine:
         """
         self.drop_finished()
         entry = task.entry
-        if not task.asks and not task.offset.any() and self._groups:  # then the entry changes nothing: join the most
+        if not task.asks and not task.offset.any() and self._groups:
+            # Nothing enters: the session says the same at every entry, and joins the batch that has most groups.
             entry = Counter(group.entry for group in self._groups).most_common(1)[0][0]
         added: list[Group] = []
         for number, prompt in enumerate(prompts):
@@ -121,7 +122,9 @@ class Engine:
                 for group in added:
                     self.slots.free(group.extent)
                 raise NoRoom("the cloud's memory is taken by other sessions: try again later")
-            added.append(Group(task, number, prompt, entry, extent, namespace))
+            group = Group(task, number, prompt, entry, extent, namespace)
+            group.since = self._clock
+            added.append(group)
         self._groups += added
         self._added_at = time.monotonic()
         return added

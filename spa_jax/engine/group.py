@@ -141,7 +141,7 @@ class Group:
         entry: as of the task, or that of others where it makes no difference.
         phase: what it needs next.
         is_left: whether its session is gone, so that nobody wants it any more.
-        since: when it came into that phase, on the engine's clock of calls.
+        since: when it came, or a call last served it, on the engine's clock of calls.
         waits_since: when it last began to wait for an answer, on `time.monotonic`'s clock.
         extent: its slots in the cache.
         namespace: of those with whom it shares what it begins with; None for nobody.

@@ -257,6 +257,22 @@ def test_prompts_of_several_sessions_run_in_one_call(backbone, cloud, monkeypatc
     assert ("finish_prompts", (4, 64)) in shapes or ("finish_prompts", (2, 64)) in shapes
 
 
+def test_newcomers_do_not_overtake_a_long_prompt_again_and_again(backbone, monkeypatch):
+    """Whoever has been served goes behind those who wait, and not behind those who come later."""
+    monkeypatch.setattr(Pace, "part_tokens", lambda *_: schedule.PART)
+    cloud, plugin, rng, parts = Cloud(backbone), make_plugin("spa"), np.random.default_rng(0), 3
+
+    def come(length):
+        prompt = rng.integers(0, 97, length).tolist()
+        return cloud.open(open_message(plugin, [prompt], 1, setting="base"))
+
+    long, others = come(parts * schedule.PART), []
+    for _ in range(3 * parts):  # at most three turns for each part: of who came meanwhile a prompt, and a token
+        others.append(come(schedule.PART))
+        cloud.engine.turn()
+    assert long._groups[0].first == parts * schedule.PART
+
+
 @pytest.mark.parametrize(
     ("setting", "edits", "how"),
     [("s1", "targets", {}), ("s1", "all", {}), ("spa", "targets", {"threshold": 1.0})],
