@@ -32,8 +32,8 @@ class Node:
         slots: where it is.
         parent: None of a root.
         used: when it was last kept, on the tree's clock.
-        children: the blocks that follow it.
-        ordered: these in the order of their tokens, in which those most alike are next to each other.
+        children: the blocks that follow it, none of which begins another one, in the order of their tokens: those that
+            are most alike are next to each other.
         name: of a root, whose prompts are behind it.
     """
 
@@ -41,27 +41,28 @@ class Node:
     slots: range
     parent: "Node | None"
     used: int
-    children: dict[Block, "Node"] = dataclasses.field(default_factory=dict)
-    ordered: list[Block] = dataclasses.field(default_factory=list)
+    children: list["Node"] = dataclasses.field(default_factory=list)
     name: Hashable = None
 
     def add(self, block: Block, slots: range, used: int) -> "Node":
         """Adds a child."""
-        child = self.children[block] = Node(block, slots, self, used)
-        bisect.insort(self.ordered, block)
+        child = Node(block, slots, self, used)
+        self.children.insert(self._place(block), child)
         return child
 
     def remove(self, child: "Node") -> None:
         """Takes a child away."""
-        del self.children[child.block]
-        self.ordered.pop(bisect.bisect_left(self.ordered, child.block))
+        del self.children[self._place(child.block)]
 
     def most_alike(self, block: Block) -> tuple["Node | None", int]:
         """Finds the child that begins most like a block, and with how many of its tokens."""
-        at = bisect.bisect_left(self.ordered, block)
-        beside = [(_count_alike(each, block), each) for each in self.ordered[max(at - 1, 0) : at + 1]]
-        count, found = max(beside, key=lambda pair: pair[0], default=(0, None))
-        return (None, 0) if found is None or not count else (self.children[found], count)
+        at = self._place(block)
+        beside = [(_count_alike(each.block, block), each) for each in self.children[max(at - 1, 0) : at + 1]]
+        count, child = max(beside, key=lambda pair: pair[0], default=(0, None))
+        return (child, count) if count else (None, 0)
+
+    def _place(self, block: Block) -> int:
+        return bisect.bisect_left(self.children, block, key=lambda child: child.block)
 
 
 class Prefixes:
@@ -114,13 +115,13 @@ class Prefixes:
             block = tuple(tokens[at * UNIT : (at + 1) * UNIT])
             child, alike = node.most_alike(block)
             if child is None or alike < len(block):
+                if child is not None and alike == len(child.block):  # a part of this one
+                    self._forget(child)
                 slots = self._slots.take_free()
                 if slots is None and self.evict():
                     slots = self._slots.take_free()
                 if slots is None:
                     break
-                for shorter in [node.children[begin] for begin in _beginnings(block) if begin in node.children]:
-                    self._forget(shorter)
                 child = node.add(block, slots, self._clock)
                 sources.append(group.extent.start + UNIT * at)
                 targets.append(slots.start)
@@ -178,11 +179,6 @@ class Prefixes:
         places = np.zeros((2, self._most), np.int32)
         places[:, : len(sources)] = sources, targets
         self._slots.cache = copy_units(self._slots.cache, *places, np.int32(len(sources)))
-
-
-def _beginnings(block: Block) -> list[Block]:
-    """Lists what a block of fewer tokens may be that this one begins with."""
-    return [block[:count] for count in range(1, len(block))]
 
 
 def _count_alike(one: Block, other: Block) -> int:

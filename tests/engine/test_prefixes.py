@@ -272,12 +272,13 @@ def test_the_block_that_is_most_alike_is_that_of_an_exhaustive_search():
     rng, root = np.random.default_rng(0), Node((), range(0), None, 0)
     for _ in range(200):
         block = tuple(rng.integers(0, 3, rng.integers(1, 8)).tolist())
-        if block not in root.children:
+        known = {child.block: child for child in root.children}
+        if block not in known:
             root.add(block, range(0), 0)
         elif rng.random() < 0.5:
-            root.remove(root.children[block])
+            root.remove(known[block])
         wanted = tuple(rng.integers(0, 3, rng.integers(1, 8)).tolist())
-        counts = [count_alike(block, wanted) for block in root.children]
+        counts = [count_alike(child.block, wanted) for child in root.children]
         child, count = root.most_alike(wanted)
         assert count == max(counts, default=0)
         assert child is None if not count else child.block[:count] == wanted[:count]
